@@ -1,0 +1,158 @@
+"""`VaeConfig`: the config of an `AutoencoderKL`, field for field what diffusers writes in config.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from runtimes.errors import ConfigError
+
+DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """The config of an `AutoencoderKL`, with the defaults that diffusers applies to fields an older config omits.
+
+    The network itself never reads `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std` or `force_upcast`;
+    those describe how a diffusion model sees the latents. `scaling_factor` is None where it is not known (a single
+    file that does not say it): such a model encodes and decodes raw latents, and what needs the factor raises.
+
+    Raises `ConfigError` on construction for a value that no `AutoencoderKL` can have.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float | None = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("down_block_types", "up_block_types", "block_out_channels", "latents_mean", "latents_std"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check(self)
+
+    @property
+    def downscale(self) -> int:
+        """The spatial ratio between image and latents, f = 2 ** (levels - 1); 8 for Stable Diffusion."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config") -> VaeConfig:
+        """Read a diffusers config. Strict: an unknown field or another `_class_name` raises `ConfigError`."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{origin} is not a JSON object but a {type(data).__name__}")
+        class_name = data.get("_class_name", "AutoencoderKL")
+        if class_name not in ("AutoencoderKL", "FlaxAutoencoderKL"):
+            raise ConfigError(
+                f"{origin} describes a {class_name!r}, not an AutoencoderKL; "
+                "for a pipeline directory or repository give subfolder='vae'"
+            )
+        values = {name: value for name, value in data.items() if not name.startswith("_")}
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ConfigError(
+                f"{origin} has fields that no AutoencoderKL has: {', '.join(unknown)}. It is the config of another "
+                "model, or of a newer diffusers; remove the fields if they are meaningless"
+            )
+        if not data.keys() & {"_class_name", "block_out_channels", "latent_channels"}:
+            raise ConfigError(f"{origin} has neither _class_name, block_out_channels nor latent_channels: not a VAE config")
+        sample_size = values.get("sample_size")
+        if isinstance(sample_size, (list, tuple)) and sample_size:
+            values["sample_size"] = sample_size[0]  # as diffusers does for its tile size
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> VaeConfig:
+        """Read a config.json; an unreadable or malformed file raises `ConfigError`."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not a readable JSON file: {error}") from None
+        return cls.from_dict(data, origin=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as diffusers writes them in config.json, `_class_name` first, tuples as lists."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {"_class_name": "AutoencoderKL", **values}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+def _check(config: VaeConfig) -> None:
+    """Raise `ConfigError` naming the field, its value and the rule."""
+
+    def require(name: str, fits: bool, rule: str) -> None:
+        if not fits:
+            raise ConfigError(f"{name} = {getattr(config, name)!r}: {rule}")
+
+    for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "sample_size"):
+        require(name, _is_size(getattr(config, name)), "must be a positive integer")
+    for name in ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
+        require(name, isinstance(getattr(config, name), bool), "must be true or false")
+
+    channels = config.block_out_channels
+    require(
+        "block_out_channels",
+        isinstance(channels, tuple) and len(channels) > 0 and all(_is_size(c) for c in channels),
+        "must be a non-empty list of positive integers",
+    )
+    require("block_out_channels", len(channels) <= 16, "at most 16 levels")
+    require(
+        "block_out_channels",
+        all(c % config.norm_num_groups == 0 for c in channels),
+        f"each must be a multiple of norm_num_groups = {config.norm_num_groups}",
+    )
+    for name, known in (("down_block_types", DOWN_BLOCK_TYPES), ("up_block_types", UP_BLOCK_TYPES)):
+        types = getattr(config, name)
+        require(name, isinstance(types, tuple), "must be a list")
+        require(name, all(t in known for t in types), f"known block types are {', '.join(known)}")
+        require(name, len(types) == len(channels), f"must have one entry per level, and there are {len(channels)}")
+    require("act_fn", config.act_fn in ACTIVATIONS, f"known activations are {', '.join(ACTIVATIONS)}")
+
+    require("scaling_factor", config.scaling_factor is None or _is_real(config.scaling_factor), "must be a finite number")
+    require("scaling_factor", config.scaling_factor is None or config.scaling_factor != 0, "must not be 0")
+    require("shift_factor", config.shift_factor is None or _is_real(config.shift_factor), "must be a finite number")
+    for name in ("latents_mean", "latents_std"):
+        values = getattr(config, name)
+        fits = values is None or (
+            isinstance(values, tuple) and len(values) == config.latent_channels and all(_is_real(v) for v in values)
+        )
+        require(name, fits, f"must be a list of latent_channels = {config.latent_channels} finite numbers")
+    require("latents_std", config.latents_std is None or all(v != 0 for v in config.latents_std), "must not contain 0")
+    # One without the other has no defined meaning in any pipeline.
+    require("latents_std", (config.latents_std is None) == (config.latents_mean is None), "needs latents_mean as well")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

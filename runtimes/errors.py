@@ -1,0 +1,77 @@
+"""Every error that leaves the public API of `runtimes` and `vae_export`.
+
+VaeError
+├── ConfigError             a config or checkpoint that is not an AutoencoderKL; missing or unexpected keys
+├── BundleError             a bundle that cannot be read or written
+│   ├── IntegrityError      a file that is not what the manifest says: hash, size, containment
+│   └── CompatibilityError  another schema, another backend version, another GPU
+├── ShapeError              an array or image whose shape, dtype or size does not fit; names the value and the rule
+├── NumericsError           NaN or infinity, or a validation threshold missed; carries the numbers
+├── OutOfMemoryError        says what was asked for and what would fit
+└── BackendUnavailable      a backend or device that is not here; names the install command
+
+Each class has the exit code with which the command line reports it. Codes 0 (success), 1 (a bug in this program),
+2 (wrong usage) and 130 (interrupted) are taken.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class VaeError(Exception):
+    """Base of every error of this project; catch it to catch them all."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class ConfigError(VaeError):
+    """A config or checkpoint that is not an `AutoencoderKL`, or that lacks something only the caller can give."""
+
+    exit_code = 4
+
+
+class BundleError(VaeError):
+    """A bundle that cannot be read or written: not a bundle, directory exists, not writable, disk full."""
+
+    exit_code = 5
+
+
+class IntegrityError(BundleError):
+    """A bundle file that is not what the manifest says. Nothing was parsed from it."""
+
+    exit_code = 6
+
+
+class CompatibilityError(BundleError):
+    """A sound bundle that this version, backend or device cannot run."""
+
+    exit_code = 7
+
+
+class ShapeError(VaeError):
+    """An input whose shape, dtype, size or value range does not fit; the message names the value and the rule."""
+
+    exit_code = 8
+
+
+class NumericsError(VaeError):
+    """NaN or infinity, or a validation threshold that was missed. `measurements` carries the numbers."""
+
+    exit_code = 9
+
+    def __init__(self, message: str, measurements: list[dict[str, Any]] | None = None) -> None:
+        super().__init__(message)
+        self.measurements = measurements or []
+
+
+class OutOfMemoryError(VaeError):
+    """The device or host ran out of memory; the message says what was asked for and what would fit."""
+
+    exit_code = 10
+
+
+class BackendUnavailable(VaeError):
+    """A backend, provider or device that is not installed or not present; the message says how to get it."""
+
+    exit_code = 11

@@ -1,0 +1,27 @@
+"""What encode and decode return, named as in diffusers, for arrays of any kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class AutoencoderKLOutput:
+    """`latent_dist` is the posterior over latents [B, C, H/f, W/f]."""
+
+    latent_dist: Any
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.latent_dist,)[index]
+
+
+@dataclass
+class DecoderOutput:
+    """`sample` is the decoded images [B, 3, f*h, f*w], nominally in [-1, 1] and not clipped."""
+
+    sample: Any
+    commit_loss: Any = None
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.sample,)[index]

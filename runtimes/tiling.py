@@ -1,0 +1,69 @@
+"""Tiling: a large image as overlapping tiles, blended where they overlap.
+
+The arithmetic is that of diffusers' AutoencoderKL, so that a tiled result here equals a tiled result there. It needs
+nothing of an array but slicing and arithmetic, and therefore serves NumPy arrays and torch tensors alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Array = TypeVar("Array")
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """How one direction (encode or decode) is tiled. Lengths are in pixels of the input or of the output."""
+
+    tile: int  #: side of a tile, input pixels
+    step: int  #: distance between the starts of two tiles, input pixels
+    blend: int  #: width of the blended border, output pixels
+    kept: int  #: side of what is kept of each tile, output pixels
+
+    @classmethod
+    def of(cls, tile_in: int, tile_out: int, overlap_factor: float) -> TileGrid:
+        """From the tile's side on either end; truncates exactly as diffusers does, `int(side * (1 - overlap))`."""
+        blend = int(tile_out * overlap_factor)
+        return cls(tile=tile_in, step=int(tile_in * (1 - overlap_factor)), blend=blend, kept=tile_out - blend)
+
+
+def run_tiled(
+    function: Callable[[Array], Array],
+    x: Array,
+    grid: TileGrid,
+    concatenate: Callable[[Sequence[Array], int], Array],
+) -> Array:
+    """Apply `function` to the tiles of `x` [B, C, H, W] and blend the results into one array.
+
+    A tile is blended with the one above first, then with the one to its left, in place: the neighbours used are the
+    blended ones. Tiles at the right and bottom edge are cut off, not shifted. Only two rows of tiles are held.
+
+    `function` must return an array of its own that may be written to; `concatenate` is `np.concatenate` or `torch.cat`.
+    """
+    height, width = x.shape[-2:]  # type: ignore[attr-defined]
+    above: list[Any] = []
+    finished_rows: list[Any] = []
+    for top in range(0, height, grid.step):
+        row: list[Any] = []
+        for column, left in enumerate(range(0, width, grid.step)):
+            tile: Any = function(x[:, :, top : top + grid.tile, left : left + grid.tile])  # type: ignore[index]
+            if above:
+                _blend(above[column], tile, grid.blend, axis=2)
+            if row:
+                _blend(row[-1], tile, grid.blend, axis=3)
+            row.append(tile)
+        finished_rows.append(concatenate([tile[:, :, : grid.kept, : grid.kept] for tile in row], 3))
+        above = row
+    return concatenate(finished_rows, 2)
+
+
+def _blend(before: Any, after: Any, extent: int, axis: int) -> None:
+    """Fade the first `extent` lines of `after`, in place, from the last lines of `before`."""
+    extent = min(before.shape[axis], after.shape[axis], extent)
+    start = before.shape[axis] - extent
+    for t in range(extent):
+        at = (slice(None),) * axis
+        weight = t / extent
+        after[(*at, t)] = before[(*at, start + t)] * (1 - weight) + after[(*at, t)] * weight

@@ -1,0 +1,171 @@
+"""The config of a checkpoint that does not bring one: read off the shapes, completed from what is public.
+
+`VaeConfig` itself is in `runtimes.config`, since opening a bundle needs it too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from runtimes.config import VaeConfig
+from runtimes.errors import ConfigError
+
+__all__ = ["VaeConfig", "complete_config", "infer_architecture", "find_public_vae"]
+
+
+@dataclass(frozen=True)
+class PublicVae:
+    """What a public VAE's weights do not say, known by its repository or by the sha256 of its file."""
+
+    name: str
+    scaling_factor: float
+    sample_size: int
+    shift_factor: float | None = None
+    force_upcast: bool = True
+    repositories: tuple[str, ...] = ()
+    files_sha256: tuple[str, ...] = ()
+
+
+# From the config.json files of the repositories named; the hashes are those that the Hub shows for the files.
+PUBLIC_VAES = (
+    PublicVae(
+        name="Stable Diffusion 1.x",
+        scaling_factor=0.18215,
+        sample_size=512,
+        repositories=("stabilityai/sd-vae-ft-mse-original", "stabilityai/sd-vae-ft-ema-original"),
+        files_sha256=("735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75",),
+    ),
+    PublicVae(
+        name="SDXL",
+        scaling_factor=0.13025,
+        sample_size=1024,
+        repositories=("stabilityai/sdxl-vae",),
+        files_sha256=("63aeecb90ff7bc1c115395962d3e803571385b61938377bc7089b36e81e92e2e",),
+    ),
+    PublicVae(
+        name="SDXL, fp16 fix",
+        scaling_factor=0.13025,
+        sample_size=512,
+        force_upcast=False,
+        repositories=("madebyollin/sdxl-vae-fp16-fix",),
+        files_sha256=("235745af8d86bf4a4c1b5b4f529868b37019a10f7c0b2e79ad0abca3a22bc6e1",),
+    ),
+    PublicVae(
+        name="SD3",
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        sample_size=1024,
+        repositories=(
+            "stabilityai/stable-diffusion-3-medium",
+            "stabilityai/stable-diffusion-3.5-medium",
+            "stabilityai/stable-diffusion-3.5-large",
+        ),
+    ),
+    PublicVae(
+        name="FLUX.1",
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        sample_size=1024,
+        repositories=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
+        files_sha256=("afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38",),
+    ),
+)
+
+# Architectures of which every public VAE has 32 norm groups: (block_out_channels, layers_per_block).
+PUBLIC_ARCHITECTURES = (
+    ((128, 256, 512, 512), 2),  # Stable Diffusion, SDXL, Playground, SD3, FLUX.1
+    ((128, 256, 512), 2),  # Stable Diffusion x4 upscaler
+    ((128, 512, 1024, 1024), 3),  # CogView
+)
+PUBLIC_NORM_NUM_GROUPS = 32
+
+
+def find_public_vae(repo: str | None, sha256: str) -> PublicVae | None:
+    """The public VAE that comes from this repository, or whose file has this hash."""
+    for vae in PUBLIC_VAES:
+        if sha256 in vae.files_sha256 or (repo is not None and repo in vae.repositories):
+            return vae
+    return None
+
+
+def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The config fields that the shapes of a complete checkpoint (diffusers keys) determine.
+
+    Raises `ConfigError` where the keys are not those of an `AutoencoderKL`.
+    """
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in shapes:
+            raise ConfigError(
+                f"not an AutoencoderKL: there is no tensor {key!r} (nor its name in the original format) among the "
+                f"{len(shapes)} encoder and decoder tensors of the file"
+            )
+        return shapes[key]
+
+    levels = _count(shapes, r"encoder\.down_blocks\.(\d+)\.")
+    layers = _count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    channels = tuple(shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
+
+    def block_types(side: str, plain: str, attention: str) -> tuple[str, ...]:
+        prefixes = (f"{side}.{i}.attentions." for i in range(levels))
+        return tuple(attention if any(key.startswith(p) for key in shapes) else plain for p in prefixes)
+
+    return {
+        "in_channels": shape("encoder.conv_in.weight")[1],
+        "out_channels": shape("decoder.conv_out.weight")[0],
+        "latent_channels": shape("encoder.conv_out.weight")[0] // 2,
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "down_block_types": block_types("encoder.down_blocks", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": block_types("decoder.up_blocks", "UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "mid_block_add_attention": any(key.startswith("encoder.mid_block.attentions.") for key in shapes),
+    }
+
+
+def complete_config(
+    architecture: Mapping[str, Any],
+    *,
+    given: Mapping[str, Any] | None = None,
+    public: PublicVae | None = None,
+) -> VaeConfig:
+    """A config from what the shapes say, what the caller gives (which wins) and what is public.
+
+    Scaling and shift that nobody states become None, never a default.
+    """
+    values: dict[str, Any] = {"scaling_factor": None, "shift_factor": None, "sample_size": 512, **architecture}
+    if (architecture["block_out_channels"], architecture["layers_per_block"]) in PUBLIC_ARCHITECTURES:
+        values["norm_num_groups"] = PUBLIC_NORM_NUM_GROUPS
+    if public is not None:
+        facts = ("scaling_factor", "shift_factor", "sample_size", "force_upcast")
+        values |= {name: getattr(public, name) for name in facts}
+    values |= {name: value for name, value in (given or {}).items() if not name.startswith("_")}
+    unknown = sorted(values.keys() - {field.name for field in fields(VaeConfig)})
+    if unknown:
+        raise ConfigError(f"config has fields that no AutoencoderKL has: {', '.join(unknown)}")
+    if "norm_num_groups" not in values:
+        raise ConfigError(
+            f"the file does not say norm_num_groups, and block_out_channels {list(values['block_out_channels'])} with "
+            f"{values['layers_per_block']} layers a block is not a public architecture, whose value would be known; "
+            "give config={'norm_num_groups': ...} or the model's config.json (--config)"
+        )
+    return VaeConfig(**values)
+
+
+def with_factors(config: VaeConfig, scaling_factor: float | None, shift_factor: float | None) -> VaeConfig:
+    """The config with the factors that the caller gives; None leaves a factor as it is."""
+    given = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _count(shapes: Mapping[str, Any], pattern: str) -> int:
+    """How many consecutive indices from 0 the pattern's group takes among the keys."""
+    found = {int(match.group(1)) for key in shapes if (match := re.match(pattern, key))}
+    count = 0
+    while count in found:
+        count += 1
+    return count

@@ -1,0 +1,91 @@
+"""Names of tensors: from every format in which an `AutoencoderKL` is published to those of diffusers.
+
+Three things vary: where the VAE sits in the file (bare, or below a prefix in a whole checkpoint), whose names it has
+(diffusers, or the original latent-diffusion code, "LDM"), and how the attention is called (old diffusers called it
+query, key, value, proj_attn; the original code stores it as 1x1 convolutions).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from runtimes.errors import ConfigError
+
+PREFIXES = ("first_stage_model.", "vae.")
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+# What the original code saves beside the VAE: training loss, moving averages, and the other models of a checkpoint.
+DROPPED = (
+    "loss.", "model_ema.", "model.", "cond_stage_model.", "conditioner.", "denoiser.", "text_encoders.",
+    "text_encoder.", "text_encoder_2.", "text_encoder_3.", "unet.", "transformer.", "lora_", "embedder.",
+)  # fmt: skip
+
+_ATTENTION_LEAVES = {
+    "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
+    "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
+}  # fmt: skip
+_ATTENTION = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(_ATTENTION_LEAVES)})\.(weight|bias)")
+
+
+def select_vae_keys(keys: Iterable[str]) -> dict[str, str]:
+    """The VAE's keys of a file, {key without prefix: key in the file}.
+
+    Other models of a whole checkpoint, and the training loss, are dropped by their prefixes; what is then left over
+    stays in, so that whoever checks the weights can name it.
+    """
+    keys = list(keys)
+    for prefix in PREFIXES:
+        inside = {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
+        if inside:
+            return {name: key for name, key in inside.items() if not name.startswith(DROPPED)}
+    bare = {key: key for key in keys if not key.startswith(DROPPED)}
+    if not any(key.startswith(("encoder.", "decoder.")) for key in bare):
+        raise ConfigError(
+            f"no VAE among the {len(keys)} tensors: none is named encoder.* or decoder.*, alone or below "
+            f"{' or '.join(PREFIXES)} (the first is {keys[0]!r})" if keys else "the file holds no tensors"
+        )
+    return bare
+
+
+def to_diffusers_names(names: Iterable[str]) -> dict[str, str]:
+    """{name as given: name in diffusers} for names without prefix; those that are already right map to themselves."""
+    names = list(names)
+    ups = [int(match.group(1)) for name in names if (match := re.match(r"decoder\.up\.(\d+)\.", name))]
+    levels = max(ups) + 1 if ups else 0
+    mapping = {name: _modern_attention(_from_ldm(name, levels)) for name in names}
+    if len(set(mapping.values())) != len(mapping):
+        seen: dict[str, str] = {}
+        for name, target in mapping.items():
+            if target in seen:
+                raise ConfigError(f"{seen[target]!r} and {name!r} are both {target!r}: two formats in one file")
+            seen[target] = name
+    return mapping
+
+
+def is_attention_projection(name: str) -> bool:
+    """Whether a diffusers name is a linear weight that older files store as a 1x1 convolution."""
+    return re.fullmatch(r".*\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight", name) is not None
+
+
+def _from_ldm(name: str, levels: int) -> str:
+    """`decoder.up.2.block.0.nin_shortcut.weight` -> `decoder.up_blocks.1.resnets.0.conv_shortcut.weight`."""
+    if not name.startswith(("encoder.", "decoder.")):
+        return name
+    side, rest = name.split(".", 1)
+    rest = re.sub(r"^norm_out\.", "conv_norm_out.", rest)
+    rest = re.sub(r"^mid\.block_([12])\.", lambda m: f"mid_block.resnets.{int(m[1]) - 1}.", rest)
+    rest = re.sub(r"^mid\.attn_1\.", "mid_block.attentions.0.", rest)
+    rest = re.sub(r"^down\.(\d+)\.", r"down_blocks.\1.", rest)
+    # The original decoder numbers its levels from the full-size end.
+    rest = re.sub(r"^up\.(\d+)\.", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.", rest)
+    rest = re.sub(r"^((?:down|up)_blocks\.\d+)\.block\.", r"\1.resnets.", rest)
+    rest = re.sub(r"^((?:down|up)_blocks\.\d+)\.attn\.", r"\1.attentions.", rest)
+    rest = re.sub(r"^(down_blocks\.\d+)\.downsample\.", r"\1.downsamplers.0.", rest)
+    rest = re.sub(r"^(up_blocks\.\d+)\.upsample\.", r"\1.upsamplers.0.", rest)
+    return f"{side}.{rest.replace('.nin_shortcut.', '.conv_shortcut.')}"
+
+
+def _modern_attention(name: str) -> str:
+    match = _ATTENTION.fullmatch(name)
+    return f"{match[1]}.{_ATTENTION_LEAVES[match[2]]}.{match[3]}" if match else name
