@@ -1,0 +1,85 @@
+"""Open a bundle and encode and decode with it: the same API on every backend, without PyTorch.
+
+from runtimes import open_vae
+
+with open_vae("out/sdxl") as vae:
+    latents = vae.images_to_latents(images)      # uint8 [B, H, W, 3] -> scaled latents
+    images = vae.latents_to_images(latents)
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from runtimes.base import VaeRuntime
+from runtimes.bundle import Bundle
+from runtimes.config import VaeConfig
+from runtimes.errors import (
+    BackendUnavailable,
+    BundleError,
+    CompatibilityError,
+    ConfigError,
+    IntegrityError,
+    NumericsError,
+    OutOfMemoryError,
+    ShapeError,
+    VaeError,
+)
+from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
+from runtimes.posterior import DiagonalGaussianDistribution
+
+__all__ = [
+    "AutoencoderKLOutput",
+    "BackendUnavailable",
+    "Bundle",
+    "BundleError",
+    "CompatibilityError",
+    "ConfigError",
+    "DecoderOutput",
+    "DiagonalGaussianDistribution",
+    "IntegrityError",
+    "NumericsError",
+    "OutOfMemoryError",
+    "ShapeError",
+    "VaeConfig",
+    "VaeError",
+    "VaeRuntime",
+    "open_vae",
+]
+
+#: backend -> "module:class", imported when it is first opened
+BACKENDS = {
+    "onnxruntime": "runtimes.onnxruntime:OnnxRuntimeVae",
+}
+#: target of a bundle -> the backends that open it, the default first
+BACKENDS_OF_TARGET: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnxruntime",),
+}
+
+
+def open_vae(path: str | Path, *, backend: str | None = None, device: str = "cpu", **options: Any) -> VaeRuntime:
+    """Open a bundle. The backend follows from the bundle's target; `backend` chooses another that can open it.
+
+    `options` are those of the backend's class; all take `check_finite=True`, which turns NaN and infinity in a result
+    into `NumericsError`.
+
+    Raises `BundleError` where there is no bundle, `IntegrityError` where a file is not what the manifest says,
+    `CompatibilityError` where the backend cannot load it, `BackendUnavailable` where backend or device is not here.
+    """
+    bundle = Bundle(path)
+    known = BACKENDS_OF_TARGET.get(bundle.manifest.target, ())
+    if not known:
+        raise CompatibilityError(f"this version opens no {bundle.manifest.target} bundles")
+    chosen = backend or known[0]
+    if chosen not in BACKENDS:
+        raise BackendUnavailable(f"no backend {chosen!r}; known are {', '.join(BACKENDS)}")
+    if chosen not in known:
+        raise CompatibilityError(
+            f"backend {chosen} does not open {bundle.manifest.target} bundles; {', '.join(known)} does"
+        )
+    module, _, name = BACKENDS[chosen].partition(":")
+    runtime = getattr(importlib.import_module(module), name)(bundle, device=device, **options)
+    assert isinstance(runtime, VaeRuntime)
+    return runtime

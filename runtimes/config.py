@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -72,11 +72,13 @@ class VaeConfig:
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise ConfigError(
-                f"{origin} has fields that no AutoencoderKL has: {', '.join(unknown)}. It is the config of another "
-                "model, or of a newer diffusers; remove the fields if they are meaningless"
+                f"{origin} has fields that no AutoencoderKL has: {', '.join(map(repr, unknown[:5]))}. It is the config of "
+                "another model, or of a newer diffusers; remove the fields if they are meaningless"
             )
         if not data.keys() & {"_class_name", "block_out_channels", "latent_channels"}:
-            raise ConfigError(f"{origin} has neither _class_name, block_out_channels nor latent_channels: not a VAE config")
+            raise ConfigError(
+                f"{origin} has neither _class_name, block_out_channels nor latent_channels: not a VAE config"
+            )
         sample_size = values.get("sample_size")
         if isinstance(sample_size, (list, tuple)) and sample_size:
             values["sample_size"] = sample_size[0]  # as diffusers does for its tile size
@@ -112,8 +114,10 @@ def _check(config: VaeConfig) -> None:
         if not fits:
             raise ConfigError(f"{name} = {getattr(config, name)!r}: {rule}")
 
-    for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "sample_size"):
-        require(name, _is_size(getattr(config, name)), "must be a positive integer")
+    for name in ("in_channels", "out_channels", "latent_channels", "norm_num_groups", "sample_size"):
+        require(name, _is_size(getattr(config, name)), "must be an integer from 1 to 65536")
+    layers = config.layers_per_block
+    require("layers_per_block", _is_size(layers) and layers <= 64, "must be an integer from 1 to 64")
     for name in ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
         require(name, isinstance(getattr(config, name), bool), "must be true or false")
 
@@ -136,7 +140,9 @@ def _check(config: VaeConfig) -> None:
         require(name, len(types) == len(channels), f"must have one entry per level, and there are {len(channels)}")
     require("act_fn", config.act_fn in ACTIVATIONS, f"known activations are {', '.join(ACTIVATIONS)}")
 
-    require("scaling_factor", config.scaling_factor is None or _is_real(config.scaling_factor), "must be a finite number")
+    require(
+        "scaling_factor", config.scaling_factor is None or _is_real(config.scaling_factor), "must be a finite number"
+    )
     require("scaling_factor", config.scaling_factor is None or config.scaling_factor != 0, "must not be 0")
     require("shift_factor", config.shift_factor is None or _is_real(config.shift_factor), "must be a finite number")
     for name in ("latents_mean", "latents_std"):
@@ -151,8 +157,9 @@ def _check(config: VaeConfig) -> None:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 65536
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Not math.isfinite: an integer beyond all floats would raise OverflowError there.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -6,9 +6,12 @@ nothing of an array but slicing and arithmetic, and therefore serves NumPy array
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from runtimes.errors import ShapeError
+from runtimes.posterior import array_module
 
 Array = TypeVar("Array")
 
@@ -33,15 +36,21 @@ def run_tiled(
     function: Callable[[Array], Array],
     x: Array,
     grid: TileGrid,
-    concatenate: Callable[[Sequence[Array], int], Array],
 ) -> Array:
     """Apply `function` to the tiles of `x` [B, C, H, W] and blend the results into one array.
 
     A tile is blended with the one above first, then with the one to its left, in place: the neighbours used are the
     blended ones. Tiles at the right and bottom edge are cut off, not shifted. Only two rows of tiles are held.
 
-    `function` must return an array of its own that may be written to; `concatenate` is `np.concatenate` or `torch.cat`.
+    `function` must return an array of its own, which is written to. Raises `ShapeError` where tiles would not meet.
     """
+    # Both lengths were truncated: where they were not whole, the pieces would not meet, and the result have another size.
+    if grid.step < 1 or grid.kept < 1 or grid.kept * grid.tile != grid.step * (grid.kept + grid.blend):
+        raise ShapeError(
+            f"tiles of {grid.tile} cannot advance by {grid.step} and give {grid.kept} of {grid.kept + grid.blend}; "
+            "tile_overlap_factor must be below 1, and that part of tile_latent_min_size a whole number"
+        )
+    concatenate = array_module(x).concatenate
     height, width = x.shape[-2:]  # type: ignore[attr-defined]
     above: list[Any] = []
     finished_rows: list[Any] = []
@@ -56,7 +65,8 @@ def run_tiled(
             row.append(tile)
         finished_rows.append(concatenate([tile[:, :, : grid.kept, : grid.kept] for tile in row], 3))
         above = row
-    return concatenate(finished_rows, 2)
+    result: Array = concatenate(finished_rows, 2)
+    return result
 
 
 def _blend(before: Any, after: Any, extent: int, axis: int) -> None:

@@ -70,7 +70,9 @@ def to_tensor(photo: np.ndarray) -> Tensor:
 def pyramid(photo: np.ndarray, smallest: int) -> list[Tensor]:
     image = Image.fromarray(photo).convert("RGB")
     sizes = [(round(image.width * scale), round(image.height * scale)) for scale in SCALES]
-    return [to_tensor(np.asarray(image.resize(size, Image.Resampling.LANCZOS))) for size in sizes if min(size) > smallest]
+    return [
+        to_tensor(np.asarray(image.resize(size, Image.Resampling.LANCZOS))) for size in sizes if min(size) > smallest
+    ]
 
 
 class Crops:
@@ -127,7 +129,7 @@ def latent_statistics(model: AutoencoderKL, crops: Crops, count: int = 64) -> tu
 
 
 def start_as_identity(model: AutoencoderKL) -> None:
-    """Residual branches begin at zero and resampling convolutions orthogonal: 3 dB further after the same time."""
+    """Residual branches begin at zero and resampling convolutions orthogonal."""
     for name, module in model.named_modules():
         if name.endswith((".conv2", ".to_out.0")):
             torch.nn.init.zeros_(module.weight)
@@ -136,11 +138,69 @@ def start_as_identity(model: AutoencoderKL) -> None:
             torch.nn.init.orthogonal_(module.weight)
 
 
+@torch.no_grad()
+def start_encoder_at_principal_components(model: AutoencoderKL, crops: Crops) -> None:
+    """Let the encoder begin as the best linear one: the 16 principal components of 8x8 patches.
+
+    The residual stream carries the patch unchanged: each strided convolution moves 2x2 pixels into channels, and the
+    last projects the 192 values. Two things stand in the way of linearity at the end. GroupNorm divides by the
+    deviation of each group: two constant channels in it, far larger than the rest, make that a constant too. SiLU is
+    undone by carrying every component twice, with both signs: silu(x) - silu(-x) = x.
+    """
+    encoder, side, constant = model.encoder, 8, 30.0
+    tiled = (crops.batch(1, 96).unfold(2, side, side).unfold(3, side, side) for _ in range(300))
+    patches = torch.cat([t.reshape(3, -1, side * side) for t in tiled], dim=1)
+    patches = patches.permute(1, 0, 2).reshape(-1, 192)  # channel, row, column
+    mean = patches.mean(0)
+    basis = torch.linalg.svd(patches - mean, full_matrices=False).Vh[:16]  # [16, 192]
+    basis = basis / ((patches - mean) @ basis.T).std()
+
+    def clear(layer: torch.nn.Module) -> torch.nn.Module:
+        layer.weight.zero_()
+        layer.bias.zero_()
+        return layer
+
+    def copy_first(layer: torch.nn.Module, count: int) -> None:
+        middle = layer.weight.shape[-1] // 2
+        layer.weight[range(count), range(count), middle, middle] = 1.0
+
+    copy_first(clear(encoder.conv_in), 3)
+    for level, count in ((0, 3), (1, 12)):  # channel c at row r and column s of 2x2 becomes channel 4c + 2r + s
+        conv = clear(encoder.down_blocks[level].downsamplers[0].conv)
+        for c in range(count):
+            for r in range(2):
+                for s in range(2):
+                    conv.weight[4 * c + 2 * r + s, c, r, s] = 1.0
+    copy_first(clear(encoder.down_blocks[1].resnets[0].conv_shortcut), 12)
+    copy_first(clear(encoder.down_blocks[2].resnets[0].conv_shortcut), 48)
+    last = clear(encoder.down_blocks[2].downsamplers[0].conv)
+    for c in range(3):
+        for y in range(8):
+            for x in range(8):
+                # Bits of y and x: the lowest was moved first, the highest is what the last convolution sees.
+                inner = 4 * (4 * c + 2 * (y % 2) + x % 2) + 2 * (y // 2 % 2) + x // 2 % 2
+                last.weight[:16, inner, y // 4, x // 4] = basis[:, 64 * c + 8 * y + x]
+    last.bias[:16] = -(basis @ mean)
+
+    shortcut, out = clear(encoder.down_blocks[3].resnets[0].conv_shortcut), clear(encoder.conv_out)
+    encoder.conv_norm_out.weight.fill_(constant / math.sqrt(3))
+    for component in range(16):
+        plus = 6 * (component // 2) + 2 * (component % 2)
+        for channel, sign in ((plus, 1.0), (plus + 1, -1.0)):
+            shortcut.weight[channel, component] = sign
+            out.weight[component, channel, 1, 1] = sign
+    for group in range(16):
+        shortcut.bias[6 * group + 4] = constant
+        shortcut.bias[6 * group + 5] = -constant
+    out.bias[16:] = -8.0  # logvar
+
+
 def train(minutes: float, out: Path, seed: int, batch: int, peak_rate: float) -> None:
     torch.manual_seed(seed)
     crops = Crops(seed, largest=160)
     model = AutoencoderKL(CONFIG)
     start_as_identity(model)
+    start_encoder_at_principal_components(model, crops)
     average = AutoencoderKL(CONFIG).eval()
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -151,6 +211,7 @@ def train(minutes: float, out: Path, seed: int, batch: int, peak_rate: float) ->
         rate = peak_rate * min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
+        model.encoder.requires_grad_(progress > 0.1)  # the decoder first learns to read what is there
         side = int(crops.rng.choice([96, 128, 160], p=[0.5, 0.3, 0.2]))
         x = crops.batch(max(2, batch * 96 * 96 // (side * side)), side)
         with torch.autocast("cpu", torch.bfloat16):
@@ -186,7 +247,9 @@ def save(model: AutoencoderKL, crops: Crops, out: Path, facts: dict[str, float])
     report = {**facts, "held_out_psnr_db": reached, "photos": TRAINING_PHOTOS}
 
     out.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous() for n, t in weights.items()}, out / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    save_file(
+        {n: t.contiguous() for n, t in weights.items()}, out / "diffusion_pytorch_model.safetensors", {"format": "pt"}
+    )
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"{facts} {reached} scaling {scaling_factor} shift {shift_factor}", flush=True)
@@ -197,8 +260,8 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=70)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=8, help="crops of 96x96 a step; larger crops come in fewer")
-    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--batch", type=int, default=5, help="crops of 96x96 a step; larger crops come in fewer")
+    parser.add_argument("--rate", type=float, default=4e-4, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

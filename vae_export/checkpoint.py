@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +22,7 @@ from torch import Tensor
 from runtimes.config import VaeConfig
 from runtimes.errors import BundleError, ConfigError, NumericsError
 from vae_export.config import complete_config, find_public_vae, infer_architecture, with_factors
+from vae_export.hub import Hub, check_repository, commit_of, first_line, parse_hub_url
 from vae_export.keys import is_attention_projection, select_vae_keys, to_diffusers_names
 from vae_export.model import AutoencoderKL, Source
 
@@ -30,56 +30,9 @@ EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 WEIGHTS_FILES = (WEIGHTS_FILE, "diffusion_pytorch_model.fp16.safetensors")
+PICKLED_WEIGHTS_FILE = "diffusion_pytorch_model.bin"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 SHOWN = 5  #: how many keys an error lists before it counts the rest
-
-
-class Hub(NamedTuple):
-    """How the Hub is asked. The endpoint and offline mode are huggingface_hub's: HF_ENDPOINT, HF_HUB_OFFLINE."""
-
-    revision: str | None = None
-    cache_dir: str | Path | None = None
-    token: str | None = None
-    local_files_only: bool = False
-
-    def download(self, repo: str, filename: str, *, optional: bool = False) -> Path | None:
-        """The local path of a repository's file; None where it is `optional` and the repository lacks it."""
-        import httpx
-        from huggingface_hub import errors, hf_hub_download
-
-        try:
-            return Path(
-                hf_hub_download(
-                    repo,
-                    filename,
-                    revision=self.revision,
-                    cache_dir=self.cache_dir,
-                    token=self.token,
-                    local_files_only=self.local_files_only,
-                )
-            )
-        except errors.LocalEntryNotFoundError as error:
-            # Raised offline, where a file not in the cache may or may not exist, and when the Hub is out of reach.
-            if optional:
-                return None
-            raise ConfigError(
-                f"{repo}/{filename} is not in the local cache and the Hub was not reached; go online once, or give a "
-                f"local path ({_first_line(error)})"
-            ) from None
-        except errors.EntryNotFoundError:
-            if optional:
-                return None
-            raise ConfigError(f"repository {repo} has no file {filename} at revision {self.revision or 'main'}") from None
-        except errors.GatedRepoError:
-            raise ConfigError(
-                f"repository {repo} is gated: accept its licence on the Hub, then log in with `hf auth login`"
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise ConfigError(f"repository {repo} has no revision {self.revision!r}") from None
-        except errors.RepositoryNotFoundError:
-            raise ConfigError(f"no repository {repo} on the Hub (or it is private: log in with `hf auth login`)") from None
-        except (errors.HfHubHTTPError, errors.HFValidationError, httpx.HTTPError, OSError) as error:
-            raise ConfigError(f"could not get {filename} of {repo} from the Hub: {_first_line(error)}") from None
 
 
 class Weights(NamedTuple):
@@ -99,7 +52,7 @@ def load_model(
     shift_factor: float | None = None,
     hub: Hub | None = None,
 ) -> AutoencoderKL:
-    """Load whatever the command line's --model names: a directory, a Hub id, a URL or a file; None is the embedded model."""
+    """Load what the command line's --model names: directory, Hub id, URL or file; None is the embedded model."""
     if source is None:
         model = load_pretrained(EMBEDDED)
         model.source = model.source._replace(given="embedded", kind="embedded")
@@ -125,17 +78,26 @@ def load_pretrained(source: str | Path, *, subfolder: str | None = None, hub: Hu
     elif _is_single_file(source):
         raise ConfigError(f"{source} is a single file: load it with from_single_file")
     else:
-        repo = _check_repository(str(source))
+        repo = check_repository(str(source))
         folder = f"{subfolder}/" if subfolder else ""
         config_file = hub.download(repo, folder + CONFIG_FILE, optional=True)
         if config_file is None:
             if hub.download(repo, "model_index.json", optional=True) is not None:
                 raise ConfigError(f"repository {repo} is a whole pipeline: give subfolder='vae'")
             config_file = hub.download(repo, folder + CONFIG_FILE)  # raises, saying why
+            assert config_file is not None
+        hub = hub.pinned(config_file)
         weights_file = next((f for n in WEIGHTS_FILES if (f := hub.download(repo, folder + n, optional=True))), None)
-        if config_file is None or weights_file is None:
-            raise ConfigError(f"repository {repo} has no {folder}{WEIGHTS_FILE}; only safetensors weights are read")
-        config_path, weights_path, commit = config_file, weights_file, _commit_of(weights_file)
+        if weights_file is None:
+            if hub.offline:
+                hub.download(repo, folder + WEIGHTS_FILE)  # raises, saying why
+            pickle = folder + PICKLED_WEIGHTS_FILE
+            raise ConfigError(
+                f"repository {repo} has no {folder}{WEIGHTS_FILE}, and only .safetensors is read. If it has {pickle} "
+                f"and you trust it: `hf download {repo} {pickle} --local-dir .`, then convert it: "
+                f"{_conversion(Path(pickle))}"
+            )
+        config_path, weights_path, commit = config_file, weights_file, commit_of(weights_file)
 
     config = VaeConfig.from_json(config_path)
     weights = read_weights(weights_path)
@@ -154,6 +116,7 @@ def load_single_file(
     """`AutoencoderKL.from_single_file`: a local file or the URL of a file on the Hub."""
     hub = hub or Hub()
     located = parse_hub_url(str(source))
+    complete = _complete_config_from(config, hub)
     repo, commit, beside = None, None, None
     if located is not None:
         repo, revision, filename = located
@@ -161,19 +124,18 @@ def load_single_file(
         refuse_pickle(filename)
         path = hub.download(repo, filename)
         assert path is not None
-        commit = _commit_of(path)
-        beside = _config_of_repository(hub, repo, filename)
+        commit = commit_of(path)
+        beside = _config_of_repository(hub.pinned(path), repo, filename) if complete is None else None
     else:
         path = Path(source)
     weights = read_weights(path)
     architecture = infer_architecture({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
 
-    complete = _complete_config_from(config, hub)
-    if complete is None and beside is not None and _agrees(beside, architecture):
-        complete = beside
     if complete is None:
-        partial = config if isinstance(config, Mapping) else None
-        complete = complete_config(architecture, given=partial, public=find_public_vae(repo, weights.sha256))
+        given = dict(config) if isinstance(config, Mapping) else {}
+        if beside is not None and _agrees(beside, architecture):
+            given = beside.to_dict() | given
+        complete = complete_config(architecture, given=given, public=find_public_vae(repo, weights.sha256))
     complete = with_factors(complete, scaling_factor, shift_factor)
     kind = "file" if repo is None else "hub"
     return build_model(complete, weights.tensors, Source(str(source), kind, weights.sha256, repo, commit))
@@ -208,7 +170,7 @@ def read_weights(path: Path) -> Weights:
             names = to_diffusers_names(selected)
             tensors = {names[bare]: file.get_tensor(key) for bare, key in selected.items()}
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a complete safetensors file: {_first_line(error)}") from None
+        raise ConfigError(f"{path} is not a complete safetensors file: {first_line(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     for name, tensor in tensors.items():
@@ -222,8 +184,16 @@ def read_weights(path: Path) -> Weights:
 
 def build_model(config: VaeConfig, tensors: Mapping[str, Tensor], source: Source) -> AutoencoderKL:
     """The reference model with these weights, in eval mode. Strict: `ConfigError` or `NumericsError` otherwise."""
-    with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
-        model = AutoencoderKL(config)
+    layers = config.layers_per_block
+    if layers > len(tensors):  # checked here since a network of a billion layers would take for ever to make
+        raise ConfigError(
+            f"{source.given}: layers_per_block = {layers}, and the file has {len(tensors)} tensors in all"
+        )
+    try:
+        with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
+            model = AutoencoderKL(config)
+    except (RuntimeError, TypeError) as error:  # what torch raises for sizes beyond 64 bits
+        raise ConfigError(f"{source.given}: no network has the sizes in this config: {first_line(error)}") from None
     _check_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}, tensors, source.given)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.source = source
@@ -243,7 +213,9 @@ def _check_weights(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str
         raise ConfigError(f"{given}: the weights do not fit the config. " + "; ".join(problems))
     not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if not_finite:
-        raise NumericsError(f"{given}: NaN or infinity in {len(not_finite)} of {len(tensors)} weights: {_listed(not_finite)}")
+        raise NumericsError(
+            f"{given}: NaN or infinity in {len(not_finite)} of {len(tensors)} weights: {_listed(not_finite)}"
+        )
 
 
 def refuse_pickle(path: str | Path) -> None:
@@ -252,15 +224,30 @@ def refuse_pickle(path: str | Path) -> None:
     is_pickle = path.suffix.lower() in PICKLES
     if not is_pickle and path.is_file():
         with path.open("rb") as file:
-            start = file.read(4)
-        is_pickle = start[:2] == b"\x80\x02" or start == b"PK\x03\x04"
+            start = file.read(9)
+        # The first 8 bytes of a safetensors file are a length, which may look like anything; then its JSON starts.
+        is_pickle = start[8:] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04")
     if is_pickle:
         raise ConfigError(
-            f"{path} is a pickle, and loading one runs whatever code is in it: only .safetensors is read. To convert one "
-            'that you trust: python -c "import sys, torch, safetensors.torch as s; w = torch.load(sys.argv[1], '
-            "weights_only=True, map_location='cpu'); w = w.get('state_dict', w); s.save_file({k: v.contiguous() for k, v in "
-            f"w.items() if torch.is_tensor(v)}}, sys.argv[2])\" {path} {path.with_suffix('.safetensors')}"
+            f"{path} is a pickle, and loading one runs whatever code is in it: only .safetensors is read. To convert "
+            f"one that you trust: {_conversion(path)}"
         )
+
+
+def _conversion(path: Path) -> str:
+    """The shell command that converts a pickle."""
+    target = path.with_suffix(".safetensors")
+    if target == path:  # a pickle in disguise
+        target = path.with_name(f"{path.stem}-converted.safetensors")
+    code = (
+        "import sys, torch, safetensors.torch as s; "
+        # open: torch.load goes by the name, and would not read a pickle in disguise
+        "w = torch.load(open(sys.argv[1], 'rb'), weights_only=True, map_location='cpu'); "
+        "w = w.get('state_dict', w); "
+        # clone: safetensors refuses tensors that share memory
+        "s.save_file({k: v.clone().contiguous() for k, v in w.items() if torch.is_tensor(v)}, sys.argv[2])"
+    )
+    return f'python -c "{code}" {shlex.quote(str(path))} {shlex.quote(str(target))}'
 
 
 # Configs ----------------------------------------------------------------------------------------------------------
@@ -275,7 +262,7 @@ def _complete_config_from(config: VaeConfig | Mapping[str, Any] | str | Path | N
     path = Path(config)
     if path.exists():
         return VaeConfig.from_json(path / CONFIG_FILE if path.is_dir() else path)
-    repo = _check_repository(str(config))
+    repo = check_repository(str(config))
     plain = hub._replace(revision=None)
     found = plain.download(repo, CONFIG_FILE, optional=True) or plain.download(repo, f"vae/{CONFIG_FILE}")
     assert found is not None
@@ -302,24 +289,11 @@ def _agrees(config: VaeConfig, architecture: Mapping[str, Any]) -> bool:
 # Places -----------------------------------------------------------------------------------------------------------
 
 
-def parse_hub_url(text: str) -> tuple[str, str, str] | None:
-    """`https://huggingface.co/ORG/REPO/blob/REV/path/file` -> (ORG/REPO, REV, path/file); None if it is no URL."""
-    if not re.match(r"https?://", text):
-        return None
-    url = urlsplit(text)
-    hosts = {"huggingface.co", "www.huggingface.co", "hf.co", urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc}
-    parts = [unquote(part) for part in url.path.strip("/").split("/")]
-    if url.netloc not in hosts or len(parts) < 5 or parts[2] not in ("blob", "resolve", "raw"):
-        raise ConfigError(
-            f"{text} is not the URL of a file on the Hub, which reads https://huggingface.co/ORG/REPO/blob/REVISION/FILE; "
-            "for a file from elsewhere, download it and give its path"
-        )
-    return f"{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:])
-
-
 def _is_single_file(source: str | Path) -> bool:
     text = str(source)
-    return text.startswith(("http://", "https://")) or text.endswith((".safetensors", *PICKLES)) or Path(source).is_file()
+    return (
+        text.startswith(("http://", "https://")) or text.endswith((".safetensors", *PICKLES)) or Path(source).is_file()
+    )
 
 
 def _find_in_directory(directory: Path) -> tuple[Path, Path]:
@@ -339,18 +313,6 @@ def _find_in_directory(directory: Path) -> tuple[Path, Path]:
     raise ConfigError(f"{directory} has no {WEIGHTS_FILE}")
 
 
-def _check_repository(source: str) -> str:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(("./", "../", "~")):
-        return source
-    raise ConfigError(f"{source} is neither a directory or file here nor a Hub id (ORG/REPO)")
-
-
-def _commit_of(path: Path) -> str | None:
-    """The commit of a file in the Hub cache, .../snapshots/COMMIT/file."""
-    match = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", str(path))
-    return match.group(1) if match else None
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -359,8 +321,3 @@ def _sha256(path: Path) -> str:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
 
-__all__ = ["VaeConfig", "complete_config", "infer_architecture", "find_public_vae"]
+__all__ = ["VaeConfig", "complete_config", "find_public_vae", "infer_architecture"]
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,16 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """
 
     def shape(key: str) -> tuple[int, ...]:
+        """Of a convolution: [out, in, height, width]."""
         if key not in shapes:
             raise ConfigError(
                 f"not an AutoencoderKL: there is no tensor {key!r} (nor its name in the original format) among the "
                 f"{len(shapes)} encoder and decoder tensors of the file"
+            )
+        if len(shapes[key]) != 4:
+            raise ConfigError(
+                f"not an AutoencoderKL: tensor {key!r} has shape {list(shapes[key])}, and the weight of a 2-D "
+                "convolution has four dimensions"
             )
         return shapes[key]
 
@@ -158,7 +164,7 @@ def complete_config(
 
 def with_factors(config: VaeConfig, scaling_factor: float | None, shift_factor: float | None) -> VaeConfig:
     """The config with the factors that the caller gives; None leaves a factor as it is."""
-    given = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+    given: dict[str, Any] = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from runtimes.errors import ConfigError
 
 PREFIXES = ("first_stage_model.", "vae.")
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 # What the original code saves beside the VAE: training loss, moving averages, and the other models of a checkpoint.
 DROPPED = (
@@ -41,9 +40,11 @@ def select_vae_keys(keys: Iterable[str]) -> dict[str, str]:
             return {name: key for name, key in inside.items() if not name.startswith(DROPPED)}
     bare = {key: key for key in keys if not key.startswith(DROPPED)}
     if not any(key.startswith(("encoder.", "decoder.")) for key in bare):
+        if not keys:
+            raise ConfigError("the file holds no tensors")
         raise ConfigError(
             f"no VAE among the {len(keys)} tensors: none is named encoder.* or decoder.*, alone or below "
-            f"{' or '.join(PREFIXES)} (the first is {keys[0]!r})" if keys else "the file holds no tensors"
+            f"{' or '.join(PREFIXES)} (the first is {keys[0]!r})"
         )
     return bare
 

@@ -1,7 +1,7 @@
-"""The reference `AutoencoderKL`: the image VAE of Stable Diffusion, SDXL, SD3, FLUX.1 and their kin.
+"""The reference `AutoencoderKL`, the image VAE of Stable Diffusion, SDXL, SD3, FLUX.1 and their kin.
 
-Module names are those of diffusers, so that its weights load as they are. Shapes in the docstrings: B batch, C channels,
-H and W height and width, f = 2 ** (levels - 1) the spatial ratio (8 for Stable Diffusion).
+Module names are those of diffusers, so that its weights load as they are. In the docstrings B is the batch, C the
+channels, H and W height and width, and f = 2 ** (levels - 1) the spatial ratio (8 for Stable Diffusion).
 
 The architecture is that of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models"
 (arXiv:2112.10752), without the adversarial training around it.
@@ -9,7 +9,7 @@ The architecture is that of Rombach et al., "High-Resolution Image Synthesis wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runtimes.config import VaeConfig
-from runtimes.errors import ConfigError, ShapeError
+from runtimes.errors import ConfigError
 from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
+from runtimes.posterior import DiagonalGaussianDistribution
 from runtimes.tiling import TileGrid, run_tiled
 
 NORM_EPS = 1e-6
@@ -40,59 +41,6 @@ class Source(NamedTuple):
     weights_sha256: str | None = None  #: of the weights file
     repo: str | None = None
     commit: str | None = None  #: 40 hex digits
-
-
-class DiagonalGaussianDistribution:
-    """The posterior over latents: an independent Gaussian per element.
-
-    `parameters` [B, 2*C, h, w] holds mean, then logvar (clamped to [-30, 20]). With `deterministic` the variance is 0.
-    """
-
-    def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
-        self.parameters = parameters
-        self.deterministic = deterministic
-        self.mean, logvar = parameters.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
-        self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
-        self.var = torch.zeros_like(self.mean) if deterministic else torch.exp(self.logvar)
-
-    def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-        """A draw [B, C, h, w]. Noise is drawn in the parameters' dtype on the generator's device, then moved.
-
-        A list of generators, one per sample, makes each sample independent of the batch that it is in.
-        """
-        shape, device, dtype = self.mean.shape, self.parameters.device, self.parameters.dtype
-        if isinstance(generator, Sequence):
-            if len(generator) != shape[0]:
-                raise ShapeError(f"{len(generator)} generators for a batch of {shape[0]}; give one per sample")
-            draws = [torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generator]
-            noise = torch.cat([draw.to(device) for draw in draws])
-        else:
-            where = device if generator is None else generator.device
-            noise = torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
-        return self.mean + self.std * noise
-
-    def mode(self) -> Tensor:
-        """The most likely latents [B, C, h, w]: the mean."""
-        return self.mean
-
-    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """Kullback-Leibler divergence [B] from `other`, or from the standard normal distribution."""
-        if self.deterministic:
-            return torch.tensor([0.0])
-        if other is None:
-            terms = self.mean**2 + self.var - 1.0 - self.logvar
-        else:
-            terms = (self.mean - other.mean) ** 2 / other.var + self.var / other.var - 1.0 - self.logvar + other.logvar
-        return 0.5 * terms.sum(dim=[1, 2, 3])
-
-    def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
-        """Negative log-likelihood of `sample`, summed over `dims`."""
-        if self.deterministic:
-            return torch.tensor([0.0])
-        log_two_pi = 1.8378770664093453
-        terms = log_two_pi + self.logvar + (sample - self.mean) ** 2 / self.var
-        return 0.5 * terms.sum(dim=tuple(dims))
 
 
 class ResnetBlock(nn.Module):
@@ -128,6 +76,9 @@ class Attention(nn.Module):
         self.register_buffer("qkv_weight", None, persistent=False)
         self.register_buffer("qkv_bias", None, persistent=False)
 
+    qkv_weight: Tensor | None
+    qkv_bias: Tensor | None
+
     def fuse(self) -> None:
         """Compute q, k and v with one matrix product instead of three."""
         parts = (self.to_q, self.to_k, self.to_v)
@@ -135,7 +86,8 @@ class Attention(nn.Module):
         self.qkv_bias = torch.cat([part.bias.detach() for part in parts])
 
     def unfuse(self) -> None:
-        self.qkv_weight = self.qkv_bias = None
+        self.qkv_weight = None
+        self.qkv_bias = None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised positions [B, HW, C] -> q, k, v, each [B, HW, C]."""
@@ -155,7 +107,7 @@ class Attention(nn.Module):
         out = self.to_out[0](self.attend(*self.project(positions)))
         # In this order the sum keeps the attention's channels-last strides, as in diffusers: the convolutions after it
         # then run the same kernels there and here.
-        return out.transpose(1, 2).reshape(b, c, h, w) + x
+        return cast(Tensor, out.transpose(1, 2).reshape(b, c, h, w) + x)
 
 
 class Downsample(nn.Module):
@@ -327,12 +279,12 @@ class AutoencoderKL(nn.Module):
 
         Raises `ConfigError` for anything that is not the complete checkpoint of an `AutoencoderKL`.
         """
-        from vae_export import checkpoint
+        from vae_export import checkpoint, hub
 
         return checkpoint.load_pretrained(
             source,
             subfolder=subfolder,
-            hub=checkpoint.Hub(revision, cache_dir, token, local_files_only),
+            hub=hub.Hub(revision, cache_dir, token, local_files_only),
         )
 
     @classmethod
@@ -356,14 +308,14 @@ class AutoencoderKL(nn.Module):
         from the table of public VAEs; where scaling stays unknown, `config.scaling_factor` is None and encoding and
         decoding raw latents works all the same.
         """
-        from vae_export import checkpoint
+        from vae_export import checkpoint, hub
 
         return checkpoint.load_single_file(
             source,
             config=config,
             scaling_factor=scaling_factor,
             shift_factor=shift_factor,
-            hub=checkpoint.Hub(revision, cache_dir, token, local_files_only),
+            hub=hub.Hub(revision, cache_dir, token, local_files_only),
         )
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -374,9 +326,7 @@ class AutoencoderKL(nn.Module):
 
     # Encoding and decoding ----------------------------------------------------------------------------------------
 
-    def encode(
-        self, x: Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Images [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, latent_channels, H//f, W//f]."""
         encode = self._encode_tiled if self._needs_tiling(x, self.tile_sample_min_size) else self.encode_moments
         posterior = DiagonalGaussianDistribution(self._by_slices(encode, x))
@@ -444,18 +394,18 @@ class AutoencoderKL(nn.Module):
 
     def _encode_tiled(self, x: Tensor) -> Tensor:
         grid = TileGrid.of(self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor)
-        return run_tiled(self.encode_moments, x, grid, torch.cat)
+        return run_tiled(self.encode_moments, x, grid)
 
     def _decode_tiled(self, z: Tensor) -> Tensor:
         grid = TileGrid.of(self.tile_latent_min_size, self.tile_sample_min_size, self.tile_overlap_factor)
-        return run_tiled(self.decode_latents, z, grid, torch.cat)
+        return run_tiled(self.decode_latents, z, grid)
 
     def _needs_tiling(self, x: Tensor, largest: int) -> bool:
         return self.use_tiling and max(x.shape[-2:]) > largest
 
     def _by_slices(self, function: Any, x: Tensor) -> Tensor:
         if self.use_slicing and x.shape[0] > 1:
-            return torch.cat([function(sample) for sample in x.split(1)])
+            return torch.cat([function(x[i : i + 1]) for i in range(x.shape[0])])
         return cast(Tensor, function(x))
 
     # Attention ----------------------------------------------------------------------------------------------------

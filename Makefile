@@ -1,0 +1,38 @@
+# make demo    set up, export the embedded model, and picture what it does to a photograph
+# make test    set up and run the tests
+# make lint    style and types
+# make slow    the tests with real-size models
+# make train   train the embedded model anew (over an hour)
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint slow train clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/vae-export --to onnx --out out/tiny --overwrite
+	$(BIN)/vae-export inspect out/tiny
+	$(BIN)/vae-export roundtrip out/tiny vae_export/assets/photos/coffee.jpg --out out/roundtrip.png
+
+test: $(READY)
+	$(BIN)/pytest -q -m "not slow"
+
+slow: $(READY)
+	$(BIN)/pytest -q -m slow
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+train: $(READY)
+	$(BIN)/python -m tools.train_tiny --out vae_export/assets/tiny
+
+clean:
+	rm -rf .venv out build dist *.egg-info

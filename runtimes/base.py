@@ -1,0 +1,221 @@
+"""`VaeRuntime`: the one encode/decode API, and all checking of what comes in.
+
+A backend is a subclass with `_encode`, `_decode` and `_close`, over arrays that have already been checked.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.bundle import Bundle, GraphSpec
+from runtimes.config import VaeConfig
+from runtimes.errors import ConfigError, NumericsError, ShapeError, VaeError
+from runtimes.images import Images, as_uint8_batch, to_float, to_uint8
+from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
+from runtimes.posterior import DiagonalGaussianDistribution, array_module
+from runtimes.tiling import TileGrid, run_tiled
+
+Array = npt.NDArray[Any]
+GraphName = Literal["encoder", "decoder"]
+
+
+class VaeRuntime(ABC):
+    """An opened bundle. Arrays in, arrays out: a NumPy array is answered by one, a torch tensor by a torch tensor.
+
+    Open one with `open_vae`, use it from any number of threads, and close it (or use it in a `with` statement).
+
+    `config` is the model's config, `spec` the graphs with their inputs and outputs; `backend` and `precision` say what
+    runs.
+
+    Tiling may be tuned by plain attributes, as in diffusers: `tile_sample_min_size` and `tile_latent_min_size` (the
+    side of a tile in pixels and in latents; tiling is active only beyond it) and `tile_overlap_factor`.
+    """
+
+    backend: ClassVar[str]
+
+    def __init__(self, bundle: Bundle, *, check_finite: bool = False) -> None:
+        self.manifest = bundle.manifest
+        self.config: VaeConfig = bundle.manifest.config
+        self.spec: Mapping[str, GraphSpec] = bundle.manifest.graphs
+        self.precision = bundle.manifest.precision
+        self.check_finite = check_finite
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_size = self.config.sample_size
+        self.tile_latent_min_size = int(self.config.sample_size / self.config.downscale)
+        self.tile_overlap_factor = 0.25
+        self._closed = False
+
+    # What a backend provides ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _run(self, graph: GraphName, x: Any) -> Any:
+        """Run a graph on an array of its input dtype (NumPy, or torch where given), shape checked; return its kind."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Release sessions and memory; called once."""
+
+    # Encoding and decoding ------------------------------------------------------------------------------------------
+
+    def encode(self, x: Any, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Images, float [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, C, H/f, W/f].
+
+        H and W must be multiples of f (`ShapeError` names the size to pad to). Any float dtype is taken; moments come
+        in the graph's output dtype.
+        """
+        x = self._checked(x, "images", self.config.in_channels, multiple_of=self.config.downscale)
+        grid = TileGrid.of(self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor)
+        posterior = DiagonalGaussianDistribution(self._apply("encoder", x, grid))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Any, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Any]:
+        """Raw (unscaled) latents, float [B, latent_channels, h, w] -> images [B, out_channels, f*h, f*w], not clipped.
+
+        `generator` is accepted, as in diffusers, and not used: decoding is deterministic.
+        """
+        z = self._checked(z, "latents", self.config.latent_channels, multiple_of=1)
+        grid = TileGrid.of(self.tile_latent_min_size, self.tile_sample_min_size, self.tile_overlap_factor)
+        sample = self._apply("decoder", z, grid)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    # Images and scaled latents --------------------------------------------------------------------------------------
+
+    def images_to_latents(self, images: Images, generator: Any = None) -> Array:
+        """uint8 [B, H, W, 3] or [H, W, 3], PIL images or paths -> latents as a diffusion model takes them.
+
+        The latents are scaled and shifted: the posterior's mode, or a draw from it where a generator is given.
+        `ConfigError` where the checkpoint did not say its scaling_factor.
+        """
+        scale = self._latent_scale()
+        posterior = self.encode(to_float(as_uint8_batch(images)))[0]
+        z = posterior.mode() if generator is None else posterior.sample(generator)
+        multiply, add = scale
+        return np.asarray((z - add) * multiply, dtype=np.float32)
+
+    def latents_to_images(self, latents: Any) -> npt.NDArray[np.uint8]:
+        """Scaled latents [B, latent_channels, h, w] -> uint8 [B, f*h, f*w, 3]."""
+        multiply, add = self._latent_scale()
+        raw = self._checked(latents, "latents", self.config.latent_channels, multiple_of=1)
+        if array_module(raw) is not np:
+            raw = raw.detach().cpu().numpy()
+        sample = self.decode((raw / multiply + add).astype(np.float32))[0]
+        return to_uint8(sample)
+
+    def _latent_scale(self) -> tuple[Array, Array]:
+        """(multiply, add), each [1, C, 1, 1] or [1, 1, 1, 1]: scaled = (raw - add) * multiply."""
+        config = self.config
+        if config.scaling_factor is None:
+            raise ConfigError(
+                "the checkpoint does not say its scaling_factor, and guessing it would give wrong latents; export it "
+                "again with --scaling-factor (and --shift-factor), or use encode and decode on raw latents"
+            )
+
+        def per_channel(values: Any) -> Array:
+            return np.asarray(values, dtype=np.float32).reshape(1, -1, 1, 1)
+
+        if config.latents_mean is not None and config.latents_std is not None:
+            # Playground 2.5: normalised per channel, then scaled.
+            return per_channel(config.scaling_factor / np.asarray(config.latents_std)), per_channel(config.latents_mean)
+        return per_channel(config.scaling_factor), per_channel(config.shift_factor or 0.0)
+
+    # Tiling and slicing ---------------------------------------------------------------------------------------------
+
+    def enable_tiling(self) -> None:
+        """Work on large images tile by tile: bounded memory, small differences where tiles meet."""
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Work on the samples of a batch one by one, to save memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def _apply(self, graph: GraphName, x: Any, grid: TileGrid) -> Any:
+        def run(part: Any) -> Any:
+            return self._run(graph, part)
+
+        def run_whole(part: Any) -> Any:
+            if self.use_tiling and max(part.shape[-2:]) > grid.tile:
+                if self.tile_sample_min_size != self.tile_latent_min_size * self.config.downscale:
+                    raise ShapeError(
+                        f"tile_sample_min_size {self.tile_sample_min_size} is not {self.config.downscale} times "
+                        f"tile_latent_min_size {self.tile_latent_min_size}"
+                    )
+                return run_tiled(run, part, grid)
+            return run(part)
+
+        xp = array_module(x)
+        if self.use_slicing and x.shape[0] > 1:
+            result = xp.concatenate([run_whole(x[i : i + 1]) for i in range(x.shape[0])])
+        else:
+            result = run_whole(x)
+        if self.check_finite and not bool(xp.isfinite(result).all()):
+            raise NumericsError(f"the {graph} of this {self.precision} bundle gave NaN or infinity")
+        return result
+
+    # Checking at the edge -------------------------------------------------------------------------------------------
+
+    def _checked(self, x: Any, what: str, channels: int, *, multiple_of: int) -> Any:
+        """`x` as an array in the graph's input dtype; `ShapeError` names the value and the rule."""
+        if self._closed:
+            raise VaeError("this VAE was closed; open the bundle again")
+        xp = array_module(x)
+        if xp is np and not isinstance(x, np.ndarray):
+            try:
+                x = np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
+            except (BufferError, TypeError, ValueError) as error:  # on another device, or ragged
+                raise ShapeError(f"{what} cannot be read as an array: {error}") from None
+        if not _is_float(x, xp):
+            raise ShapeError(f"{what} are floating point, not {x.dtype}; uint8 images go to images_to_latents")
+        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
+            raise ShapeError(f"{what} are [B, {channels}, height, width], not {list(x.shape)}")
+        for axis, name in ((2, "height"), (3, "width")):
+            size = x.shape[axis]
+            if size % multiple_of:
+                padded = size + -size % multiple_of
+                raise ShapeError(f"{name} {size} is not a multiple of {multiple_of}; pad to {padded}")
+        dtype = self.spec["encoder" if what == "images" else "decoder"].input.dtype
+        return x.astype(dtype, copy=False) if xp is np else x.detach().to(getattr(xp, dtype))
+
+    # Life -----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Release everything; using the runtime afterwards raises."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> VaeRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.backend} {self.precision}{' closed' if self._closed else ''}>"
+
+
+def _is_float(x: Any, xp: Any) -> bool:
+    return bool(x.dtype.kind == "f") if xp is np else bool(x.is_floating_point())
+
+
+def answer_in_kind(function: Callable[[Array], Array], x: Any) -> Any:
+    """Apply a NumPy function to `x`; for a torch tensor, answer with a torch tensor on the same device."""
+    if array_module(x) is np:
+        return function(x)
+    torch = sys.modules["torch"]
+    return torch.from_numpy(function(x.cpu().numpy())).to(x.device)

@@ -1,0 +1,321 @@
+"""A bundle on disk: its manifest, and reading its files without trusting them. Standard library only.
+
+A bundle may come from anyone. Before a native parser sees a byte of it, the manifest's schema has been checked, every
+path has been opened without following a link, and the bytes that will be parsed have been hashed: those very bytes, not
+the file, which could change in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtimes.config import VaeConfig
+from runtimes.errors import BundleError, CompatibilityError, ConfigError, IntegrityError
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+MANIFEST_LIMIT = 4 << 20  #: bytes; a manifest with long validation tables has some 50 KB
+FILE_LIMIT = 16 << 30  #: bytes; no VAE comes near
+TARGETS = ("onnx", "tensorrt", "tensorrt-rtx", "openvino", "flax")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+GRAPHS = ("encoder", "decoder")
+DTYPES = ("float32", "float16", "bfloat16")
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    size: int  #: bytes
+    sha256: str  #: 64 hex digits
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph. Dimensions are numbers, or names where they are free."""
+
+    name: str
+    dtype: str  #: as NumPy calls it: float32, float16, ...
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A graph of the bundle: the file that holds it, its input and its output."""
+
+    file: str
+    input: TensorSpec
+    output: TensorSpec
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says. `source`, `rewrites`, `tools` and `validation` are records, for people and tools."""
+
+    version: str  #: of the vae-export that wrote it
+    target: str
+    precision: str
+    config: VaeConfig
+    files: Mapping[str, FileEntry]
+    graphs: Mapping[str, GraphSpec]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    rewrites: tuple[Mapping[str, Any], ...] = ()
+    tools: Mapping[str, str] = field(default_factory=dict)
+    validation: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        data = {
+            "schema_version": SCHEMA_VERSION,
+            "version": self.version,
+            "target": self.target,
+            "precision": self.precision,
+            "config": self.config.to_dict(),
+            "source": dict(self.source),
+            "graphs": {name: asdict(graph) for name, graph in self.graphs.items()},
+            "rewrites": list(self.rewrites),
+            "tools": dict(self.tools),
+            "validation": dict(self.validation),
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
+        }
+        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, raw: bytes) -> Manifest:
+        """Parse and check. `IntegrityError` for anything malformed, `CompatibilityError` for another schema."""
+        data = _object(_parse_json(raw), "manifest")
+        schema = data.pop("schema_version", None)
+        if not _is_int(schema):
+            raise IntegrityError(f"{MANIFEST_FILE}: schema_version is {schema!r}, not a number")
+        if schema != SCHEMA_VERSION:
+            raise CompatibilityError(
+                f"the bundle has schema version {schema}, and this vae-export reads {SCHEMA_VERSION}; "
+                + ("upgrade vae-export" if schema > SCHEMA_VERSION else "export the model again")
+            )
+        fields = _exactly(
+            data,
+            "manifest",
+            (
+                "version",
+                "target",
+                "precision",
+                "config",
+                "source",
+                "graphs",
+                "rewrites",
+                "tools",
+                "validation",
+                "files",
+            ),
+        )
+        files = {_file_name(n): _file_entry(n, e) for n, e in _object(fields["files"], "files").items()}
+        _reject_case_twins(files)
+        graphs = {}
+        for name, graph in _object(fields["graphs"], "graphs").items():
+            graphs[name] = _graph(_choice(name, "graph", GRAPHS), graph, files)
+        if set(graphs) != set(GRAPHS):
+            raise IntegrityError(f"{MANIFEST_FILE}: graphs must be encoder and decoder, not {sorted(graphs)}")
+        try:
+            config = VaeConfig.from_dict(_object(fields["config"], "config"))
+        except ConfigError as error:
+            raise IntegrityError(f"{MANIFEST_FILE}: {error}") from None
+        if not isinstance(fields["rewrites"], list):
+            raise IntegrityError(f"{MANIFEST_FILE}: rewrites is not a list")
+        return cls(
+            version=_text(fields["version"], "version"),
+            target=_choice(fields["target"], "target", TARGETS),
+            precision=_choice(fields["precision"], "precision", PRECISIONS),
+            config=config,
+            files=files,
+            graphs=graphs,
+            source=_object(fields["source"], "source"),
+            rewrites=tuple(_object(rewrite, "rewrites") for rewrite in fields["rewrites"]),
+            tools={name: _text(tool, "tools") for name, tool in _object(fields["tools"], "tools").items()},
+            validation=_object(fields["validation"], "validation"),
+        )
+
+
+class Bundle:
+    """A bundle directory, opened and its manifest checked; `read` gives a file's bytes after checking them.
+
+    Raises `BundleError` where there is no bundle, `IntegrityError` where it is not what it says, `CompatibilityError`
+    for a manifest of another schema.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise BundleError(f"{path} is not a directory" if self.path.exists() else f"{path} does not exist")
+        try:
+            raw = _read_regular_file(self.path, MANIFEST_FILE, limit=MANIFEST_LIMIT)
+        except FileNotFoundError:
+            raise BundleError(f"{path} has no {MANIFEST_FILE}: not a bundle of vae-export") from None
+        self.manifest = Manifest.from_json(raw)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file that the manifest lists, checked: parse these, not the file."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise IntegrityError(f"{name} is not listed in the manifest of {self.path}")
+        try:
+            data = _read_regular_file(self.path, name, limit=entry.size, exact=True)
+        except FileNotFoundError:
+            raise IntegrityError(f"{name} is missing from {self.path}") from None
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != entry.sha256:
+            raise IntegrityError(f"{name} was changed: sha256 is {digest}, and the manifest says {entry.sha256}")
+        return data
+
+    def verify(self) -> None:
+        """Check every listed file."""
+        for name in self.manifest.files:
+            self.read(name)
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def _read_regular_file(root: Path, name: str, *, limit: int, exact: bool = False) -> bytes:
+    """Read `root/name`, following no link below `root`; `limit` is the largest (or `exact`) size in bytes."""
+    *folders, last = name.split("/")
+    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for folder in folders:
+            inner = _open_inside(directory, folder, os.O_RDONLY | os.O_DIRECTORY, name)
+            os.close(directory)
+            directory = inner
+        # Non-blocking: opening a FIFO must not wait for a writer.
+        descriptor = _open_inside(directory, last, os.O_RDONLY | os.O_NONBLOCK, name)
+    finally:
+        os.close(directory)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):  # before fdopen, which refuses a directory in its own way
+        os.close(descriptor)
+        raise IntegrityError(f"{name} is not a regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        if status.st_nlink != 1:
+            raise IntegrityError(f"{name} is a hard link: a bundle's files belong to it alone; copy it with cp -r")
+        if status.st_size > limit or (exact and status.st_size != limit):
+            rule = "and the manifest says" if exact else "and the most is"
+            raise IntegrityError(f"{name} has {status.st_size} bytes, {rule} {limit}")
+        data = file.read(status.st_size)
+        if len(data) != status.st_size or file.read(1):
+            raise IntegrityError(f"{name} changed while it was read")
+        return data
+
+
+def _open_inside(directory: int, part: str, flags: int, name: str) -> int:
+    try:
+        return os.open(part, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        # ELOOP or ENOTDIR: a link, or a file where a directory belongs.
+        raise IntegrityError(f"{name} cannot be opened as a plain file of the bundle: {error.strerror}") from None
+
+
+# Schema -----------------------------------------------------------------------------------------------------------
+
+
+def _parse_json(raw: bytes) -> Any:
+    def refuse_constant(text: str) -> Any:
+        raise ValueError(f"{text} is not JSON")
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key stands twice")
+        return result
+
+    def finite(text: str) -> float:
+        number = float(text)
+        return number if math.isfinite(number) else refuse_constant(text)  # 1e999: infinity by another name
+
+    try:
+        return json.loads(
+            raw.decode("utf-8"),
+            parse_float=finite,
+            parse_constant=refuse_constant,
+            object_pairs_hook=refuse_duplicates,
+        )
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{MANIFEST_FILE} is not readable: {error}") from None
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{MANIFEST_FILE}: {what} is not an object")
+    return value
+
+
+def _exactly(data: dict[str, Any], what: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    missing, unknown = [k for k in keys if k not in data], [k for k in data if k not in keys]
+    if missing or unknown:
+        said = [f"lacks {', '.join(missing)}"] if missing else []
+        said += [f"has unknown {', '.join(map(repr, unknown[:5]))}"] if unknown else []
+        raise IntegrityError(f"{MANIFEST_FILE}: {what} {' and '.join(said)}")
+    return data
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise IntegrityError(f"{MANIFEST_FILE}: {what} is {value!r}, not a text")
+    return value
+
+
+def _choice(value: Any, what: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise IntegrityError(f"{MANIFEST_FILE}: {what} is {value!r}; known are {', '.join(known)}")
+    return str(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _file_name(name: str) -> str:
+    """A relative path of plain names; what could leave the directory (`..`, `/etc`, `C:`, `a\\b`) does not match."""
+    if not _FILE_NAME.fullmatch(name) or ".." in name or len(name) > 200 or name.lower() == MANIFEST_FILE:
+        raise IntegrityError(f"{MANIFEST_FILE}: {name!r} is not the name of a file inside the bundle")
+    return name
+
+
+def _reject_case_twins(files: Mapping[str, Any]) -> None:
+    """Two names that differ in case alone are one file on some systems: whose hash would count?"""
+    if len({name.lower() for name in files}) != len(files):
+        raise IntegrityError(f"{MANIFEST_FILE}: two file names differ in case alone")
+
+
+def _file_entry(name: str, value: Any) -> FileEntry:
+    entry = _exactly(_object(value, name), name, ("size", "sha256"))
+    if not _is_int(entry["size"]) or not 0 <= entry["size"] <= FILE_LIMIT:
+        raise IntegrityError(f"{MANIFEST_FILE}: size of {name} is {entry['size']!r}; it may be 0 to {FILE_LIMIT}")
+    if not isinstance(entry["sha256"], str) or not _SHA256.fullmatch(entry["sha256"]):
+        raise IntegrityError(f"{MANIFEST_FILE}: sha256 of {name} is not 64 hex digits")
+    return FileEntry(entry["size"], entry["sha256"])
+
+
+def _graph(name: str, value: Any, files: Mapping[str, FileEntry]) -> GraphSpec:
+    graph = _exactly(_object(value, name), name, ("file", "input", "output"))
+    if _text(graph["file"], "file") not in files:
+        raise IntegrityError(f"{MANIFEST_FILE}: the {name} graph {graph['file']!r} is not among the listed files")
+    return GraphSpec(graph["file"], _tensor(name, graph["input"]), _tensor(name, graph["output"]))
+
+
+def _tensor(name: str, value: Any) -> TensorSpec:
+    tensor = _exactly(_object(value, name), f"tensor of {name}", ("name", "dtype", "shape"))
+    shape = tensor["shape"]
+    if not isinstance(shape, list) or not all(isinstance(d, str) or (_is_int(d) and d > 0) for d in shape):
+        raise IntegrityError(f"{MANIFEST_FILE}: shape {shape!r} of {name} is not a list of sizes and names")
+    if len(shape) != 4:
+        raise IntegrityError(f"{MANIFEST_FILE}: shape {shape!r} of {name} does not have the 4 dimensions of images")
+    return TensorSpec(_text(tensor["name"], "name"), _choice(tensor["dtype"], "dtype", DTYPES), tuple(shape))

@@ -1,0 +1,136 @@
+"""Images: uint8 arrays, PIL images and files to and from the arrays that the VAE works on.
+
+The conversion and its rounding are those of diffusers' VaeImageProcessor: x = u / 127.5 - 1, and back
+u = round(255 * clip(x / 2 + 0.5, 0, 1)), halves to even.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from runtimes.errors import BundleError, ShapeError
+
+Images: TypeAlias = Any
+"""uint8 [B, H, W, 3] or [H, W, 3], a PIL image, a path, or a list of PIL images or paths."""
+
+
+def load_image(source: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
+    """A photograph as uint8 [H, W, 3].
+
+    EXIF orientation is applied. Transparent pixels are laid over white; grey, palette and CMYK become RGB; 16-bit grey
+    keeps its high byte. Raises `ShapeError` for what is not an image, is cut short, or has more pixels than Pillow's
+    limit against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    if not isinstance(source, (str, os.PathLike, Image.Image)):
+        raise ShapeError(f"an image is an array, a PIL image or a path, not {type(source).__name__}")
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source)  # reads its file now, if it was only opened so far
+        if os.path.getsize(source) == 0:
+            raise ShapeError(f"{source} is empty (0 bytes)")
+        with warnings.catch_warnings():
+            # Pillow only warns between one and two times its limit; nothing in between is wanted either.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source) as image:
+                return _to_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ShapeError(
+            f"{source} is too large to open safely: {error}. If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from None
+    except UnidentifiedImageError:
+        raise ShapeError(f"{source} is not an image in a format that Pillow reads") from None
+    except FileNotFoundError:
+        raise ShapeError(f"{source} does not exist") from None
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:  # RuntimeError: a broken AVIF
+        raise ShapeError(f"{source} cannot be read as an image: {error}") from None
+
+
+def save_image(pixels: npt.NDArray[np.uint8], path: str | Path) -> None:
+    """Write uint8 [H, W, 3] in the format of the path's suffix; whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        Image.fromarray(pixels).save(partial)
+        os.replace(partial, path)
+    except (OSError, ValueError) as error:
+        partial.unlink(missing_ok=True)
+        raise BundleError(f"cannot write {path}: {error}") from None
+
+
+def as_uint8_batch(images: Images) -> npt.NDArray[np.uint8]:
+    """Anything that `Images` names -> uint8 [B, H, W, 3]; images of one list must be of one size."""
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        images = [images]
+    if isinstance(images, Sequence):
+        if not images:
+            raise ShapeError("an empty list of images")
+        arrays = [image if isinstance(image, np.ndarray) else load_image(image) for image in images]
+        sizes = {array.shape for array in arrays}
+        if len(sizes) > 1:
+            shown = ", ".join(str(list(size)) for size in sorted(sizes)[:5])
+            raise ShapeError(f"images of one batch must be of one size; these are {shown}")
+        images = np.stack(arrays)
+    array = np.asarray(images)
+    if array.dtype != np.uint8:
+        raise ShapeError(f"images are uint8 in 0..255, not {array.dtype}; for float arrays in [-1, 1] use encode")
+    if array.ndim == 3:
+        array = array[None]
+    if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
+        raise ShapeError(f"images are [B, H, W, 3] or [H, W, 3], not {list(array.shape)}")
+    return array
+
+
+def to_float(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """uint8 [B, H, W, 3] in 0..255 -> float32 [B, 3, H, W] in [-1, 1]."""
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1.0))
+
+
+def to_uint8(samples: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
+    """float [B, 3, H, W], nominally in [-1, 1] -> uint8 [B, H, W, 3]."""
+    unit = np.clip(samples.astype(np.float32) / 2 + 0.5, 0.0, 1.0)
+    return np.ascontiguousarray(np.rint(unit * 255).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio in dB between two uint8 images; infinite where they are equal."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(255.0**2 / error))
+
+
+def compare_side_by_side(
+    original: npt.NDArray[np.uint8], restored: npt.NDArray[np.uint8], amplify: int = 8
+) -> npt.NDArray[np.uint8]:
+    """One picture [H, 3*W, 3]: original, restored, and their difference times `amplify` around middle grey."""
+    difference = (restored.astype(int) - original.astype(int)) * amplify + 128
+    return np.concatenate([original, restored, np.clip(difference, 0, 255).astype(np.uint8)], axis=1)
+
+
+def crop_to_multiple(pixels: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[np.uint8]:
+    """The middle of an image [H, W, 3], its sides cut to multiples of `factor`."""
+    height, width = (side - side % factor for side in pixels.shape[:2])
+    if not height or not width:
+        raise ShapeError(
+            f"an image of {pixels.shape[1]}x{pixels.shape[0]} is smaller than one latent, {factor}x{factor}"
+        )
+    top, left = ((side - cut) // 2 for side, cut in zip(pixels.shape[:2], (height, width), strict=True))
+    return pixels[top : top + height, left : left + width]
+
+
+def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        # Pillow would clip these at 255.
+        high_byte = np.clip(np.asarray(image).astype(np.int64) // 256, 0, 255).astype(np.uint8)
+        return np.stack([high_byte] * 3, axis=-1)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"))
+    return np.asarray(image.convert("RGB"))

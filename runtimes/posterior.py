@@ -1,0 +1,99 @@
+"""The posterior over latents, on arrays of any kind: NumPy arrays, or torch tensors where the caller uses torch.
+
+One implementation serves the reference model and every backend, so that the same seed gives the same latents wherever
+the moments were computed. torch is never imported here: whoever gives a tensor has it loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from runtimes.errors import ShapeError
+
+LOGVAR_RANGE = (-30.0, 20.0)  #: as diffusers clamps it
+
+
+def array_module(array: Any) -> ModuleType:
+    """numpy, or torch for a tensor."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and isinstance(array, torch.Tensor) else np
+
+
+class DiagonalGaussianDistribution:
+    """An independent Gaussian per element of the latents.
+
+    `parameters` [B, 2*C, h, w] holds the mean, then the logvar (clamped to [-30, 20]). With `deterministic` the
+    variance is 0. `mean`, `logvar`, `std` and `var` are [B, C, h, w].
+    """
+
+    def __init__(self, parameters: Any, deterministic: bool = False) -> None:
+        xp = array_module(parameters)
+        channels = parameters.shape[1] // 2
+        self.parameters = parameters
+        self.deterministic = deterministic
+        self.mean = parameters[:, :channels]
+        self.logvar = parameters[:, channels:].clip(*LOGVAR_RANGE)
+        self.std = xp.zeros_like(self.mean) if deterministic else xp.exp(0.5 * self.logvar)
+        self.var = xp.zeros_like(self.mean) if deterministic else xp.exp(self.logvar)
+
+    def sample(self, generator: Any = None) -> Any:
+        """A draw [B, C, h, w] in the parameters' dtype and on their device.
+
+        `generator` is a `numpy.random.Generator` or a `torch.Generator`, whichever kind the parameters are; a
+        `torch.Generator` draws on its own device, in the parameters' dtype, exactly as diffusers does. A list with one
+        generator per sample makes each sample independent of the batch that it is in. None draws from fresh entropy
+        (NumPy) or the global generator (torch).
+        """
+        if isinstance(generator, Sequence):
+            if len(generator) != self.mean.shape[0]:
+                raise ShapeError(
+                    f"{len(generator)} generators for a batch of {self.mean.shape[0]}; give one per sample"
+                )
+            xp, one = array_module(self.mean), (1, *self.mean.shape[1:])
+            noise = xp.concatenate([self._noise(each, one) for each in generator])
+        else:
+            noise = self._noise(generator, self.mean.shape)
+        return self.mean + self.std * noise
+
+    def _noise(self, generator: Any, shape: Sequence[int]) -> Any:
+        like = self.mean
+        torch = sys.modules.get("torch")
+        if array_module(like) is np:
+            if torch is not None and isinstance(generator, torch.Generator):
+                draw = torch.randn(tuple(shape), generator=generator, device=generator.device)
+                return draw.cpu().numpy().astype(like.dtype)
+            rng = np.random.default_rng() if generator is None else generator
+            return rng.standard_normal(tuple(shape), dtype=np.float32).astype(like.dtype)
+        assert torch is not None
+        if isinstance(generator, np.random.Generator):
+            draw = torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+            return draw.to(device=like.device, dtype=like.dtype)
+        device = like.device if generator is None else generator.device
+        return torch.randn(tuple(shape), generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+    def mode(self) -> Any:
+        """The most likely latents [B, C, h, w]: the mean."""
+        return self.mean
+
+    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Any:
+        """Kullback-Leibler divergence [B] from `other`, or from the standard normal distribution."""
+        if self.deterministic:
+            return array_module(self.mean).zeros(1)
+        if other is None:
+            terms = self.mean**2 + self.var - 1.0 - self.logvar
+        else:
+            terms = (self.mean - other.mean) ** 2 / other.var + self.var / other.var - 1.0 - self.logvar + other.logvar
+        return 0.5 * terms.sum(axis=(1, 2, 3))
+
+    def nll(self, sample: Any, dims: Sequence[int] = (1, 2, 3)) -> Any:
+        """Negative log-likelihood of `sample` [B, C, h, w], summed over `dims`."""
+        if self.deterministic:
+            return array_module(self.mean).zeros(1)
+        terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
+        return 0.5 * terms.sum(axis=tuple(dims))

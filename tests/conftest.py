@@ -1,0 +1,75 @@
+"""A small model with random weights and its bundle, shared by the tests of both packages."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+
+from runtimes import open_vae
+from vae_export import AutoencoderKL, export_bundle
+
+LEVELS = 4  # f = 8, as Stable Diffusion
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """4 levels, 4 latent channels, tiles of 64 pixels and 8 latents; random weights, norms too. Do not change it."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoencoderKL(
+            block_out_channels=(16, 32, 32, 32),
+            down_block_types=("DownEncoderBlock2D",) * LEVELS,
+            up_block_types=("UpDecoderBlock2D",) * LEVELS,
+            layers_per_block=1,
+            norm_num_groups=8,
+            latent_channels=4,
+            sample_size=64,
+            scaling_factor=0.5,
+            shift_factor=0.1,
+        )
+        for module in model.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model, tmp_path_factory):
+    """The path of the tiny model's ONNX bundle, exported once. Do not change it: that is what `bundle_copy` is for."""
+    path = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_bundle(tiny_model, path, target="onnx", precision="fp32")
+    return path
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle, tmp_path):
+    """bundle_copy(edit, files): a copy to tamper with.
+
+    `files` {name: bytes} are put into it with the size and hash that the manifest then says; `edit` changes the
+    manifest, a dictionary, in place.
+    """
+
+    def copy(edit=None, files=None):
+        path = tmp_path / f"copy-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tiny_bundle, path)
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        for name, data in (files or {}).items():
+            (path / name).write_bytes(data)
+            manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if edit is not None:
+            edit(manifest)
+        if files or edit:
+            (path / "manifest.json").write_text(json.dumps(manifest))
+        return path
+
+    return copy
+
+
+@pytest.fixture
+def vae(tiny_bundle):
+    """The tiny bundle, opened for this test alone: it may tune and close it."""
+    with open_vae(tiny_bundle, threads=1) as runtime:
+        yield runtime

@@ -1,0 +1,256 @@
+"""Half precision that cannot overflow: exact in fp32, finite in fp16, as good as before the model was blown up."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from runtimes.errors import NumericsError
+from vae_export import AutoencoderKL, export_bundle
+from vae_export.checkpoint import load_model
+from vae_export.photos import middle_of, photographs
+from vae_export.ranges import Ranges, SimulatedHalf, Watch, probe
+from vae_export.rewrite import TARGET, rescale_activations, stages, use_portable_attention
+
+
+def small_model(*, attention=True, quant=True, levels=3):
+    """Random weights, norms too, so that no two groups are alike."""
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(16, 32, 32)[:levels],
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D")[:levels],
+        up_block_types=("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D")[:levels],
+        norm_num_groups=8,
+        layers_per_block=1,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
+        mid_block_add_attention=attention,
+    )
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval().requires_grad_(False)
+
+
+def blown_up(model, draw):
+    """The same function with activations too large for fp16: linear parts carry a gain, every eps its square.
+
+    `draw(low, high)` gives a gain between 2**low and 2**high; gains that are no powers of two make fp32 round anew.
+    """
+    model = copy.deepcopy(model)
+    for side in ("encoder", "decoder"):
+        before = 1.0
+        for stage in stages(model, side):
+            stream = draw(14, 18)
+            stage.entry.weight *= stream / before
+            stage.entry.bias *= stream
+            for resnet in stage.resnets.values():
+                inner = draw(14, 20)
+                resnet.norm1.eps *= stream**2
+                resnet.conv1.weight *= inner
+                resnet.conv1.bias *= inner
+                resnet.norm2.eps *= inner**2
+                resnet.conv2.weight *= stream
+                resnet.conv2.bias *= stream
+                if resnet.conv_shortcut is not None:
+                    resnet.conv_shortcut.bias *= stream
+            for attention in stage.attentions.values():
+                values, queries = draw(14, 20), draw(16, 20)
+                attention.group_norm.eps *= stream**2
+                attention.to_v.weight *= values
+                attention.to_v.bias *= values
+                attention.to_out[0].weight *= stream / values
+                attention.to_out[0].bias *= stream
+                attention.to_q.weight *= queries
+                attention.to_q.bias *= queries
+                attention.to_k.weight /= queries
+                attention.to_k.bias /= queries
+            if stage.norm_out is not None:
+                stage.norm_out.eps *= stream**2
+            before = stream
+    return model
+
+
+def gains(seed, powers_of_two):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        exponent = torch.rand(1, generator=generator).item() * (high - low) + low
+        return 2.0 ** (round(exponent) if powers_of_two else exponent)
+
+    return draw
+
+
+def inputs_of(model):
+    factor, latents = model.config.downscale, model.config.latent_channels
+    generator = torch.Generator().manual_seed(1)
+    photos = [("encoder", middle_of(path, 12 * factor, 16 * factor)) for path in photographs()[:2]]
+    return [*photos, ("decoder", torch.randn(1, latents, 12, 10, generator=generator))]
+
+
+def run(model, graph, x):
+    return model.encode_moments(x) if graph == "encoder" else model.decode_latents(x)
+
+
+def psnr(actual, expected):
+    return 10 * math.log10((expected.max() - expected.min()) ** 2 / (actual - expected).pow(2).mean())
+
+
+def rescue_and_compare(model, draw):
+    """Blow up, rescale, check exactness and range; per input, the dB of fp16 quality that going and coming back cost."""
+    blown, inputs = blown_up(model, draw), inputs_of(model)
+    rescued, exponents = rescale_activations(blown, probe(blown, inputs))
+    assert exponents
+    assert max(probe(rescued, inputs).largest.values()) <= TARGET
+    lost = []
+    for graph, x in inputs:
+        expected = run(blown, graph, x)
+        assert torch.equal(run(rescued, graph, x), expected), "fp32 must be the same to the last bit"
+        before, plain, after = (SimulatedHalf(m, "fp16") for m in (model, blown, rescued))
+        assert plain.run(graph, x).isnan().all(), "the test must blow the model up far enough"
+        assert plain.first_not_finite
+        quality = psnr(after.run(graph, x), expected)
+        assert after.first_not_finite is None
+        lost.append(psnr(before.run(graph, x), run(model, graph, x)) - quality)
+    return lost
+
+
+VARIANTS = [pytest.param(a, q, id=f"attention-{a}-quant-{q}") for a in (True, False) for q in (True, False)]
+
+
+@pytest.mark.parametrize(("attention", "quant"), VARIANTS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_model_blown_up_by_powers_of_two_is_rescued_exactly(seed, attention, quant):
+    lost = rescue_and_compare(small_model(attention=attention, quant=quant), gains(seed, powers_of_two=True))
+    assert max(lost) <= 0.5
+
+
+@pytest.mark.parametrize(("attention", "quant"), VARIANTS)
+def test_a_model_blown_up_by_any_gains_is_rescued(attention, quant):
+    """Such gains round the few weights to other fp16 neighbours, worth a dB either way: what counts is the average."""
+    model = small_model(attention=attention, quant=quant)
+    lost = [db for seed in range(5) for db in rescue_and_compare(model, gains(seed, powers_of_two=False))]
+    assert sum(lost) / len(lost) <= 0.5
+    assert max(lost) <= 3.0
+
+
+@pytest.mark.parametrize("powers_of_two", [True, False], ids=["powers-of-two", "any-gain"])
+def test_the_embedded_model_blown_up_is_rescued(powers_of_two):
+    """A trained model on photographs has weights enough for the rounding to average out."""
+    assert max(rescue_and_compare(load_model(), gains(0, powers_of_two))) <= 0.5
+
+
+def test_a_model_that_needs_nothing_is_left_alone():
+    model = small_model()
+    same, exponents = rescale_activations(model, probe(model, inputs_of(model)))
+    assert exponents == {}
+    for (name, ours), theirs in zip(same.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_values_lost_among_the_subnormals_are_scaled_up():
+    model = small_model()
+    faint = blown_up(model, lambda low, high: 2.0**-18)
+    inputs = inputs_of(model)
+    rescued, exponents = rescale_activations(faint, probe(faint, inputs))
+    assert min(exponents.values()) < 0
+    graph, x = inputs[0]
+    expected = run(faint, graph, x)
+    assert torch.equal(run(rescued, graph, x), expected)
+    better, worse = (psnr(SimulatedHalf(m, "fp16").run(graph, x), expected) for m in (rescued, faint))
+    assert math.isfinite(better)
+    assert not worse > better - 20  # the faint one has few significant bits left, or none: then it is NaN
+
+
+def test_the_model_given_is_not_changed():
+    model = blown_up(small_model(), gains(0, True))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    eps = [m.eps for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
+    rescale_activations(model, probe(model, inputs_of(model)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert eps == [m.eps for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
+
+
+def test_one_level_and_every_place_is_covered():
+    model = small_model(levels=1)
+    blown = blown_up(model, gains(3, True))
+    rescued, _ = rescale_activations(blown, probe(blown, inputs_of(model)))
+    assert max(probe(rescued, inputs_of(model)).largest.values()) <= TARGET
+
+
+def test_portable_attention_is_the_same_attention():
+    model = small_model()
+    for graph, x in inputs_of(model):
+        # Another kernel sums in another order.
+        torch.testing.assert_close(
+            run(use_portable_attention(model), graph, x), run(model, graph, x), rtol=0, atol=1e-5
+        )
+
+
+# The simulated half -----------------------------------------------------------------------------------------------
+
+
+def test_the_simulated_half_rounds_every_operation():
+    model = use_portable_attention(small_model())
+    watch = Watch(model, torch.float16)
+    seen = []
+    watch_seen = watch._seen
+
+    def spy(result, func):
+        rounded = watch_seen(result, func)
+        if isinstance(rounded, torch.Tensor) and rounded.is_floating_point() and not func.is_view:
+            seen.append(rounded)
+        return rounded
+
+    watch._seen = spy
+    graph, x = inputs_of(model)[0]
+    with watch.watching():
+        run(model, graph, x)
+    assert len(seen) > 50
+    assert all(torch.equal(tensor, tensor.half().float()) for tensor in seen)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_simulated_half_is_near_pytorchs_own(precision):
+    """Where PyTorch has half kernels on the CPU, they differ from the simulation by their rounding alone."""
+    model = small_model()
+    graph, x = inputs_of(model)[2]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    real = run(copy.deepcopy(model).to(dtype), graph, x.to(dtype)).float()
+    simulated, expected = SimulatedHalf(model, precision).run(graph, x), run(model, graph, x)
+    assert abs(psnr(real, expected) - psnr(simulated, expected)) < 3  # dB; the fused attention rounds less often
+
+
+def test_overflow_is_found_where_it_happens():
+    model = small_model()
+    model.decoder.up_blocks[1].resnets[0].conv1.weight.mul_(1e6)
+    half = SimulatedHalf(model, "fp16")
+    half.run("decoder", torch.randn(1, 4, 6, 6))
+    assert half.first_not_finite == "decoder.up_blocks.1.resnets.0.conv1"
+    bf16 = SimulatedHalf(model, "bf16")
+    bf16.run("decoder", torch.randn(1, 4, 6, 6))
+    assert bf16.first_not_finite is None, "bf16 has the range of fp32"
+
+
+def test_what_no_power_of_two_can_save_is_named(tmp_path):
+    model = small_model()
+    model.decoder.up_blocks[1].resnets[0].norm1.weight.fill_(1e7)  # behind the norm, before SiLU: not linear
+    with pytest.raises(NumericsError, match=r"decoder\.up_blocks\.1\.resnets\.0\.\w+ overflows in fp16"):
+        export_bundle(model, tmp_path / "bundle", precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_overflow_fp32_are_named_by_the_probe():
+    model = small_model()
+    model.encoder.conv_in.weight.fill_(1e38)
+    with pytest.raises(NumericsError, match=r"encoder\.\S+ gives NaN or infinity already in fp32"):
+        probe(model, inputs_of(model))
+
+
+def test_places_of_a_module_and_of_its_own_operations():
+    ranges = Ranges({"a": 1.0, "a add": 5.0, "a.conv": 3.0, "ab": 9.0})
+    assert ranges.at("a") == 5.0
+    assert ranges.at("a.conv") == 3.0
+    assert ranges.at("nothing") == 0.0

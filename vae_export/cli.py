@@ -1,0 +1,365 @@
+"""The command line: parses, calls, prints. Everything it does is in the library.
+
+Exit codes: 0 success, 1 a bug in this program, 2 wrong usage, 4 and up the error classes (see `runtimes.errors`),
+130 and 143 interrupted (Ctrl-C, SIGTERM).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import tokenize
+import zipfile
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import numpy as np
+import typer
+
+from runtimes import Bundle, open_vae
+from runtimes.errors import BackendUnavailable, BundleError, NumericsError, ShapeError, VaeError
+from runtimes.images import compare_side_by_side, crop_to_multiple, load_image, psnr, save_image
+from vae_export import __version__
+from vae_export.printing import (
+    bundle_table,
+    diagnose,
+    doctor_table,
+    err,
+    out,
+    plot_ranges,
+    progress_bar,
+    ranges_table,
+    rewrites_text,
+    say,
+    validation_table,
+)
+
+app = typer.Typer(
+    help="Export the image VAE of latent diffusion models, verified, and run it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Backend = Annotated[Optional[str], typer.Option(help="Another backend than the bundle's default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+Model = Annotated[
+    Optional[str],
+    typer.Option(
+        help="A diffusers directory, a Hub id, the URL of a file on the Hub, or a .safetensors file.",
+        show_default=False,
+    ),
+]
+Calibrate = Annotated[
+    Optional[Path],
+    typer.Option(help="Photographs to measure activations on.  [default: the embedded ones]", show_default=False),
+]
+Crop = Annotated[bool, typer.Option("--crop", help="Cut an image's sides to multiples of the VAE's factor.")]
+
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+@app.callback(invoke_without_command=True)
+def export(
+    context: typer.Context,
+    to: Annotated[Optional[str], typer.Option("--to", help="What to build: onnx.", show_default=False)] = None,
+    model: Model = None,
+    out_dir: Annotated[
+        Optional[Path], typer.Option("--out", help="The bundle. [default: vae-TARGET-PRECISION]")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    io_precision: Annotated[str, typer.Option(help="Of inputs and outputs: fp32, or same as the precision.")] = "fp32",
+    calibrate: Calibrate = None,
+    no_rescale: Annotated[
+        bool, typer.Option("--no-rescale", help="Half precision without rescaling, to compare.")
+    ] = False,
+    subfolder: Annotated[
+        Optional[str], typer.Option(help="Where in the directory or repository the VAE is: vae.")
+    ] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    config: Annotated[
+        Optional[str], typer.Option(help="For a single file: its config.json, or a Hub id that has one.")
+    ] = None,
+    scaling_factor: Annotated[Optional[float], typer.Option(help="Where the checkpoint does not say it.")] = None,
+    shift_factor: Annotated[Optional[float], typer.Option(help="Where the checkpoint does not say it.")] = None,
+    no_validate: Annotated[
+        bool, typer.Option("--no-validate", help="Do not compare with the reference; recorded.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, in one step.")] = False,
+    as_json: AsJson = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Export the image VAE of latent diffusion models, verified, and run it.
+
+    vae-export --to onnx            exports the embedded model
+
+    vae-export --to onnx --model stabilityai/sdxl-vae --out sdxl
+    """
+    if version:
+        say(__version__)
+        return
+    if context.invoked_subcommand is not None:
+        return
+    if to is None:
+        raise typer.BadParameter("give what to build: --to onnx")
+    exporter = _import_exporter()
+    with progress_bar() as progress:
+        progress(f"Loading {model or 'the embedded model'}", 0, 1)
+        loaded = exporter.load_model(
+            model,
+            subfolder=subfolder,
+            config=config,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            hub=exporter.Hub(revision=revision),
+        )
+        bundle = exporter.export_bundle(
+            loaded,
+            out_dir or Path(f"vae-{to}-{precision}"),
+            target=to,
+            precision=precision,
+            io_precision=io_precision,
+            rescale=not no_rescale,
+            calibrate=calibrate,
+            run_validation=not no_validate,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _print_export(bundle, as_json)
+
+
+@app.command()
+def validate(bundle: BundlePath, model: Model = None, device: Device = "cpu", as_json: AsJson = False) -> None:
+    """Compare a bundle with its model again, here and now."""
+    exporter = _import_exporter()
+    with progress_bar() as progress:
+        reference = None if model is None else exporter.load_model(model)
+        measurements = [
+            m.to_dict() for m in exporter.validate_bundle(bundle, reference, device=device, progress=progress)
+        ]
+    _print(
+        {"bundle": str(bundle), "verdict": "passed", "measurements": measurements},
+        validation_table(measurements),
+        as_json,
+    )
+
+
+@app.command()
+def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """Check a bundle's files against their hashes and show what is in it."""
+    opened = Bundle(bundle)
+    opened.verify()
+    _print(json.loads(opened.manifest.to_json()), bundle_table(str(bundle), opened.manifest), as_json)
+
+
+@app.command()
+def roundtrip(
+    bundle: BundlePath,
+    image: Annotated[Path, typer.Argument(help="A photograph.", show_default=False)],
+    out_file: Annotated[
+        Path, typer.Option("--out", help="The picture: original, reconstruction, difference x 8.")
+    ] = Path("roundtrip.png"),
+    crop: Crop = False,
+    device: Device = "cpu",
+    backend: Backend = None,
+    as_json: AsJson = False,
+) -> None:
+    """Encode and decode an image, and picture what that does to it."""
+    original = load_image(image)
+    with open_vae(bundle, device=device, backend=backend) as vae, progress_bar() as progress:
+        if crop:
+            original = crop_to_multiple(original, vae.config.downscale)
+        progress("Encoding", 0, 2)
+        latents = vae.images_to_latents(original)
+        progress("Decoding", 1, 2)
+        restored = vae.latents_to_images(latents)[0]
+    save_image(compare_side_by_side(original, restored), out_file)
+    decibels, shape = psnr(original, restored), list(latents.shape)
+    _print(
+        {
+            "image": str(image),
+            "picture": str(out_file),
+            "latents": shape,
+            "psnr_db": round(decibels, 2) if math.isfinite(decibels) else None,  # None: equal; JSON has no infinity
+        },
+        f"{image}: PSNR {decibels:.2f} dB through latents {shape}; picture in {out_file}",
+        as_json,
+    )
+
+
+@app.command()
+def encode(
+    bundle: BundlePath,
+    images: Annotated[list[Path], typer.Argument(help="Images, all of one size.", show_default=False)],
+    out_file: Annotated[Path, typer.Option("--out", help="Scaled latents, float32 [B, C, h, w].")] = Path(
+        "latents.npy"
+    ),
+    seed: Annotated[
+        Optional[int], typer.Option(min=0, help="Draw from the posterior with this seed instead of taking its mode.")
+    ] = None,
+    crop: Crop = False,
+    device: Device = "cpu",
+    backend: Backend = None,
+) -> None:
+    """Turn images into latents, scaled as a diffusion model takes them."""
+    pixels = [load_image(image) for image in images]
+    with open_vae(bundle, device=device, backend=backend) as vae, progress_bar() as progress:
+        if crop:
+            pixels = [crop_to_multiple(image, vae.config.downscale) for image in pixels]
+        progress("Encoding", 0, 1)
+        latents = vae.images_to_latents(pixels, None if seed is None else np.random.default_rng(seed))
+    _save_latents(latents, out_file)
+    say(f"{len(images)} images -> latents {list(latents.shape)} in {out_file}")
+
+
+@app.command()
+def decode(
+    bundle: BundlePath,
+    latents: Annotated[Path, typer.Argument(help="Scaled latents, .npy [B, C, h, w].", show_default=False)],
+    out_file: Annotated[Path, typer.Option("--out", help="The image; for several, NAME-1.png, NAME-2.png, ...")] = Path(
+        "image.png"
+    ),
+    device: Device = "cpu",
+    backend: Backend = None,
+) -> None:
+    """Turn scaled latents back into images."""
+    array = _load_latents(latents)
+    with open_vae(bundle, device=device, backend=backend) as vae, progress_bar() as progress:
+        progress("Decoding", 0, 1)
+        images = vae.latents_to_images(array)
+    for number, pixels in enumerate(images, start=1):
+        path = out_file if len(images) == 1 else out_file.with_stem(f"{out_file.stem}-{number}")
+        save_image(pixels, path)
+        say(f"{path} {pixels.shape[1]}x{pixels.shape[0]}")
+
+
+@app.command()
+def ranges(
+    model: Annotated[Optional[str], typer.Argument(help="As --model of the export.", show_default=False)] = None,
+    out_file: Annotated[Path, typer.Option("--out", help="The plot.")] = Path("ranges.png"),
+    calibrate: Calibrate = None,
+    subfolder: Annotated[Optional[str], typer.Option(help="Where the VAE is: vae.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how large activations get, before and after rescaling for half precision, and plot them."""
+    exporter = _import_exporter()
+    with progress_bar() as progress:
+        loaded = exporter.load_model(model, subfolder=subfolder)
+        found = exporter.measure_ranges(loaded, calibrate, progress)
+    plot_ranges(found, out_file)
+    _print(found.to_dict(), ranges_table(found, out_file), as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show what is installed, which backends work here, and why the others do not."""
+    found = diagnose()
+    _print(found, doctor_table(found), as_json)
+
+
+# Helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _import_exporter() -> Any:
+    """The exporting half of the program, which needs PyTorch; running bundles does not."""
+    try:
+        from vae_export import export
+    except ModuleNotFoundError as error:
+        raise BackendUnavailable(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'") from None
+    return export
+
+
+def _print(data: Any, table: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(data, indent=2))
+    elif isinstance(table, str):
+        say(table)
+    else:
+        out.print(table)
+
+
+def _print_export(bundle: Bundle, as_json: bool) -> None:
+    manifest = bundle.manifest
+    if as_json:
+        print(json.dumps({"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}, indent=2))
+        return
+    if "measurements" in manifest.validation:
+        out.print(validation_table(manifest.validation["measurements"]))
+    else:
+        say("not validated: the graphs were not compared with the model", err)
+    for line in rewrites_text(manifest.rewrites):
+        say(line)
+    size = sum(entry.size for entry in manifest.files.values()) / 1e6
+    say(f"{bundle.path}: {manifest.target} {manifest.precision}, {size:.1f} MB")
+
+
+def _load_latents(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)
+    except OSError as error:
+        raise ShapeError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, EOFError, SyntaxError, MemoryError, tokenize.TokenError, zipfile.BadZipFile) as error:
+        # What NumPy raises for garbage; MemoryError for a header that promises more than any file holds.
+        raise ShapeError(f"{path} is not a .npy file of latents: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise ShapeError(f"{path} holds several arrays; latents are one array in a .npy file")
+    return array
+
+
+def _save_latents(latents: Any, path: Path) -> None:
+    """Whole or not at all, as `save_image`."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        try:
+            with partial.open("wb") as file:
+                np.save(file, latents)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise BundleError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def main() -> NoReturn:
+    """Entry point: runs the command and turns every error into one line and an exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
+    try:
+        app()
+    except VaeError as error:
+        if isinstance(error, NumericsError) and error.measurements:
+            err.print(validation_table(error.measurements))
+        _complain("error", error)
+        sys.exit(error.exit_code)
+    except SystemExit as stop:
+        if stop.code in _INTERRUPTED:
+            say("interrupted; nothing was left half-written", err)
+        raise
+    except Exception as error:
+        if os.environ.get("VAE_EXPORT_DEBUG"):
+            raise
+        _complain("internal error", error)
+        say("This is a bug; VAE_EXPORT_DEBUG=1 shows where.", err)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _complain(what: str, error: Exception) -> None:
+    err.print(what, style="bold red", end="")
+    say(f" ({type(error).__name__}): {str(error) or 'no message'}", err)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """On Ctrl-C and SIGTERM alike: unwind, so that nothing half-written stays behind.
+
+    SystemExit, since versions of typer differ in what they make of KeyboardInterrupt.
+    """
+    raise SystemExit(128 + number)

@@ -1,0 +1,207 @@
+"""The main job, top to bottom: a model in, a verified bundle out."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from runtimes import Bundle, open_vae
+from runtimes.bundle import GRAPHS, GraphSpec, Manifest
+from runtimes.errors import ConfigError
+from vae_export import __version__
+from vae_export.bundle import check_output, write_bundle
+from vae_export.checkpoint import CONFIG_FILE, load_model
+from vae_export.hub import Hub
+from vae_export.model import AutoencoderKL
+from vae_export.onnx_graphs import OPSET, export_onnx, tool_versions
+from vae_export.ranges import Ranges, calibration_inputs, probe
+from vae_export.rewrite import HEADROOM, rescale_activations
+from vae_export.validate import THRESHOLDS, Measurement, Progress, compare, opened_bundle, reference_cases, simulated
+
+__all__ = ["Hub", "export_bundle", "load_model", "measure_ranges", "validate_bundle"]
+
+TARGETS = ("onnx",)
+PRECISIONS = tuple(THRESHOLDS)
+IO_PRECISIONS = ("fp32", "same")
+
+# ONNX Runtime's CPU provider has no bfloat16 convolution.
+NOT_RUNNABLE_HERE = {"bf16": "ONNX Runtime has no bfloat16 kernels on the CPU; run `vae-export validate` on a GPU"}
+
+
+def export_bundle(
+    model: AutoencoderKL,
+    out: str | Path,
+    *,
+    target: str = "onnx",
+    precision: str = "fp32",
+    io_precision: str = "fp32",
+    rescale: bool = True,
+    calibrate: Path | None = None,
+    run_validation: bool = True,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Bundle:
+    """Export the model's encoder and decoder to the directory `out`, compare them with the model, and open the bundle.
+
+    In fp16 and bf16 the activations are first rescaled by powers of two, exactly, so that they cannot overflow
+    (`rescale_activations`); how large they get is measured on the photographs in `calibrate`, or on the embedded ones.
+    Inputs and outputs stay float32 unless `io_precision` is "same".
+
+    The bundle appears whole or not at all; with `overwrite` an existing bundle is replaced in one step. Without
+    `run_validation` the manifest says that nothing was compared.
+
+    Raises `ConfigError` for a model that cannot be exported, `NumericsError` (with the numbers) where the graphs are
+    too far from the model or overflow, `BundleError` where `out` exists or cannot be written.
+    """
+    _check_choices(model, target, precision, io_precision)
+    check_output(out, overwrite)
+    form: AutoencoderKL = model
+    rewrites: list[Mapping[str, Any]] = []
+    if precision != "fp32" and rescale:
+        form, rewrites = rescaled(model, calibrate, progress)
+    cases = reference_cases(model, progress) if run_validation else []
+    measurements: list[Measurement] = []
+    if cases and precision != "fp32":
+        # Before the graphs: cheaper, and its message names the layer that overflows.
+        by = f"simulated {precision}"
+        measurements += compare(cases, by, simulated(form, precision), precision, progress)
+    with write_bundle(out, overwrite=overwrite) as writer:
+        graphs = {}
+        for done, graph in enumerate(GRAPHS):
+            progress(f"Exporting {graph}", done, len(GRAPHS))
+            graphs[graph] = _write_graph(form, graph, writer.directory, precision, io_precision)
+        (writer.directory / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
+        manifest = Manifest(
+            version=__version__,
+            target=target,
+            precision=precision,
+            config=model.config,
+            files=writer.entries(),
+            graphs=graphs,
+            source=model.source._asdict(),
+            rewrites=tuple(rewrites),
+            tools={"python": platform.python_version(), "opset": str(OPSET), **tool_versions()},
+            validation={"verdict": "skipped", "reason": "--no-validate was given"},
+        )
+        writer.write_manifest(manifest)
+        if cases:
+            if precision not in NOT_RUNNABLE_HERE:
+                with open_vae(writer.directory) as vae:
+                    measurements += compare(cases, vae.backend, opened_bundle(vae), precision, progress)
+            writer.write_manifest(replace(manifest, validation=_record(precision, measurements)))
+        return writer.finish()
+
+
+def rescaled(
+    model: AutoencoderKL, calibrate: Path | None, progress: Progress
+) -> tuple[AutoencoderKL, list[Mapping[str, Any]]]:
+    """The model with its activations rescaled to what was measured, and the record for the manifest."""
+    ranges = probe(model, calibration_inputs(model, calibrate, progress))
+    form, exponents = rescale_activations(model, ranges)
+    record = {
+        "name": "rescale_activations",
+        "calibration": "embedded photographs" if calibrate is None else "photographs of the user",
+        "largest_activation": max(ranges.largest.values()),
+        "headroom": HEADROOM,
+        "divided_by_power_of_two": exponents,
+    }
+    return form, [record]
+
+
+@dataclass(frozen=True)
+class MeasuredRanges:
+    """Activation maxima of a model before and after rescaling, and by which powers of two it was divided where."""
+
+    before: Ranges
+    after: Ranges
+    exponents: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "before": dict(self.before.largest),
+            "after": dict(self.after.largest),
+            "divided_by_power_of_two": dict(self.exponents),
+        }
+
+
+def measure_ranges(
+    model: AutoencoderKL, calibrate: Path | None = None, progress: Progress = lambda *_: None
+) -> MeasuredRanges:
+    """Probe the model on photographs and noise, rescale it, and probe it again."""
+    before = probe(model, calibration_inputs(model, calibrate, progress))
+    form, exponents = rescale_activations(model, before)
+    return MeasuredRanges(before, probe(form, calibration_inputs(model, calibrate, progress)), exponents)
+
+
+def validate_bundle(
+    path: str | Path,
+    model: AutoencoderKL | None = None,
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda *_: None,
+) -> list[Measurement]:
+    """Compare a bundle, as it stands on disk, with its model again, here and now.
+
+    The model is loaded from where the manifest says it came from, unless given; its weights must have the recorded hash
+    (`ConfigError` otherwise). Raises `NumericsError` where a threshold is missed.
+    """
+    bundle = Bundle(path)
+    bundle.verify()
+    manifest = bundle.manifest
+    if model is None:
+        model = _model_of(manifest.source)
+    recorded = manifest.source.get("weights_sha256")
+    if recorded is not None and model.source.weights_sha256 != recorded:
+        raise ConfigError(
+            f"{model.source.given} has weights {model.source.weights_sha256}, and the bundle was made from {recorded}; "
+            "name the right model with --model"
+        )
+    with open_vae(path, device=device) as vae:
+        return compare(reference_cases(model, progress), vae.backend, opened_bundle(vae), manifest.precision, progress)
+
+
+def _check_choices(model: AutoencoderKL, target: str, precision: str, io_precision: str) -> None:
+    for name, value, known in (
+        ("target", target, TARGETS),
+        ("precision", precision, PRECISIONS),
+        ("io precision", io_precision, IO_PRECISIONS),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name} {value!r} is not known; known are {', '.join(known)}")
+    if precision == "bf16" and io_precision == "same":
+        raise ConfigError("NumPy has no bfloat16: a bf16 bundle takes and gives float32 (--io-precision fp32)")
+    if model.config.scaling_factor is None:
+        raise ConfigError(
+            "the checkpoint does not say its scaling_factor, and a bundle without one could not turn latents into "
+            "images; give scaling_factor (--scaling-factor) and, if the model has one, shift_factor (--shift-factor)"
+        )
+
+
+def _write_graph(model: AutoencoderKL, graph: str, directory: Path, precision: str, io_precision: str) -> GraphSpec:
+    folder = directory / f"vae_{graph}"
+    spec = export_onnx(model, graph, folder / "model.onnx", precision=precision, io_precision=io_precision)
+    (folder / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
+    return replace(spec, file=f"{folder.name}/{spec.file}")
+
+
+def _record(precision: str, measurements: list[Measurement]) -> dict[str, Any]:
+    """What the manifest says of the validation."""
+    record: dict[str, Any] = {"verdict": "passed", "reference": "AutoencoderKL of vae-export in PyTorch, fp32"}
+    if precision in NOT_RUNNABLE_HERE:
+        record["not_run"] = NOT_RUNNABLE_HERE[precision]
+    record["thresholds"] = THRESHOLDS[precision]._asdict()
+    record["measurements"] = [measurement.to_dict() for measurement in measurements]
+    return record
+
+
+def _model_of(source: Mapping[str, Any]) -> AutoencoderKL:
+    """Load the model again from what the manifest recorded."""
+    kind, given = source.get("kind"), source.get("given")
+    if kind == "embedded":
+        return load_model()
+    if kind == "memory" or not isinstance(given, str):
+        raise ConfigError("the bundle was made from a model in memory; name the model to compare with (--model)")
+    return load_model(given, hub=Hub(revision=source.get("commit")))

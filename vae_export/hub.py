@@ -1,0 +1,115 @@
+"""The Hugging Face Hub: downloading a repository's files, and what can go wrong with it, as errors that help."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from runtimes.errors import ConfigError
+
+
+class Hub(NamedTuple):
+    """How the Hub is asked. The endpoint and offline mode are huggingface_hub's: HF_ENDPOINT, HF_HUB_OFFLINE."""
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | None = None
+    local_files_only: bool = False
+
+    @property
+    def offline(self) -> bool:
+        from huggingface_hub import constants
+
+        return self.local_files_only or constants.HF_HUB_OFFLINE
+
+    def download(self, repo: str, filename: str, *, optional: bool = False) -> Path | None:
+        """The local path of a repository's file; None where it is `optional` and the repository lacks it.
+
+        Offline, None also where the cache lacks it.
+        """
+        from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
+
+        if optional and re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            cached = try_to_load_from_cache(repo, filename, self.cache_dir, self.revision)
+            if cached is _CACHED_NO_EXIST:  # what a commit lacked once, it lacks for good
+                return None
+        # httpx, httpx2 or requests, as the version of huggingface_hub has it.
+        http_error: type[Exception] = getattr(errors, "HTTPError", OSError)
+        try:
+            return Path(
+                hf_hub_download(
+                    repo,
+                    filename,
+                    revision=self.revision,
+                    cache_dir=self.cache_dir,
+                    token=self.token,
+                    local_files_only=self.local_files_only,
+                )
+            )
+        except errors.LocalEntryNotFoundError as error:
+            # Raised offline, and when the Hub is out of reach: that must not change what is loaded, so it is no None.
+            if optional and self.offline:
+                return None
+            raise ConfigError(
+                f"{repo}/{filename} is not in the local cache and the Hub was not reached; go online once, or give a "
+                f"local path ({first_line(error)})"
+            ) from None
+        except errors.EntryNotFoundError:
+            if optional:
+                return None
+            raise ConfigError(
+                f"repository {repo} has no file {filename} at revision {self.revision or 'main'}"
+            ) from None
+        except errors.GatedRepoError:
+            raise ConfigError(
+                f"repository {repo} is gated: accept its licence on the Hub, then log in with `hf auth login`"
+            ) from None
+        except errors.RevisionNotFoundError:
+            raise ConfigError(f"repository {repo} has no revision {self.revision!r}") from None
+        except errors.RepositoryNotFoundError:
+            raise ConfigError(
+                f"no repository {repo} on the Hub (or it is private: log in with `hf auth login`)"
+            ) from None
+        except (http_error, OSError, ValueError) as error:  # ValueError: a name that no repository or file can have
+            raise ConfigError(f"could not get {filename} of {repo} from the Hub: {first_line(error)}") from None
+
+    def pinned(self, downloaded: Path) -> Hub:
+        """The same at the commit of a file that was downloaded: the branch may move before the next one is."""
+        return self._replace(revision=commit_of(downloaded) or self.revision)
+
+
+def parse_hub_url(text: str) -> tuple[str, str, str] | None:
+    """`https://huggingface.co/ORG/REPO/blob/REV/path/file` -> (ORG/REPO, REV, path/file); None if it is no URL."""
+    if not re.match(r"https?://", text):
+        return None
+    url = urlsplit(text)
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    hosts = {"huggingface.co", "www.huggingface.co", "hf.co", urlsplit(endpoint).netloc}
+    parts = [unquote(part) for part in url.path.strip("/").split("/")]
+    if url.netloc not in hosts or len(parts) < 5 or parts[2] not in ("blob", "resolve", "raw"):
+        raise ConfigError(
+            f"{text} is not the URL of a file on the Hub, which reads "
+            "https://huggingface.co/ORG/REPO/blob/REVISION/FILE; for a file from elsewhere, download it and give "
+            "its path"
+        )
+    return f"{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:])
+
+
+def check_repository(source: str) -> str:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(("./", "../", "~")):
+        return source
+    raise ConfigError(f"{source} is neither a directory or file here nor a Hub id (ORG/REPO)")
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit of a file in the Hub cache, .../snapshots/COMMIT/file."""
+    match = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", str(path))
+    return match.group(1) if match else None
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,175 @@
+"""Reference model -> two ONNX graphs, encoder and decoder, with free batch, height and width.
+
+The graphs are deterministic: no sampling, no scaling factor. Inputs and outputs are named as Optimum and OpenVINO GenAI
+name them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from runtimes.bundle import GraphSpec, TensorSpec
+from runtimes.errors import ConfigError
+from vae_export.model import AutoencoderKL
+from vae_export.rewrite import use_portable_attention
+
+# The first with GroupNormalization as the exporter writes it; ONNX Runtime, OpenVINO and TensorRT all take it.
+OPSET = 22
+LARGEST = 2**31 - (64 << 20)  #: bytes of weights in one protobuf file, with room for the graph itself
+
+# Not a shape that validation uses, so that a graph frozen to it is found out. Batch 2: tracing specialises on 1.
+TRACE_BATCH, TRACE_HEIGHT, TRACE_WIDTH = 2, 6, 10  #: in latents
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._guards")
+
+
+class EncoderGraph(nn.Module):
+    """sample [B, 3, H, W] -> latent_parameters [B, 2*C, H/f, W/f]."""
+
+    def __init__(self, model: AutoencoderKL) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.model.encode_moments(sample.to(self.model.dtype)).to(sample.dtype)
+
+
+class DecoderGraph(nn.Module):
+    """latent_sample [B, C, h, w] -> sample [B, 3, f*h, f*w]."""
+
+    def __init__(self, model: AutoencoderKL) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.model.decode_latents(latent_sample.to(self.model.dtype)).to(latent_sample.dtype)
+
+
+class GraphForm(NamedTuple):
+    """A graph to trace: module, names and shape of its input and output (a text is a free dimension)."""
+
+    module: nn.Module
+    input_name: str
+    input_shape: tuple[int | str, ...]
+    output_name: str
+    output_shape: tuple[int | str, ...]
+    scale: int  #: pixels of the input per latent
+
+
+def graph_forms(model: AutoencoderKL) -> dict[str, GraphForm]:
+    config, factor = model.config, model.config.downscale
+    latent = ("batch", config.latent_channels, "latent_height", "latent_width")
+    moments = ("batch", 2 * config.latent_channels, "latent_height", "latent_width")
+    images_in, images_out = (
+        ("batch", channels, "height", "width") for channels in (config.in_channels, config.out_channels)
+    )
+    return {
+        "encoder": GraphForm(EncoderGraph(model), "sample", images_in, "latent_parameters", moments, factor),
+        "decoder": GraphForm(DecoderGraph(model), "latent_sample", latent, "sample", images_out, 1),
+    }
+
+
+def export_onnx(
+    model: AutoencoderKL, graph: str, path: Path, *, precision: str = "fp32", io_precision: str = "fp32"
+) -> GraphSpec:
+    """Write one graph (`encoder` or `decoder`) of the model as a single ONNX file, checked by onnx.checker.
+
+    Weights and activations are of `precision`; input and output are float32, or with `io_precision="same"` of
+    `precision` too.
+
+    Raises `ConfigError` where the weights do not fit a protobuf file (2 GB).
+    """
+    portable = use_portable_attention(model).to(DTYPES[precision])
+    io_dtype = DTYPES[precision if io_precision == "same" else "fp32"]
+    form = graph_forms(portable)[graph]
+    part = portable.encoder if graph == "encoder" else portable.decoder
+    size = sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
+    if size > LARGEST:
+        raise ConfigError(
+            f"the {graph} has {size / 2**30:.1f} GiB of weights, and one ONNX file holds 2 GiB; export it in fp16"
+        )
+    proto = _trace(form, io_dtype)
+    _tidy(proto, graph, form)
+    onnx.checker.check_model(proto, full_check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    return GraphSpec(
+        file=path.name,
+        input=TensorSpec(form.input_name, _NAMES[io_dtype], form.input_shape),
+        output=TensorSpec(form.output_name, _NAMES[io_dtype], form.output_shape),
+    )
+
+
+def _trace(form: GraphForm, io_dtype: torch.dtype) -> onnx.ModelProto:
+    size = (TRACE_HEIGHT * form.scale, TRACE_WIDTH * form.scale)
+    example = torch.zeros(TRACE_BATCH, int(form.input_shape[1]), *size, dtype=io_dtype)
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    with _quiet():
+        program = torch.onnx.export(
+            form.module.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=(free,),
+            input_names=[form.input_name],
+            output_names=[form.output_name],
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def _tidy(proto: onnx.ModelProto, graph: str, form: GraphForm) -> None:
+    """Name graph and free dimensions; drop what tracing noted about this machine (source paths, stack traces)."""
+    proto.graph.name = f"vae_{graph}"
+    proto.producer_name = "vae-export"
+    proto.producer_version = ""
+    proto.doc_string = proto.graph.doc_string = ""
+    values = (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
+    for holder in (proto, proto.graph, *proto.graph.node, *values):
+        del holder.metadata_props[:]
+    for node in proto.graph.node:
+        node.doc_string = ""
+    del proto.graph.value_info[:]  # shapes in symbols of the trace; runtimes infer their own
+    sides = ((proto.graph.input[0], form.input_shape), (proto.graph.output[0], form.output_shape))
+    for value, shape in sides:
+        for dimension, size in zip(value.type.tensor_type.shape.dim, shape, strict=True):
+            if isinstance(size, str):
+                dimension.dim_param = size
+            else:
+                dimension.dim_value = size
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports every step and warns of torchvision and its own deprecations; none of it helps a user."""
+    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def tool_versions() -> dict[str, Any]:
+    return {"torch": torch.__version__, "onnx": onnx.__version__}

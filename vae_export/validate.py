@@ -1,0 +1,196 @@
+"""Graphs against the reference: numbers, thresholds, verdict.
+
+What is compared is what will run: the bundle is opened through `runtimes`, and fed photographs and noise at shapes that
+the graphs were not traced with. The reference is our PyTorch model in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from runtimes import VaeRuntime
+from runtimes.errors import NumericsError
+from runtimes.images import to_uint8
+from vae_export.model import AutoencoderKL
+from vae_export.photos import middle_of, photographs
+from vae_export.ranges import SimulatedHalf
+
+Array = npt.NDArray[np.float32]
+Candidate = Callable[[str, Array], Array]  #: (graph, input) -> output, as the reference computes it in fp32
+Progress = Callable[[str, int, int], None]  #: (what is being done, steps done, steps in all)
+
+PHOTO_SIZE = (16, 24)  #: in latents; 128 x 192 pixels at f = 8
+
+
+class Thresholds(NamedTuple):
+    """What a graph must keep to. `psnr_db` is over the range of the reference's output, the rest in its units."""
+
+    psnr_db: float
+    uint8_steps: int  #: largest difference of a decoded pixel, in steps of 1/255
+
+
+# fp32: another order of summation, nothing else: 24 bits of mantissa and some thousand terms leave over 100 dB.
+# fp16 and bf16: 11 and 8 bits of mantissa, rounded some hundred times on the way: the real models lie some 20 dB above.
+THRESHOLDS = {
+    "fp32": Thresholds(psnr_db=100.0, uint8_steps=1),
+    "fp16": Thresholds(psnr_db=50.0, uint8_steps=8),
+    "bf16": Thresholds(psnr_db=30.0, uint8_steps=64),
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One graph on one input. `psnr_db` is None where the outputs are equal to the last bit."""
+
+    graph: str
+    by: str  #: what computed it: a backend, or "simulated fp16"
+    input: str
+    shape: tuple[int, ...]
+    max_abs: float
+    mean_abs: float
+    psnr_db: float | None
+    uint8_steps: int | None  #: of decoded images; None for latents
+    finite: bool
+    passed: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+class Case(NamedTuple):
+    """An input, and what the reference makes of it."""
+
+    graph: str
+    input: str
+    array: Array
+    expected: Array
+
+
+def reference_cases(model: AutoencoderKL, progress: Progress = lambda *_: None) -> list[Case]:
+    """Inputs for both graphs with the outputs of the model in fp32."""
+    given = list(inputs(model))
+    cases = []
+    for done, (graph, name, array) in enumerate(given):
+        progress(f"Computing the reference of {graph} on {name}", done, len(given))
+        cases.append(Case(graph, name, array, _reference(model, graph, array)))
+    return cases
+
+
+def compare(
+    cases: Sequence[Case], by: str, candidate: Candidate, precision: str, progress: Progress = lambda *_: None
+) -> list[Measurement]:
+    """Measure a candidate, such as an opened bundle; `NumericsError` where it misses a threshold.
+
+    The error carries all measurements, the good ones too.
+    """
+    thresholds = THRESHOLDS[precision]
+    measurements = []
+    for done, case in enumerate(cases):
+        progress(f"Validating {case.graph} by {by} on {case.input}", done, len(cases))
+        measurements.append(_measure(by, case, candidate(case.graph, case.array), thresholds))
+    progress("Validated", len(cases), len(cases))
+    missed = [m for m in measurements if not m.passed]
+    if missed:
+        raise NumericsError(
+            f"{len(missed)} of {len(measurements)} comparisons with the reference failed at {precision}; the first: "
+            f"{_described(missed[0], thresholds)}",
+            [m.to_dict() for m in measurements],
+        )
+    return measurements
+
+
+def opened_bundle(runtime: VaeRuntime) -> Candidate:
+    """A bundle as a candidate."""
+
+    def run(graph: str, array: Array) -> Array:
+        result: Array = runtime.encode(array)[0].parameters if graph == "encoder" else runtime.decode(array)[0]
+        return result
+
+    return run
+
+
+def simulated(model: AutoencoderKL, precision: str) -> Candidate:
+    """The model in simulated half precision; overflow raises `NumericsError` naming the place."""
+    half = SimulatedHalf(model, precision)
+
+    def run(graph: str, array: Array) -> Array:
+        result: Array = half.run(graph, torch.from_numpy(array)).numpy()
+        if half.first_not_finite is not None:
+            place, shape = half.first_not_finite, list(array.shape)
+            raise NumericsError(
+                f"{place} overflows in {precision} on an input of {shape}, and no rescaling by powers of two prevented "
+                "it; export in bf16 or fp32"
+            )
+        return result
+
+    return run
+
+
+def _described(missed: Measurement, thresholds: Thresholds) -> str:
+    where = f"{missed.graph} by {missed.by} on {missed.input} {list(missed.shape)}"
+    if not missed.finite:
+        return f"{where}: NaN or infinity"
+    return (
+        f"{where}: PSNR {missed.psnr_db:.1f} dB (at least {thresholds.psnr_db:g}), "
+        f"{missed.uint8_steps or 0} uint8 steps (at most {thresholds.uint8_steps})"
+    )
+
+
+def inputs(model: AutoencoderKL) -> Iterator[tuple[str, str, Array]]:
+    """(graph, name, array): photographs and noise; batch 1 and 3, non-square, and the smallest legal size."""
+    config, factor = model.config, model.config.downscale
+    rng = np.random.default_rng(0)
+    shapes = ((1, 1, 1), (1, 8, 12), (3, 5, 7))  # batch, height and width in latents
+    height, width = (side * factor for side in PHOTO_SIZE)
+    photos = {p.stem: middle_of(p, height, width, config.in_channels).numpy() for p in photographs()[:3]}
+    for name, photo in photos.items():
+        yield "encoder", f"photo {name}", photo
+    for b, h, w in shapes:
+        noise = rng.uniform(-1, 1, (b, config.in_channels, h * factor, w * factor))
+        yield "encoder", "noise", noise.astype(np.float32)
+    scale, shift = config.scaling_factor or 1.0, config.shift_factor or 0.0
+    for name, photo in photos.items():
+        yield "decoder", f"latents of {name}", _reference(model, "encoder", photo)[:, : config.latent_channels]
+    for b, h, w in shapes:
+        # Diffusion models work on latents of unit variance: unscaled, this is how they look.
+        noise = rng.standard_normal((b, config.latent_channels, h, w)) / scale + shift
+        yield "decoder", "noise", noise.astype(np.float32)
+
+
+@torch.no_grad()
+def _reference(model: AutoencoderKL, graph: str, array: Array) -> Array:
+    function = model.encode_moments if graph == "encoder" else model.decode_latents
+    result: Array = function(torch.from_numpy(np.ascontiguousarray(array))).numpy()
+    return result
+
+
+def _measure(by: str, case: Case, actual: Array, thresholds: Thresholds) -> Measurement:
+    expected = case.expected
+    finite = bool(np.isfinite(actual).all())
+    difference = np.abs(actual.astype(np.float64) - expected) if finite else np.zeros(1)
+    mean_square = float(np.mean(difference**2))
+    span = float(expected.max() - expected.min()) or 1.0
+    psnr = 0.0 if not finite else None if mean_square == 0 else round(10 * math.log10(span**2 / mean_square), 2)
+    steps = None
+    if case.graph == "decoder":
+        steps = int(np.abs(to_uint8(actual).astype(int) - to_uint8(expected)).max()) if finite else 255
+    near = (psnr is None or psnr >= thresholds.psnr_db) and (steps is None or steps <= thresholds.uint8_steps)
+    return Measurement(
+        graph=case.graph,
+        by=by,
+        input=case.input,
+        shape=case.array.shape,
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        psnr_db=psnr,
+        uint8_steps=steps,
+        finite=finite,
+        passed=finite and near,
+    )
