@@ -24,7 +24,7 @@ test: $(READY)
 	$(BIN)/pytest -q -m "not slow"
 
 slow: $(READY)
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -s -m slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -72,8 +72,8 @@ class VaeConfig:
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise ConfigError(
-                f"{origin} has fields that no AutoencoderKL has: {', '.join(map(repr, unknown[:5]))}. It is the config of "
-                "another model, or of a newer diffusers; remove the fields if they are meaningless"
+                f"{origin} has fields that no AutoencoderKL has: {', '.join(map(repr, unknown[:5]))}. It is the config "
+                "of another model, or of a newer diffusers; remove the fields if they are meaningless"
             )
         if not data.keys() & {"_class_name", "block_out_channels", "latent_channels"}:
             raise ConfigError(

@@ -44,7 +44,7 @@ def run_tiled(
 
     `function` must return an array of its own, which is written to. Raises `ShapeError` where tiles would not meet.
     """
-    # Both lengths were truncated: where they were not whole, the pieces would not meet, and the result have another size.
+    # Step and blend were truncated: where they were not whole, the pieces do not meet, and the result has another size.
     if grid.step < 1 or grid.kept < 1 or grid.kept * grid.tile != grid.step * (grid.kept + grid.blend):
         raise ShapeError(
             f"tiles of {grid.tile} cannot advance by {grid.step} and give {grid.kept} of {grid.kept + grid.blend}; "

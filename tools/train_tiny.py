@@ -203,15 +203,16 @@ def train(minutes: float, out: Path, seed: int, batch: int, peak_rate: float) ->
     start_encoder_at_principal_components(model, crops)
     average = AutoencoderKL(CONFIG).eval()
     average.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    parts = [{"params": model.decoder.parameters(), "share": 1.0}, {"params": model.encoder.parameters(), "share": 0.1}]
+    optimizer = torch.optim.AdamW(parts, lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-4)
 
     start, step, next_report = time.monotonic(), 0, 5.0
     while (elapsed := (time.monotonic() - start) / 60) < minutes:
         progress = elapsed / minutes
         rate = peak_rate * min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        model.encoder.requires_grad_(progress > 0.1)  # the decoder first learns to read what is there
+            group["lr"] = rate * group["share"]
+        model.encoder.requires_grad_(progress > 0.4)  # the decoder first learns to read what is there
         side = int(crops.rng.choice([96, 128, 160], p=[0.5, 0.3, 0.2]))
         x = crops.batch(max(2, batch * 96 * 96 // (side * side)), side)
         with torch.autocast("cpu", torch.bfloat16):

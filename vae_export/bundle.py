@@ -93,7 +93,11 @@ def write_bundle(out: str | Path, *, overwrite: bool = False) -> Iterator[Bundle
 
 def check_output(out: str | Path, overwrite: bool) -> None:
     """Raise `BundleError` at once for a place where `write_bundle` would refuse at the end of a long export."""
-    _check_free(Path(os.path.abspath(out)), overwrite)
+    path = Path(os.path.abspath(out))
+    _check_free(path, overwrite)
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise BundleError(f"cannot write to {parent}; choose another place with --out")
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -76,7 +76,8 @@ def export(
     io_precision: Annotated[str, typer.Option(help="Of inputs and outputs: fp32, or same as the precision.")] = "fp32",
     calibrate: Calibrate = None,
     no_rescale: Annotated[
-        bool, typer.Option("--no-rescale", help="Half precision without rescaling, to compare.")
+        bool,
+        typer.Option("--no-rescale", help="Half precision as it is, to compare; add --no-validate if it overflows."),
     ] = False,
     subfolder: Annotated[
         Optional[str], typer.Option(help="Where in the directory or repository the VAE is: vae.")
@@ -314,6 +315,8 @@ def _load_latents(path: Path) -> Any:
 
 def _save_latents(latents: Any, path: Path) -> None:
     """Whole or not at all, as `save_image`."""
+    if path.is_dir():
+        raise BundleError(f"cannot write {path}: it is a directory")
     partial = path.with_name(f".{path.name}.partial")
     try:
         try:
@@ -333,7 +336,7 @@ def main() -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
     try:
-        app()
+        app(prog_name="vae-export")
     except VaeError as error:
         if isinstance(error, NumericsError) and error.measurements:
             err.print(validation_table(error.measurements))

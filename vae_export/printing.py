@@ -50,7 +50,9 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def validation_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Against the reference", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title="Against the reference", title_justify="left"
+    )
     for heading in ("graph", "by", "input", "shape", "max abs", "PSNR dB", "uint8", ""):
         numbers = heading in ("max abs", "PSNR dB", "uint8")
         # On a narrow terminal the texts are wrapped, so that no number is cut off.
@@ -59,8 +61,8 @@ def validation_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
         psnr, steps = m["psnr_db"], m["uint8_steps"]
         table.add_row(
             m["graph"],
-            m["by"],
-            m["input"],
+            m["by"].split()[0],
+            m["input"].removeprefix("photo "),
             "x".join(map(str, m["shape"])),
             f"{m['max_abs']:.1e}",
             "equal" if psnr is None else f"{psnr:.1f}",
@@ -136,12 +138,16 @@ def plot_ranges(found: MeasuredRanges, path: Path) -> None:
     figure, axes = pyplot.subplots(2, 1, figsize=(11, 7), sharey=True, layout="constrained")
     for side, axis in zip(("encoder", "decoder"), axes, strict=True):
         places = [place for place in found.before.largest if place.startswith(side)]
-        for ranges, label, colour in ((found.before, "as published", "#c0392b"), (found.after, "rescaled", "#2471a3")):
-            axis.plot([ranges.largest[place] for place in places], label=label, color=colour, linewidth=1.3)
+        blocks = [" ".join(place.split(".")[1:3] if "blocks" in place else place.split(".")[1:2]) for place in places]
+        starts = [i for i, block in enumerate(blocks) if "block" in block and (i == 0 or block != blocks[i - 1])]
+        for ranges, label, colour in ((found.before, "as it is", "#c0392b"), (found.after, "rescaled", "#2471a3")):
+            values = [ranges.largest[place] or float("nan") for place in places]
+            axis.plot(values, label=label, color=colour, linewidth=1.3)
         axis.axhline(FP16_LARGEST, color="black", linestyle="--", linewidth=1, label="end of fp16, 65504")
-        axis.set(yscale="log", title=side, xlabel="operations in order", ylabel="largest |activation|", xmargin=0.01)
+        axis.set(yscale="log", title=side, ylabel="largest |activation|", xmargin=0.01)
+        axis.set_xticks(starts, [blocks[i] for i in starts], rotation=30, ha="right", fontsize=8)
         axis.grid(alpha=0.3)
-    axes[0].legend(loc="upper left")
+    axes[0].legend(loc="lower right", fontsize=8)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:

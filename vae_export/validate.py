@@ -147,7 +147,9 @@ def inputs(model: AutoencoderKL) -> Iterator[tuple[str, str, Array]]:
     """(graph, name, array): photographs and noise; batch 1 and 3, non-square, and the smallest legal size."""
     config, factor = model.config, model.config.downscale
     rng = np.random.default_rng(0)
-    shapes = ((1, 1, 1), (1, 8, 12), (3, 5, 7))  # batch, height and width in latents
+    # At one latent a norm with one channel a group has no variance (PyTorch refuses it), and with two a noisy one.
+    smallest = 1 if min(config.block_out_channels[-2:]) > 2 * config.norm_num_groups else 2
+    shapes = ((1, smallest, smallest), (1, 8, 12), (3, 5, 7))  # batch, height and width in latents
     height, width = (side * factor for side in PHOTO_SIZE)
     photos = {p.stem: middle_of(p, height, width, config.in_channels).numpy() for p in photographs()[:3]}
     for name, photo in photos.items():
@@ -157,7 +159,7 @@ def inputs(model: AutoencoderKL) -> Iterator[tuple[str, str, Array]]:
         yield "encoder", "noise", noise.astype(np.float32)
     scale, shift = config.scaling_factor or 1.0, config.shift_factor or 0.0
     for name, photo in photos.items():
-        yield "decoder", f"latents of {name}", _reference(model, "encoder", photo)[:, : config.latent_channels]
+        yield "decoder", f"photo {name}", _reference(model, "encoder", photo)[:, : config.latent_channels]
     for b, h, w in shapes:
         # Diffusion models work on latents of unit variance: unscaled, this is how they look.
         noise = rng.standard_normal((b, config.latent_channels, h, w)) / scale + shift

@@ -1,6 +1,5 @@
 """Writing a bundle: whole or not at all, whatever happens meanwhile."""
 
-import errno
 import hashlib
 import os
 import resource
@@ -17,19 +16,18 @@ import pytest
 import vae_export.bundle
 from runtimes import Bundle, BundleError, VaeConfig
 from runtimes.bundle import GraphSpec, Manifest, TensorSpec
-from vae_export.bundle import write_bundle
+from vae_export.bundle import check_output, write_bundle
 
 MEGABYTE = 1 << 20
 
 
 def fill(writer, data):
     """Put `data` and a manifest that lists it into a bundle in the making."""
-    folder = writer.directory / "graphs"
-    folder.mkdir()
-    (folder / "model.onnx").write_bytes(data)
+    (writer.directory / "graphs").mkdir()
+    (writer.directory / "graphs" / "model.onnx").write_bytes(data)
     image, latents, moments = (TensorSpec("x", "float32", ("batch", c, "height", "width")) for c in (3, 4, 8))
-    encoder, decoder = GraphSpec("graphs/model.onnx", image, moments), GraphSpec("graphs/model.onnx", latents, image)
-    graphs = {"encoder": encoder, "decoder": decoder}
+    ends = {"encoder": (image, moments), "decoder": (latents, image)}
+    graphs = {name: GraphSpec("graphs/model.onnx", *both) for name, both in ends.items()}
     writer.write_manifest(Manifest("0", "onnx", "fp32", VaeConfig(), writer.entries(), graphs))
 
 
@@ -40,206 +38,129 @@ def make(out, data=b"new", overwrite=False):
 
 
 def content(out):
-    bundle = Bundle(out)
-    bundle.verify()
-    return bundle.read("graphs/model.onnx")
+    return Bundle(out).read("graphs/model.onnx")
 
 
-def tree(directory):
-    """All that is in a directory, to compare before and after."""
-    paths = sorted(directory.rglob("*"))
-    return {
-        str(p.relative_to(directory)): os.readlink(p) if p.is_symlink() else p.is_dir() or p.read_bytes() for p in paths
-    }
-
-
-def start(code, *arguments):
-    """Another process, with this module's functions at hand, that has reached the point where it says ready."""
+def start(code, out):
+    """Another process, with this module's names and `out` at hand, once it has said that it is ready."""
     setup = "import sys, time; sys.path.insert(0, sys.argv[1]); from test_bundle_writer import *; out = sys.argv[2]\n"
-    command = [sys.executable, "-c", setup + code, str(Path(__file__).parent), *map(str, arguments)]
+    command = [sys.executable, "-c", setup + code, str(Path(__file__).parent), str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     return process
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one megabyte; remount(options) changes it."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(options):
-        return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], capture_output=True).returncode
-
-    try:
-        failed = mount("size=1m")
-    except FileNotFoundError:
-        failed = True
-    if failed:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield disk, mount
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
 def test_manifest_lists_every_file_with_its_size_and_hash(tiny_bundle):
     found = {p.relative_to(tiny_bundle).as_posix(): p.read_bytes() for p in tiny_bundle.rglob("*") if p.is_file()}
-    assert found.keys() == {
-        "manifest.json", "config.json",
-        "vae_encoder/model.onnx", "vae_encoder/config.json", "vae_decoder/model.onnx", "vae_decoder/config.json",
-    }  # fmt: skip
-    del found["manifest.json"]
+    places = ("config.json", *(f"vae_{g}/{f}" for g in ("encoder", "decoder") for f in ("config.json", "model.onnx")))
+    assert found.keys() == {"manifest.json", *places}
     listed = {name: (entry.size, entry.sha256) for name, entry in Bundle(tiny_bundle).manifest.files.items()}
-    assert listed == {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in found.items()}
-    assert stat.S_IMODE(tiny_bundle.stat().st_mode) == 0o755  # not the 0o700 of temporary directories
+    assert listed == {name: (len(found[name]), hashlib.sha256(found[name]).hexdigest()) for name in places}
 
 
-@pytest.mark.parametrize("name", ["new", "new/with/parents", "brackets [1] *", "with.dots.", "-o"])
+@pytest.mark.parametrize("name", ["new", "new/with/parents", "empty", "brackets [1] *", "-o"])
 def test_bundle_appears_and_nothing_else(tmp_path, name):
+    (tmp_path / name).mkdir() if name == "empty" else None
     assert make(tmp_path / name).path == tmp_path / name
     assert content(tmp_path / name) == b"new"
     assert os.listdir((tmp_path / name).parent) == [Path(name).name]
+    assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o755  # not the 0o700 of temporary directories
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_empty_directory_is_free(tmp_path, overwrite):
-    (tmp_path / "b").mkdir()
-    make(tmp_path / "b", overwrite=overwrite)
-    assert content(tmp_path / "b") == b"new"
+IN_PLACE = {
+    "a bundle": (lambda b: make(b, b"old"), False, "give --overwrite to replace it"),
+    "a folder": (lambda b: (b / "thesis").mkdir(parents=True), True, "not a bundle; it stays as it is"),
+    "an app": (lambda b: b.mkdir() or (b / "manifest.json").write_text('{"name": 1}'), True, "not a bundle"),
+    "a file": (lambda b: b.touch(), True, "not a directory"),
+    "a link": (lambda b: b.symlink_to(make(b.parent / "linked").path), True, "not a directory"),
+    "a broken link": (lambda b: b.symlink_to("nowhere"), True, "not a directory"),
+}
 
 
-def bundle_in_place(out):
-    make(out, b"old")
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["before", "meanwhile"])
+@pytest.mark.parametrize(("put", "overwrite", "message"), IN_PLACE.values(), ids=IN_PLACE)
+def test_what_is_in_place_is_refused_and_unharmed(tmp_path, put, overwrite, message, meanwhile):
+    def snapshot():
+        return {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*") if ".partial-" not in str(p)}
 
-
-def foreign_directory(out):
-    out.mkdir()
-    (out / "thesis.tex").write_text("years of work")
-
-
-def foreign_manifest(out):
-    out.mkdir()
-    (out / "manifest.json").write_text('{"name": "an app for the browser", "version": "1"}')
-
-
-def file_in_place(out):
-    out.write_text("a file")
-
-
-def link_to_a_bundle(out):
-    make(out.parent / "elsewhere", b"old")
-    out.symlink_to("elsewhere")
-
-
-def link_to_nothing(out):
-    out.symlink_to("nowhere")
-
-
-@pytest.mark.parametrize(
-    ("existing", "overwrite", "message"),
-    [
-        (bundle_in_place, False, "give --overwrite to replace it"),
-        (foreign_directory, True, "not a bundle; it stays as it is"),
-        (foreign_manifest, True, "not a bundle; it stays as it is"),
-        (file_in_place, True, "not a directory"),
-        (link_to_a_bundle, True, "not a directory"),
-        (link_to_nothing, True, "not a directory"),
-    ],
-)
-def test_what_may_not_be_replaced_is_refused_and_unharmed(tmp_path, existing, overwrite, message):
-    existing(tmp_path / "b")
-    before = tree(tmp_path)
-    with pytest.raises(BundleError, match=message):
-        make(tmp_path / "b", overwrite=overwrite)
-    assert tree(tmp_path) == before
-
-
-@pytest.mark.parametrize("appearing", [bundle_in_place, foreign_directory, file_in_place])
-def test_what_appeared_meanwhile_is_not_replaced(tmp_path, appearing):
-    with pytest.raises(BundleError, match="exists"), write_bundle(tmp_path / "b") as writer:
+    if not meanwhile:
+        put(tmp_path / "b")
+        before = snapshot()
+        with pytest.raises(BundleError, match=message):
+            check_output(tmp_path / "b", overwrite)
+    with pytest.raises(BundleError, match=message), write_bundle(tmp_path / "b", overwrite=overwrite) as writer:
         fill(writer, b"new")
-        appearing(tmp_path / "b")
-        before = tree(tmp_path / "b")
+        put(tmp_path / "b")
+        before = snapshot()
         writer.finish()
-    assert tree(tmp_path / "b") == before
-    assert os.listdir(tmp_path) == ["b"]
+    assert snapshot() == before
+    assert not list(tmp_path.glob(".b*"))
 
 
-@pytest.mark.parametrize("name", ["file/b", "x" * 250])
+@pytest.mark.parametrize("name", ["file/b", "file/new/b", "x" * 250])
 def test_place_that_cannot_be_written_is_named(tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(BundleError, match=r"cannot write to .* choose another place with --out"):
-        make(tmp_path / name)
+    for refuse in (make, lambda out: check_output(out, False)) if "/" in name else (make,):
+        with pytest.raises(BundleError, match=r"cannot write to .*; choose another place with --out"):
+            refuse(tmp_path / name)
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_read_only_place_is_named(small_disk):
-    disk, mount = small_disk
-    assert mount("remount,ro") == 0
-    with pytest.raises(BundleError, match=f"cannot write to {disk}: Read-only file system"):
-        make(disk / "b")
-
-
-def test_full_disk_leaves_nothing(small_disk):
-    disk, _ = small_disk
-    make(disk / "b", b"old")
-    with pytest.raises(BundleError, match=r"No space left on device; nothing was left behind"):
-        make(disk / "b", b"\1" * 2 * MEGABYTE, overwrite=True)
-    assert os.listdir(disk) == ["b"]
-    assert content(disk / "b") == b"old"
-
-
-def test_exhausted_quota_leaves_nothing(tmp_path):
-    make(tmp_path / "b", b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MEGABYTE, hard))
+def test_full_and_read_only_disks_keep_the_old_bundle(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path), "-o"]
+    if subprocess.run([*mount, "size=1m"], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
     try:
-        with pytest.raises(BundleError, match=os.strerror(errno.EFBIG)):
-            make(tmp_path / "b", b"\1" * 2 * MEGABYTE, overwrite=True)
+        make(tmp_path / "b", b"old")
+        with pytest.raises(BundleError, match="No space left on device; nothing was left behind"):
+            make(tmp_path / "b", bytes(2 * MEGABYTE), overwrite=True)
+        subprocess.run([*mount, "remount,ro"], check=True)
+        for refuse in (make, check_output):
+            with pytest.raises(BundleError, match=f"cannot write to {tmp_path}"):
+                refuse(tmp_path / "b", overwrite=True)
+        assert os.listdir(tmp_path) == ["b"]
+        assert content(tmp_path / "b") == b"old"
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert os.listdir(tmp_path) == ["b"]
-    assert content(tmp_path / "b") == b"old"
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize("step", ["_flush", "_exchange"])
-def test_error_in_the_last_steps_leaves_the_old_bundle(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("step", ["_flush", "_exchange", "too large"])
+def test_error_while_writing_keeps_the_old_bundle(tmp_path, monkeypatch, step):
     def fail(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise OSError(5, "Input/output error")
 
     make(tmp_path / "b", b"old")
-    monkeypatch.setattr(vae_export.bundle, step, fail)
-    with pytest.raises(BundleError, match="Input/output error; nothing was left behind"):
-        make(tmp_path / "b", overwrite=True)
+    monkeypatch.setattr(vae_export.bundle, step, fail, raising=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MEGABYTE, limits[1]))
+    try:
+        with pytest.raises(BundleError, match=r"(Input/output error|File too large); nothing was left behind"):
+            make(tmp_path / "b", bytes(2 * MEGABYTE if step == "too large" else 1), overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["b"]
     assert content(tmp_path / "b") == b"old"
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, RuntimeError])
-def test_interruption_leaves_nothing(tmp_path, interruption):
-    with pytest.raises(interruption), write_bundle(tmp_path / "not" / "there" / "b") as writer:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, FileNotFoundError(2, "no photograph", "/photo.jpg")])
+def test_interruption_leaves_nothing_and_is_passed_on(tmp_path, error):
+    with (
+        pytest.raises(error if isinstance(error, type) else type(error)),
+        write_bundle(tmp_path / "new" / "b") as writer,
+    ):
         fill(writer, b"new")
-        raise interruption
+        raise error
     assert os.listdir(tmp_path) == []
 
 
-def test_other_errors_inside_are_not_taken_for_errors_of_the_bundle(tmp_path):
-    with pytest.raises(FileNotFoundError), write_bundle(tmp_path / "b"):
-        Path("/no/such/photograph").read_bytes()
-    assert os.listdir(tmp_path) == []
-
-
-def test_readers_never_see_a_broken_bundle_while_it_is_replaced(tmp_path):
-    """Whoever opens the manifest gets all of the old one or all of the new one.
-
-    Its other files may already be those of the next bundle; then their hashes differ, and reading them says so.
-    """
+def test_whoever_opens_a_manifest_while_bundles_are_replaced_gets_a_whole_one(tmp_path):
+    """The files may then already be those of the next bundle: their hashes differ, and reading them says so."""
     make(tmp_path / "b", b"0")
     replace = "print('ready', flush=True)\nfor i in range(50): make(out, b'%d' % i, overwrite=True)"
-    process = start(replace, tmp_path / "b")
     seen = set()
-    while process.poll() is None:
-        seen.add(Manifest.from_json((tmp_path / "b" / "manifest.json").read_bytes()).files["graphs/model.onnx"])
-    process.communicate()
+    with start(replace, tmp_path / "b") as process:
+        while process.poll() is None:
+            seen.add(Manifest.from_json((tmp_path / "b" / "manifest.json").read_bytes()).files["graphs/model.onnx"])
     assert process.returncode == 0
     assert len(seen) > 1  # or nothing was tested
     assert content(tmp_path / "b") == b"49"
@@ -248,23 +169,18 @@ def test_readers_never_see_a_broken_bundle_while_it_is_replaced(tmp_path):
 
 @pytest.mark.parametrize("name", ["b", "b [1]*"])
 def test_killed_writer_is_cleaned_up_after_and_a_living_one_is_not(tmp_path, name):
-    out = tmp_path / name
     hang = "with write_bundle(out) as w: fill(w, b'partial'); print('ready', flush=True); time.sleep(60)"
-    process = start(hang, out)
-    try:
-        make(out, b"1")
+    with start(hang, tmp_path / name) as process:
+        make(tmp_path / name, b"1")
         (partial,) = set(os.listdir(tmp_path)) - {name}
         assert (tmp_path / partial / "manifest.json").is_file()
-    finally:
         process.kill()
-    process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert set(os.listdir(tmp_path)) == {name, partial}
     make(tmp_path / "other")
     assert set(os.listdir(tmp_path)) == {name, partial, "other"}
-    make(out, b"2", overwrite=True)
+    make(tmp_path / name, b"2", overwrite=True)
     assert set(os.listdir(tmp_path)) == {name, "other"}
-    assert content(out) == b"2"
+    assert content(tmp_path / name) == b"2"
 
 
 def test_many_writers_at_once_leave_one_whole_bundle(tmp_path):
@@ -282,21 +198,19 @@ def test_many_writers_at_once_leave_one_whole_bundle(tmp_path):
     assert os.listdir(tmp_path) == ["b"]
 
 
-def test_replacing_without_exchange_in_one_step(tmp_path, monkeypatch):
-    """Where the system has no renameat2: two renames, and the first is undone if the second fails."""
-    monkeypatch.setattr(vae_export.bundle.ctypes, "CDLL", lambda _: object())
+def test_without_exchange_in_one_step_a_failure_is_undone(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae_export.bundle.ctypes, "CDLL", lambda _: object())  # a system without renameat2
     make(tmp_path / "b", b"old")
     make(tmp_path / "b", b"new", overwrite=True)
-    assert content(tmp_path / "b") == b"new"
     rename = os.rename
 
-    def fail_for_the_new_one(source, target):
+    def fail_for_the_newest(source, target):
         if ".partial-" in source.name and target == tmp_path / "b":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(5, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", fail_for_the_new_one)
+    monkeypatch.setattr(os, "rename", fail_for_the_newest)
     with pytest.raises(BundleError, match="Input/output error"):
-        make(tmp_path / "b", b"newer", overwrite=True)
+        make(tmp_path / "b", b"newest", overwrite=True)
     assert content(tmp_path / "b") == b"new"
     assert os.listdir(tmp_path) == ["b"]

@@ -1,0 +1,354 @@
+"""The command line: what it prints and where, its exit codes, and what it leaves when it is interrupted."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from PIL import Image
+
+import vae_export
+from runtimes import Bundle, errors
+from runtimes.errors import (
+    BackendUnavailable,
+    BundleError,
+    CompatibilityError,
+    ConfigError,
+    IntegrityError,
+    NumericsError,
+    ShapeError,
+    VaeError,
+)
+from runtimes.images import psnr
+from vae_export import cli
+
+COMMAND = str(Path(sys.executable).with_name("vae-export"))
+PHOTO = Path(vae_export.__file__).parent / "assets" / "photos" / "coffee.jpg"
+ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, VaeError)]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        assert self.code == 0, self.err
+        return json.loads(self.out, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+
+    def check_refusal(self, kind, *said):
+        """The exit code of the class, and on standard error one readable line that holds all that is `said`."""
+        line = self.err.splitlines()[-1]
+        assert (self.code, self.out) == (kind.exit_code, ""), self.err
+        assert line.startswith(f"error ({kind.__name__}): ") and "Traceback" not in self.err
+        assert not [part for part in said if part not in line], line
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(arguments): the command in this process, as its console script calls it, in an empty directory."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vae-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return Result(stop.value.code, *capsys.readouterr())
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A directory of images and latents: `photo.png`, `z.npy`, and those with something wrong."""
+    with Image.open(PHOTO) as image:
+        small = image.resize((96, 64))
+    for name, side in (("photo", (96, 64)), ("odd", (95, 63)), ("speck", (7, 7))):
+        small.crop((0, 0, *side)).save(tmp_path / f"{name}.png")
+    z = np.random.default_rng(0).standard_normal((2, 4, 3, 5), dtype=np.float32)
+    arrays = {"z": z, "channels": z[:, :3], "flat": z[0], "integers": z.astype(int), "pickled": np.array([{}, None])}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
+    np.savez(tmp_path / "several.npz", a=z, b=z)
+    headers = {f"{n}.npy": f"{{'descr': '<f4', 'fortran_order': False, 'shape': {s}, }}" for n, s in SHAPES.items()}
+    garbage = {n: b"\x93NUMPY\x01\x00" + len(h).to_bytes(2, "little") + h.encode() for n, h in headers.items()}
+    garbage |= {"noise.npy": os.urandom(999), "zip.npy": b"PK\x03\x04 is no zip", "empty.npy": b"", "empty.png": b""}
+    for name, data in {**garbage, "cut.npy": (tmp_path / "z.npy").read_bytes()[:-1]}.items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+SHAPES = {"huge": "(1, 4, 10000000, 10000000)", "header": "(1, 4,"}
+
+
+# The main job -----------------------------------------------------------------------------------------------------
+
+
+def test_embedded_model_is_exported_verified_and_validated_again(run, tmp_path):
+    """What someone types first, in an empty directory, and as a process of its own."""
+    done = subprocess.run([COMMAND, "--to", "onnx", "--json"], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert os.listdir() == ["vae-onnx-fp32"]
+    bundle = Bundle("vae-onnx-fp32")
+    bundle.verify()
+    printed = Result(done.returncode, done.stdout, done.stderr).json
+    assert printed["manifest"] == json.loads(bundle.manifest.to_json())
+    assert Path(printed["bundle"]) == tmp_path / "work" / "vae-onnx-fp32"
+    assert bundle.manifest.source["kind"] == "embedded"
+    assert bundle.manifest.validation["verdict"] == "passed"
+    assert run("validate", "vae-onnx-fp32", "--json").json["measurements"] == bundle.manifest.validation["measurements"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_export_stops_soon_and_leaves_nothing(tmp_path, number, code):
+    command = [COMMAND, "--to", "onnx", "--out", "new/b"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("new/.b.partial-*")):  # until it is exporting
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(1)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (code, "interrupted; nothing was left half-written\n")
+    assert os.listdir(tmp_path) == []
+
+
+# Errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_each_error_class_has_an_exit_code_of_its_own(run, monkeypatch, kind):
+    def fail(path):
+        raise kind(f"{path} [/b] is\x1b[2J wrong;\ndo right")
+
+    monkeypatch.setattr(cli, "Bundle", fail)
+    result = run("inspect", "b")
+    assert [other for other in ERRORS if other.exit_code == result.code] == [kind]
+    assert result.code not in (0, 1, 2, 130, 143)
+    # One line, brackets and all, and no escape sequence.
+    assert result[1:] == ("", f"error ({kind.__name__}): b [/b] is [2J wrong; do right\n")
+
+
+def test_bug_is_called_a_bug(run, monkeypatch):
+    monkeypatch.setattr(cli, "Bundle", lambda path: 1 / 0)
+    result = run("inspect", "b")
+    assert result.code == 1
+    assert "internal error (ZeroDivisionError)" in result.err and "VAE_EXPORT_DEBUG" in result.err
+    monkeypatch.setenv("VAE_EXPORT_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "said"),
+    [
+        ("--to tflite", ConfigError, ["'tflite'", "known are onnx"]),
+        ("--to onnx --precision fp12", ConfigError, ["'fp12'", "known are fp32"]),
+        ("--to onnx --model no/such/model", ConfigError, ["no/such/model", "neither a directory"]),
+        ("--to onnx --model [/such]", ConfigError, ["[/such]"]),
+        ("--to onnx --model weights.ckpt", ConfigError, ["weights.ckpt", ".safetensors"]),
+        ("--to onnx --out BUNDLE", BundleError, ["BUNDLE", "--overwrite"]),
+        ("--to onnx --out FILES/photo.png", BundleError, ["photo.png", "not a directory"]),
+        ("--to onnx --out FILES/photo.png/b", BundleError, ["cannot write to FILES/photo.png", "--out"]),
+        ("inspect nowhere", BundleError, ["nowhere does not exist"]),
+        ("inspect FILES/photo.png", BundleError, ["FILES/photo.png is not a directory"]),
+        ("inspect .", BundleError, ["no manifest.json"]),
+        ("validate BUNDLE", ConfigError, ["a model in memory", "--model"]),
+        ("roundtrip BUNDLE FILES/odd.png", ShapeError, ["height 63 is not a multiple of 8", "pad to 64"]),
+        ("roundtrip BUNDLE FILES/speck.png --crop", ShapeError, ["7x7", "8x8"]),
+        ("roundtrip BUNDLE FILES/empty.png", ShapeError, ["empty.png is empty (0 bytes)"]),
+        ("roundtrip BUNDLE nowhere.png", ShapeError, ["nowhere.png does not exist"]),
+        ("roundtrip BUNDLE FILES/photo.png --device tpu", BackendUnavailable, ["'tpu'", "cpu"]),
+        ("roundtrip BUNDLE FILES/photo.png --backend abacus", BackendUnavailable, ["'abacus'", "onnxruntime"]),
+        ("roundtrip BUNDLE FILES/photo.png --out no/x.png", BundleError, ["no/x.png"]),
+        ("roundtrip BUNDLE FILES/photo.png --out x.doc", BundleError, ["x.doc"]),
+        ("encode BUNDLE FILES/photo.png FILES/odd.png", ShapeError, ["of one size", "96", "95"]),
+        ("encode BUNDLE FILES/photo.png --out no/x.npy", BundleError, ["no/x.npy", "No such file or directory"]),
+        ("encode BUNDLE FILES/photo.png --out .", BundleError, ["directory"]),
+        ("encode BUNDLE FILES/photo.png --out FILES/z.npy/z.npy", BundleError, ["FILES/z.npy", "Not a directory"]),
+        ("decode BUNDLE nowhere.npy", ShapeError, ["nowhere.npy", "No such file or directory"]),
+        ("decode BUNDLE FILES/pickled.npy", ShapeError, ["allow_pickle=False"]),
+        ("decode BUNDLE FILES/several.npz", ShapeError, ["several arrays"]),
+        ("decode BUNDLE FILES/channels.npy", ShapeError, ["[B, 4, height, width], not [2, 3, 3, 5]"]),
+        ("decode BUNDLE FILES/flat.npy", ShapeError, ["not [4, 3, 5]"]),
+        ("decode BUNDLE FILES/integers.npy", ShapeError, ["floating point, not int64"]),
+        *(
+            (f"decode BUNDLE FILES/{name}.npy", ShapeError, [f"{name}.npy is not a .npy file of latents"])
+            for name in ("noise", "zip", "empty", "cut", "huge", "header")
+        ),
+    ],
+)
+def test_mistake_is_named_with_the_way_out(run, tiny_bundle, files, arguments, kind, said):
+    def fill_in(text):
+        return text.replace("BUNDLE", str(tiny_bundle)).replace("FILES", str(files))
+
+    run(*map(fill_in, arguments.split())).check_refusal(kind, *map(fill_in, said))
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--nonsense", "nonsense", "--model x", "inspect", "--to onnx --shift-factor x", "encode b i --seed -1"],
+)
+def test_wrong_usage_is_exit_code_2(run, arguments):
+    result = run(*arguments.split())
+    assert result.code == 2
+    assert "Usage: vae-export" in result.err
+
+
+def test_bundle_that_was_changed_or_is_of_the_future_is_refused(run, bundle_copy):
+    changed = bundle_copy()
+    data = bytearray((changed / "vae_decoder" / "model.onnx").read_bytes())
+    data[1000] ^= 1
+    (changed / "vae_decoder" / "model.onnx").write_bytes(data)
+    for options in ([], ["--json"]):
+        run("inspect", changed, *options).check_refusal(IntegrityError, "vae_decoder/model.onnx", "sha256")
+    future = bundle_copy(lambda manifest: manifest.update(schema_version=99))
+    run("inspect", future).check_refusal(CompatibilityError, "99", "upgrade vae-export")
+
+
+def test_missed_threshold_is_shown_with_all_numbers(run, tiny_bundle, tiny_model, bundle_copy, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    proto = onnx.load(tiny_bundle / "vae_decoder" / "model.onnx")
+    (bias,) = (tensor for tensor in proto.graph.initializer if "decoder.conv_out.bias" in tensor.name)
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.01), bias.name))
+    wrong = bundle_copy(files={"vae_decoder/model.onnx": proto.SerializeToString()})
+    result = run("validate", wrong, "--model", tmp_path / "model")
+    result.check_refusal(NumericsError, "decoder", "dB (at least 100)")
+    rows = [line.split()[0] for line in result.err.splitlines() if re.search(r"(ok|missed)\s*$", line)]
+    assert rows.count("encoder") == rows.count("decoder") == 6
+    assert "…" not in result.err  # no number is cut off
+
+
+# Printing ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_arguments_prints_the_help_and_version_the_version(run):
+    assert not [word for word in ("--to", "inspect", "roundtrip", "decode", "doctor") if word not in run().out]
+    assert run("--version") == (0, f"{vae_export.__version__}\n", "")
+
+
+def test_inspect_shows_graphs_files_and_verdict(run, tiny_bundle):
+    assert run("inspect", tiny_bundle, "--json").json == json.loads((tiny_bundle / "manifest.json").read_text())
+    shown = re.sub(r"[\s│]+", "", run("inspect", tiny_bundle).out)
+    manifest = Bundle(tiny_bundle).manifest
+    for tensor in (t for graph in manifest.graphs.values() for t in (graph.input, graph.output)):
+        assert f"{tensor.name}{tensor.dtype}[{','.join(map(str, tensor.shape))}]" in shown
+    for name, entry in manifest.files.items():
+        assert f"{name}{entry.size:,}bytes,sha256{entry.sha256[:16]}" in shown
+    assert "validationpassed(12comparisons)" in shown
+
+
+def test_bundle_of_a_stranger_cannot_play_with_the_terminal(run, bundle_copy):
+    def edit(manifest):
+        manifest["source"] = {"given": "\x1b]0;owned\x07[/red][link=x]", "weights_sha256": "\x1b[2J"}
+        manifest["validation"] = {"verdict": "\x1b[31m[/]passed", "measurements": 5}
+
+    result = run("inspect", bundle_copy(edit))
+    assert (result.code, result.err) == (0, "")
+    assert "\x1b" not in result.out and "\x07" not in result.out
+    assert "[/red][link=x]" in result.out
+
+
+def test_doctor_says_what_works_and_how_to_get_the_rest(run):
+    found = run("doctor", "--json").json
+    assert found["backends"]["onnxruntime"]["cpu"] == found["export"] == "works"
+    assert found["packages"]["numpy"] == np.__version__
+    shown = re.sub(r"[\s│]+", " ", run("doctor").out)
+    for states in found["backends"].values():
+        assert all(state in shown for state in states.values())  # brackets of pip install 'vae-export[gpu]' included
+
+
+# Running bundles --------------------------------------------------------------------------------------------------
+
+
+def test_roundtrip_pictures_original_reconstruction_and_difference(run, tiny_bundle, files, monkeypatch):
+    found = run("roundtrip", tiny_bundle, files / "photo.png", "--json").json
+    with Image.open("roundtrip.png") as picture, Image.open(files / "photo.png") as photo:
+        assert picture.size == (3 * 96, 64)
+        original, restored, difference = np.split(np.asarray(picture), 3, axis=1)
+        assert np.array_equal(original, np.asarray(photo))
+    assert np.array_equal(difference, np.clip((restored.astype(int) - original) * 8 + 128, 0, 255))
+    decibels = round(psnr(original, restored), 2)
+    named = {"image": str(files / "photo.png"), "picture": "roundtrip.png"}
+    assert found == {**named, "latents": [1, 4, 8, 12], "psnr_db": decibels}
+    assert f"PSNR {decibels:.2f} dB" in run("roundtrip", tiny_bundle, files / "photo.png").out
+    assert run("roundtrip", tiny_bundle, files / "odd.png", "--crop", "--json").json["latents"] == [1, 4, 7, 11]
+    monkeypatch.setattr(cli, "psnr", lambda *_: float("inf"))  # equal images
+    assert run("roundtrip", tiny_bundle, files / "photo.png", "--json").json["psnr_db"] is None
+
+
+def test_encoded_images_are_decoded_again(run, tiny_bundle, files):
+    result = run("encode", tiny_bundle, files / "photo.png", files / "photo.png", "--out", "z.npy")
+    assert "[2, 4, 8, 12] in z.npy" in result.out
+    z = np.load("z.npy")
+    assert (z.dtype, z.shape) == (np.float32, (2, 4, 8, 12))
+    assert run("decode", tiny_bundle, "z.npy", "--out", "y.png").out == "y-1.png 96x64\ny-2.png 96x64\n"
+    np.save("one.npy", z[:1])
+    assert run("decode", tiny_bundle, "one.npy").out == "image.png 96x64\n"
+    assert sorted(os.listdir()) == ["image.png", "one.npy", "y-1.png", "y-2.png", "z.npy"]
+    assert Path("image.png").read_bytes() == Path("y-1.png").read_bytes() == Path("y-2.png").read_bytes()
+
+
+def test_seed_makes_a_draw_reproducible(run, tiny_bundle, files):
+    for name, options in {"mode": [], "a": ["--seed=1"], "b": ["--seed=1"], "c": ["--seed=2"]}.items():
+        assert run("encode", tiny_bundle, files / "photo.png", "--out", f"{name}.npy", *options).code == 0
+    mode, a, b, c = (np.load(f"{name}.npy") for name in ("mode", "a", "b", "c"))
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c) and not np.array_equal(a, mode)
+
+
+def test_names_are_printed_as_they_are(run, tiny_bundle, files):
+    name = "a [red] :cat: [" + "long " * 20 + ".png"
+    (files / "photo.png").rename(name)
+    assert run("roundtrip", tiny_bundle, name, "--out", "x [b].png").out.startswith(f"{name}: PSNR")
+
+
+# Without PyTorch --------------------------------------------------------------------------------------------------
+
+WITHOUT_TORCH = """
+import contextlib, importlib.abc, io, json, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ("torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+from vae_export.cli import main
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["vae-export", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([arguments[0], code, err.getvalue()]))
+"""
+
+
+def test_without_torch_bundles_run_and_exporting_says_what_to_install(tiny_bundle, files, tmp_path):
+    works = ["inspect BUNDLE", "doctor", "roundtrip BUNDLE photo.png", "encode BUNDLE photo.png", "decode BUNDLE z.npy"]
+    lines = [line.replace("BUNDLE", str(tiny_bundle)).split() for line in (*works, "--to onnx", "validate BUNDLE")]
+    command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(lines)]
+    done = subprocess.run(command, cwd=files, capture_output=True, text=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    told = "error (BackendUnavailable): exporting needs torch: pip install 'vae-export[export,cpu]'\n"
+    expected = [(0, "")] * len(works) + [(BackendUnavailable.exit_code, told)] * 2
+    assert found == [[line[0], *outcome] for line, outcome in zip(lines, expected, strict=True)], done.stderr
