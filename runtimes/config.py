@@ -115,7 +115,7 @@ def _check(config: VaeConfig) -> None:
             raise ConfigError(f"{name} = {getattr(config, name)!r}: {rule}")
 
     for name in ("in_channels", "out_channels", "latent_channels", "norm_num_groups", "sample_size"):
-        require(name, _is_size(getattr(config, name)), "must be an integer from 1 to 65536")
+        require(name, _is_size(getattr(config, name)), "must be a positive integer, from 1 to 65536")
     layers = config.layers_per_block
     require("layers_per_block", _is_size(layers) and layers <= 64, "must be an integer from 1 to 64")
     for name in ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
@@ -125,7 +125,7 @@ def _check(config: VaeConfig) -> None:
     require(
         "block_out_channels",
         isinstance(channels, tuple) and len(channels) > 0 and all(_is_size(c) for c in channels),
-        "must be a non-empty list of positive integers",
+        "must be a non-empty list of positive integers, each from 1 to 65536",
     )
     require("block_out_channels", len(channels) <= 16, "at most 16 levels")
     require(

@@ -18,7 +18,7 @@ from vae_export.hub import Hub
 from vae_export.model import AutoencoderKL
 from vae_export.onnx_graphs import OPSET, export_onnx, tool_versions
 from vae_export.ranges import Ranges, calibration_inputs, probe
-from vae_export.rewrite import HEADROOM, rescale_activations
+from vae_export.rewrite import HEADROOM, fold_upsample, rescale_activations
 from vae_export.validate import THRESHOLDS, Measurement, Progress, compare, opened_bundle, reference_cases, simulated
 
 __all__ = ["Hub", "export_bundle", "load_model", "measure_ranges", "validate_bundle"]
@@ -26,6 +26,7 @@ __all__ = ["Hub", "export_bundle", "load_model", "measure_ranges", "validate_bun
 TARGETS = ("onnx",)
 PRECISIONS = tuple(THRESHOLDS)
 IO_PRECISIONS = ("fp32", "same")
+UPSAMPLE_FORM = "conv"  #: the fastest of rewrite.UPSAMPLE_FORMS in ONNX Runtime on the CPU; see benchmarks/upsample.py
 
 # ONNX Runtime's CPU provider has no bfloat16 convolution.
 NOT_RUNNABLE_HERE = {"bf16": "ONNX Runtime has no bfloat16 kernels on the CPU; run `vae-export validate` on a GPU"}
@@ -61,7 +62,10 @@ def export_bundle(
     form: AutoencoderKL = model
     rewrites: list[Mapping[str, Any]] = []
     if precision != "fp32" and rescale:
-        form, rewrites = rescaled(model, calibrate, progress)
+        form, record = rescaled(model, calibrate, progress)
+        rewrites.append(record)
+    form = fold_upsample(form, UPSAMPLE_FORM)
+    rewrites.append({"name": "fold_upsample", "form": UPSAMPLE_FORM})
     cases = reference_cases(model, progress) if run_validation else []
     measurements: list[Measurement] = []
     if cases and precision != "fp32":
@@ -97,7 +101,7 @@ def export_bundle(
 
 def rescaled(
     model: AutoencoderKL, calibrate: Path | None, progress: Progress
-) -> tuple[AutoencoderKL, list[Mapping[str, Any]]]:
+) -> tuple[AutoencoderKL, Mapping[str, Any]]:
     """The model with its activations rescaled to what was measured, and the record for the manifest."""
     ranges = probe(model, calibration_inputs(model, calibrate, progress))
     form, exponents = rescale_activations(model, ranges)
@@ -108,7 +112,7 @@ def rescaled(
         "headroom": HEADROOM,
         "divided_by_power_of_two": exponents,
     }
-    return form, [record]
+    return form, record
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,12 @@ def graph_forms(model: AutoencoderKL) -> dict[str, GraphForm]:
 
 
 def export_onnx(
-    model: AutoencoderKL, graph: str, path: Path, *, precision: str = "fp32", io_precision: str = "fp32"
+    model: AutoencoderKL,
+    graph: str,
+    path: Path,
+    *,
+    precision: str = "fp32",
+    io_precision: str = "fp32",
 ) -> GraphSpec:
     """Write one graph (`encoder` or `decoder`) of the model as a single ONNX file, checked by onnx.checker.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vae_export.model import Attention, AutoencoderKL, Block, MidBlock, ResnetBlock
 
@@ -42,6 +43,63 @@ def use_portable_attention(model: AutoencoderKL) -> AutoencoderKL:
     for module in model.modules():
         if isinstance(module, Attention):
             module.__class__ = PortableAttention
+    return model
+
+
+class DeconvUpsample(nn.Module):
+    """[B, C, H, W] -> [B, C, 2*H, 2*W]: nearest x2 and its 3x3 convolution as one transposed convolution."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        # Along an axis: output 2i sees w0 x[i-1] + (w1 + w2) x[i], output 2i+1 sees (w0 + w1) x[i] + w2 x[i+1].
+        taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
+        kernel = torch.einsum("ak,bl,oikl->ioab", taps, taps, conv.weight.double())
+        self.conv = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1)
+        self.conv.weight = nn.Parameter(kernel.to(conv.weight.dtype), requires_grad=False)
+        self.conv.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(x))
+
+
+class FourConvUpsample(nn.Module):
+    """[B, C, H, W] -> [B, C, 2*H, 2*W]: nearest x2 and its 3x3 convolution as four 2x2 ones, interleaved."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        # The same sums as in DeconvUpsample, one convolution for each of the four positions in a 2x2 square.
+        taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
+        self.convs = nn.ModuleList()
+        for row in range(2):
+            for column in range(2):
+                kernel = torch.einsum("ak,bl,oikl->oiab", taps[row], taps[column], conv.weight.double())
+                part = nn.Conv2d(conv.in_channels, conv.out_channels, 2)
+                part.weight = nn.Parameter(kernel.to(conv.weight.dtype), requires_grad=False)
+                part.bias = conv.bias
+                self.convs.append(part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The even output of an axis looks one pixel back, the odd one ahead.
+        sides = [(1 - column, column, 1 - row, row) for row in range(2) for column in range(2)]
+        parts = [conv(F.pad(x, side)) for conv, side in zip(self.convs, sides, strict=True)]
+        return F.pixel_shuffle(torch.stack(parts, dim=2).flatten(1, 2), 2)
+
+
+UPSAMPLE_FORMS: dict[str, type[nn.Module] | None] = {"none": None, "deconv": DeconvUpsample, "conv": FourConvUpsample}
+
+
+def fold_upsample(model: AutoencoderKL, form: str) -> AutoencoderKL:
+    """Fold each nearest-neighbour upsampling into the convolution behind it: 4/9 of its multiplications.
+
+    Three of four taps of the convolution fall on repeated pixels; adding their weights beforehand gives the same sums,
+    exact but for rounding. `form` is "deconv" (one transposed convolution), "conv" (four small ones, interleaved) or
+    "none"; which is the fastest depends on the runtime.
+    """
+    model = copy.deepcopy(model)
+    folded = UPSAMPLE_FORMS[form]
+    for block in cast(Any, model.decoder.up_blocks):
+        if folded is not None and hasattr(block, "upsamplers"):
+            block.upsamplers = nn.ModuleList([folded(upsample.conv) for upsample in block.upsamplers])
     return model
 
 

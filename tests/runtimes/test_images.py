@@ -168,10 +168,11 @@ def test_what_is_no_batch_of_images_is_refused(images, says):
 def test_an_image_is_written_whole_or_not_at_all(tmp_path):
     save_image(PIXELS, tmp_path / "a.png")
     assert np.array_equal(load_image(tmp_path / "a.png"), PIXELS)
-    for path in (tmp_path / "a.unknown", tmp_path / "missing" / "a.png"):
+    (tmp_path / "directory.png").mkdir()
+    for path in (tmp_path / "a.unknown", tmp_path / "missing" / "a.png", tmp_path / "directory.png"):
         with pytest.raises(BundleError, match=re.escape(str(path))):
             save_image(PIXELS, path)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "directory.png"]
 
 
 def test_cutting_and_comparing():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as DiffusersPosterior
 
 from runtimes import DiagonalGaussianDistribution as Posterior
 from runtimes import ShapeError
@@ -25,29 +26,25 @@ def torch_generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture
-def pair():
-    """The same posterior on NumPy and on torch."""
-    return Posterior(parameters()), Posterior(torch.from_numpy(parameters()))
-
-
-def test_results_on_numpy_are_those_on_torch(pair):
-    x, other = np.random.default_rng(2).standard_normal(SHAPE).astype(np.float32), parameters(seed=1)
-    for of in (
-        lambda posterior, kind: posterior.mean,
-        lambda posterior, kind: posterior.logvar,
-        lambda posterior, kind: posterior.std,
-        lambda posterior, kind: posterior.var,
-        lambda posterior, kind: posterior.mode(),
-        lambda posterior, kind: posterior.kl(),
-        lambda posterior, kind: posterior.kl(Posterior(kind(other))),
-        lambda posterior, kind: posterior.nll(kind(x)),
-        lambda posterior, kind: posterior.nll(kind(x), dims=[1]),
-    ):
-        ours, theirs = of(pair[0], np.asarray), of(pair[1], torch.from_numpy)
-        assert isinstance(ours, np.ndarray) and ours.shape == tuple(theirs.shape)
-        np.testing.assert_allclose(ours, theirs.numpy(), **CLOSE)
-    assert (pair[0].logvar.min(), pair[0].logvar.max()) == (-30, 20)
+@pytest.mark.parametrize("torch_class", [Posterior, DiffusersPosterior], ids=["ours", "diffusers"])
+@pytest.mark.parametrize("outside", [False, True])  # the clamp: there, a few terms drown all others
+def test_results_on_numpy_are_those_on_torch(torch_class, outside):
+    x = np.random.default_rng(2).standard_normal(SHAPE).astype(np.float32)
+    on_numpy, on_torch = (
+        {
+            "moments": (p.mean, p.logvar, p.std, p.var, p.mode()),
+            "kl": (p.kl(), p.kl(other)),
+            "nll": (p.nll(kind(x)), p.nll(kind(x), dims=[1])),
+        }
+        for kind, p, other in (
+            (np.asarray, *(Posterior(parameters(seed, outside)) for seed in (0, 1))),
+            (torch.from_numpy, *(torch_class(torch.from_numpy(parameters(seed, outside))) for seed in (0, 1))),
+        )
+    )
+    for name, values in on_numpy.items():
+        for ours, theirs in zip(values, on_torch[name], strict=True):
+            assert isinstance(ours, np.ndarray) and ours.shape == tuple(theirs.shape)
+            np.testing.assert_allclose(ours, theirs.numpy(), **CLOSE)
 
 
 @KINDS

@@ -67,6 +67,12 @@ def test_tiles_cover_every_size_once(kind, overlap):
         np.testing.assert_allclose(np.asarray(tiled), np.asarray(x), rtol=1e-6)
 
 
+def test_a_tile_fades_in_from_the_one_before_in_steps_of_one_in_the_overlap():
+    tiles = iter((np.zeros((1, 1, 1, 8)), np.ones((1, 1, 1, 4))))
+    blended = run_tiled(lambda tile: next(tiles), np.empty((1, 1, 1, 8)), TileGrid.of(8, 8, 0.5))
+    assert blended.ravel().tolist() == [0, 0, 0, 0, 0, 0.25, 0.5, 0.75]
+
+
 # Over the tile's 8 latents in one direction or both, with edge tiles of 1 to 8 latents.
 @pytest.mark.parametrize(("height", "width"), [(8, 9), (9, 8), (17, 5), (13, 20), (25, 7), (14, 14)])
 def test_tiled_results_are_those_of_the_tiled_reference(vae, tiny_model, parts, height, width):

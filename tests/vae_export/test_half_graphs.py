@@ -25,8 +25,9 @@ def half_bundle(tiny_model, tmp_path_factory):
 
 def test_an_fp16_bundle_records_and_proves_what_was_done(half_bundle):
     manifest = json.loads((half_bundle / "manifest.json").read_text())
-    (rewrite,) = manifest["rewrites"]
+    rewrite, folded = manifest["rewrites"]
     assert rewrite["name"] == "rescale_activations"
+    assert folded["name"] == "fold_upsample"
     assert rewrite["largest_activation"] > 65504
     assert all(isinstance(exponent, int) for exponent in rewrite["divided_by_power_of_two"].values())
     measured = manifest["validation"]["measurements"]

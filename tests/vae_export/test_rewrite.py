@@ -10,9 +10,10 @@ from runtimes.errors import NumericsError
 from tools.blow_up import blown_up, gains
 from vae_export import AutoencoderKL, export_bundle
 from vae_export.checkpoint import load_model
+from vae_export.model import Upsample
 from vae_export.photos import middle_of, photographs
 from vae_export.ranges import Ranges, SimulatedHalf, Watch, probe
-from vae_export.rewrite import TARGET, rescale_activations, use_portable_attention
+from vae_export.rewrite import TARGET, fold_upsample, rescale_activations, use_portable_attention
 
 
 def small_model(*, attention=True, quant=True, levels=3):
@@ -146,6 +147,27 @@ def test_portable_attention_is_the_same_attention():
         torch.testing.assert_close(
             run(use_portable_attention(model), graph, x), run(model, graph, x), rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("form", ["deconv", "conv"])
+def test_folding_the_upsampling_changes_nothing_but_rounding(form):
+    model = small_model()
+    folded = fold_upsample(model, form)
+    assert not any(isinstance(module, Upsample) for module in folded.modules())
+    assert any(isinstance(module, Upsample) for module in model.modules()), "the model given is not changed"
+    for height, width in ((12, 10), (1, 1), (5, 3)):
+        z = torch.randn(2, 4, height, width)
+        # Weights are added before instead of after the products: fp32 rounding.
+        torch.testing.assert_close(folded.decode_latents(z), model.decode_latents(z), rtol=0, atol=1e-5)
+
+
+def test_a_rescaled_model_can_be_folded():
+    blown = blown_up(small_model(), gains(0, True))
+    rescued, _ = rescale_activations(blown, probe(blown, inputs_of(blown)))
+    graph, x = inputs_of(blown)[2]
+    half = SimulatedHalf(fold_upsample(rescued, "conv"), "fp16")
+    assert psnr(half.run(graph, x), run(blown, graph, x)) > 50  # the threshold of validation
+    assert half.first_not_finite is None
 
 
 # The simulated half -----------------------------------------------------------------------------------------------
