@@ -101,12 +101,17 @@ class VaeRuntime(ABC):
         return np.asarray((z - add) * multiply, dtype=np.float32)
 
     def latents_to_images(self, latents: Any) -> npt.NDArray[np.uint8]:
-        """Scaled latents [B, latent_channels, h, w] -> uint8 [B, f*h, f*w, 3]."""
+        """Scaled latents [B, latent_channels, h, w] -> uint8 [B, f*h, f*w, 3].
+
+        NaN and infinity have no colour: they raise `NumericsError`, with or without `check_finite`.
+        """
         multiply, add = self._latent_scale()
         raw = self._checked(latents, "latents", self.config.latent_channels, multiple_of=1)
         if array_module(raw) is not np:
             raw = raw.detach().cpu().numpy()
         sample = self.decode((raw / multiply + add).astype(np.float32))[0]
+        if not np.isfinite(sample).all():
+            raise NumericsError(f"the decoder of this {self.precision} bundle gave NaN or infinity: no image")
         return to_uint8(sample)
 
     def _latent_scale(self) -> tuple[Array, Array]:

@@ -7,7 +7,6 @@ u = round(255 * clip(x / 2 + 0.5, 0, 1)), halves to even.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,11 +35,11 @@ def load_image(source: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
             return _to_rgb(source)  # reads its file now, if it was only opened so far
         if os.path.getsize(source) == 0:
             raise ShapeError(f"{source} is empty (0 bytes)")
-        with warnings.catch_warnings():
+        with Image.open(source) as image:
             # Pillow only warns between one and two times its limit; nothing in between is wanted either.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                return _to_rgb(image)
+            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+            return _to_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ShapeError(
             f"{source} is too large to open safely: {error}. If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS"

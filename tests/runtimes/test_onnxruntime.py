@@ -27,8 +27,9 @@ from runtimes import (
 from runtimes.images import to_float
 
 ENCODER, DECODER = "vae_encoder/model.onnx", "vae_decoder/model.onnx"
-# The same fp32 arithmetic in another order: sums of some hundred terms of order 1, a dozen layers deep.
-TOLERANCE = 1e-5
+# The same fp32 arithmetic in another order: sums of some hundred terms of order 1, a dozen layers deep; and weights
+# of the upsampling added before they are multiplied.
+TOLERANCE = 2e-5
 SHAPES = [(1, 1, 1), (1, 8, 8), (3, 5, 7), (2, 1, 9)]  # [B, h, w] in latents
 RNG = np.random.default_rng(0)
 KINDS = pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
