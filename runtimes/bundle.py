@@ -14,6 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,11 +156,13 @@ class Bundle:
         self.path = Path(path)
         if not self.path.is_dir():
             raise BundleError(f"{path} is not a directory" if self.path.exists() else f"{path} does not exist")
-        try:
-            raw = _read_regular_file(self.path, MANIFEST_FILE, limit=MANIFEST_LIMIT)
-        except FileNotFoundError:
-            raise BundleError(f"{path} has no {MANIFEST_FILE}: not a bundle of vae-export") from None
-        self.manifest = Manifest.from_json(raw)
+        self.manifest = Manifest.from_json(self._read_manifest())
+
+    def _read_manifest(self) -> bytes:
+        for _ in range(3):  # an export may replace the directory between opening it and its file
+            with suppress(FileNotFoundError):
+                return _read_regular_file(self.path, MANIFEST_FILE, limit=MANIFEST_LIMIT)
+        raise BundleError(f"{self.path} has no {MANIFEST_FILE}: not a bundle of vae-export")
 
     def read(self, name: str) -> bytes:
         """The bytes of a file that the manifest lists, checked: parse these, not the file."""
@@ -202,7 +205,7 @@ def _read_regular_file(root: Path, name: str, *, limit: int, exact: bool = False
         os.close(descriptor)
         raise IntegrityError(f"{name} is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        if status.st_nlink != 1:
+        if status.st_nlink > 1:  # 0 where an export has just replaced the bundle: the open file stays whole
             raise IntegrityError(f"{name} is a hard link: a bundle's files belong to it alone; copy it with cp -r")
         if status.st_size > limit or (exact and status.st_size != limit):
             rule = "and the manifest says" if exact else "and the most is"

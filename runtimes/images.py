@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from runtimes.errors import BundleError, ShapeError
+from runtimes.errors import ShapeError
+from runtimes.files import written_whole
 
 Images: TypeAlias = Any
 """uint8 [B, H, W, 3] or [H, W, 3], a PIL image, a path, or a list of PIL images or paths."""
@@ -54,14 +55,8 @@ def load_image(source: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
 
 def save_image(pixels: npt.NDArray[np.uint8], path: str | Path) -> None:
     """Write uint8 [H, W, 3] in the format of the path's suffix; whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
+    with written_whole(path) as partial:
         Image.fromarray(pixels).save(partial)
-        os.replace(partial, path)
-    except (OSError, ValueError) as error:
-        partial.unlink(missing_ok=True)
-        raise BundleError(f"cannot write {path}: {error}") from None
 
 
 def as_uint8_batch(images: Images) -> npt.NDArray[np.uint8]:

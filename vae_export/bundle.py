@@ -94,6 +94,8 @@ def write_bundle(out: str | Path, *, overwrite: bool = False) -> Iterator[Bundle
 def check_output(out: str | Path, overwrite: bool) -> None:
     """Raise `BundleError` at once for a place where `write_bundle` would refuse at the end of a long export."""
     path = Path(os.path.abspath(out))
+    if path == Path.cwd():
+        raise BundleError(f"{path} is the current directory, which the bundle would replace; choose another --out")
     _check_free(path, overwrite)
     parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

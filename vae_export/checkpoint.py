@@ -56,7 +56,7 @@ def load_model(
     if source is None:
         model = load_pretrained(EMBEDDED)
         model.source = model.source._replace(given="embedded", kind="embedded")
-    elif _is_single_file(source):
+    elif is_single_file(source):
         return load_single_file(
             source, config=config, scaling_factor=scaling_factor, shift_factor=shift_factor, hub=hub or Hub()
         )
@@ -75,7 +75,7 @@ def load_pretrained(source: str | Path, *, subfolder: str | None = None, hub: Hu
         directory = Path(source) / (subfolder or "")
         config_path, weights_path = _find_in_directory(directory)
         repo, commit = None, None
-    elif _is_single_file(source):
+    elif is_single_file(source):
         raise ConfigError(f"{source} is a single file: load it with from_single_file")
     else:
         repo = check_repository(str(source))
@@ -102,7 +102,7 @@ def load_pretrained(source: str | Path, *, subfolder: str | None = None, hub: Hu
     config = VaeConfig.from_json(config_path)
     weights = read_weights(weights_path)
     kind = "directory" if repo is None else "hub"
-    return build_model(config, weights.tensors, Source(str(source), kind, weights.sha256, repo, commit))
+    return build_model(config, weights.tensors, Source(str(source), kind, weights.sha256, repo, commit, subfolder))
 
 
 def load_single_file(
@@ -289,7 +289,7 @@ def _agrees(config: VaeConfig, architecture: Mapping[str, Any]) -> bool:
 # Places -----------------------------------------------------------------------------------------------------------
 
 
-def _is_single_file(source: str | Path) -> bool:
+def is_single_file(source: str | Path) -> bool:
     text = str(source)
     return (
         text.startswith(("http://", "https://")) or text.endswith((".safetensors", *PICKLES)) or Path(source).is_file()

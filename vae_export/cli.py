@@ -20,7 +20,8 @@ import numpy as np
 import typer
 
 from runtimes import Bundle, open_vae
-from runtimes.errors import BackendUnavailable, BundleError, NumericsError, ShapeError, VaeError
+from runtimes.errors import BackendUnavailable, NumericsError, ShapeError, VaeError
+from runtimes.files import written_whole
 from runtimes.images import compare_side_by_side, crop_to_multiple, load_image, psnr, save_image
 from vae_export import __version__
 from vae_export.printing import (
@@ -55,13 +56,16 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Subfolder = Annotated[
+    Optional[str], typer.Option(help="Where in the directory or repository the VAE is: vae.", show_default=False)
+]
 Calibrate = Annotated[
     Optional[Path],
     typer.Option(help="Photographs to measure activations on.  [default: the embedded ones]", show_default=False),
 ]
 Crop = Annotated[bool, typer.Option("--crop", help="Cut an image's sides to multiples of the VAE's factor.")]
 
-_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_stopped_by: list[int] = []  #: signals that asked this process to end
 
 
 @app.callback(invoke_without_command=True)
@@ -79,9 +83,7 @@ def export(
         bool,
         typer.Option("--no-rescale", help="Half precision as it is, to compare; add --no-validate if it overflows."),
     ] = False,
-    subfolder: Annotated[
-        Optional[str], typer.Option(help="Where in the directory or repository the VAE is: vae.")
-    ] = None,
+    subfolder: Subfolder = None,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     config: Annotated[
         Optional[str], typer.Option(help="For a single file: its config.json, or a Hub id that has one.")
@@ -135,11 +137,17 @@ def export(
 
 
 @app.command()
-def validate(bundle: BundlePath, model: Model = None, device: Device = "cpu", as_json: AsJson = False) -> None:
-    """Compare a bundle with its model again, here and now."""
+def validate(
+    bundle: BundlePath,
+    model: Model = None,
+    subfolder: Subfolder = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a bundle with its model again, here and now; the model is loaded from where it came from."""
     exporter = _import_exporter()
     with progress_bar() as progress:
-        reference = None if model is None else exporter.load_model(model)
+        reference = None if model is None else exporter.load_model(model, subfolder=subfolder)
         measurements = [
             m.to_dict() for m in exporter.validate_bundle(bundle, reference, device=device, progress=progress)
         ]
@@ -244,7 +252,7 @@ def ranges(
     model: Annotated[Optional[str], typer.Argument(help="As --model of the export.", show_default=False)] = None,
     out_file: Annotated[Path, typer.Option("--out", help="The plot.")] = Path("ranges.png"),
     calibrate: Calibrate = None,
-    subfolder: Annotated[Optional[str], typer.Option(help="Where the VAE is: vae.")] = None,
+    subfolder: Subfolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how large activations get, before and after rescaling for half precision, and plot them."""
@@ -314,20 +322,8 @@ def _load_latents(path: Path) -> Any:
 
 
 def _save_latents(latents: Any, path: Path) -> None:
-    """Whole or not at all, as `save_image`."""
-    if path.is_dir():
-        raise BundleError(f"cannot write {path}: it is a directory")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        try:
-            with partial.open("wb") as file:
-                np.save(file, latents)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise BundleError(f"cannot write {path}: {error.strerror or error}") from None
+    with written_whole(path) as partial, partial.open("wb") as file:
+        np.save(file, latents)
 
 
 def main() -> NoReturn:
@@ -342,11 +338,11 @@ def main() -> NoReturn:
             err.print(validation_table(error.measurements))
         _complain("error", error)
         sys.exit(error.exit_code)
-    except SystemExit as stop:
-        if stop.code in _INTERRUPTED:
-            say("interrupted; nothing was left half-written", err)
+    except SystemExit:
+        _exit_if_stopped()
         raise
     except Exception as error:
+        _exit_if_stopped()  # a library may have made another exception of it
         if os.environ.get("VAE_EXPORT_DEBUG"):
             raise
         _complain("internal error", error)
@@ -365,4 +361,11 @@ def _stop(number: int, _: object) -> NoReturn:
 
     SystemExit, since versions of typer differ in what they make of KeyboardInterrupt.
     """
+    _stopped_by.append(number)
     raise SystemExit(128 + number)
+
+
+def _exit_if_stopped() -> None:
+    if _stopped_by:
+        say("interrupted; nothing was left half-written", err)
+        sys.exit(128 + _stopped_by[0])

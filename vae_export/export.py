@@ -13,7 +13,7 @@ from runtimes.bundle import GRAPHS, GraphSpec, Manifest
 from runtimes.errors import ConfigError
 from vae_export import __version__
 from vae_export.bundle import check_output, write_bundle
-from vae_export.checkpoint import CONFIG_FILE, load_model
+from vae_export.checkpoint import CONFIG_FILE, is_single_file, load_model
 from vae_export.hub import Hub
 from vae_export.model import AutoencoderKL
 from vae_export.onnx_graphs import OPSET, export_onnx, tool_versions
@@ -156,7 +156,7 @@ def validate_bundle(
     bundle.verify()
     manifest = bundle.manifest
     if model is None:
-        model = _model_of(manifest.source)
+        model = _model_of(manifest)
     recorded = manifest.source.get("weights_sha256")
     if recorded is not None and model.source.weights_sha256 != recorded:
         raise ConfigError(
@@ -201,11 +201,15 @@ def _record(precision: str, measurements: list[Measurement]) -> dict[str, Any]:
     return record
 
 
-def _model_of(source: Mapping[str, Any]) -> AutoencoderKL:
+def _model_of(manifest: Manifest) -> AutoencoderKL:
     """Load the model again from what the manifest recorded."""
+    source = manifest.source
     kind, given = source.get("kind"), source.get("given")
     if kind == "embedded":
         return load_model()
     if kind == "memory" or not isinstance(given, str):
         raise ConfigError("the bundle was made from a model in memory; name the model to compare with (--model)")
-    return load_model(given, hub=Hub(revision=source.get("commit")))
+    hub = Hub(revision=source.get("commit"))
+    if is_single_file(given):
+        return load_model(given, config=manifest.config, hub=hub)
+    return load_model(given, subfolder=source.get("subfolder"), hub=hub)

@@ -41,6 +41,7 @@ class Source(NamedTuple):
     weights_sha256: str | None = None  #: of the weights file
     repo: str | None = None
     commit: str | None = None  #: 40 hex digits
+    subfolder: str | None = None
 
 
 class ResnetBlock(nn.Module):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
+import onnxscript  # noqa: F401  (torch.onnx imports it late, and fails obscurely where it is missing)
 import torch
 from torch import Tensor, nn
 

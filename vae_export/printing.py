@@ -17,7 +17,8 @@ from rich.text import Text
 
 from runtimes import BACKENDS
 from runtimes.bundle import Manifest
-from runtimes.errors import BackendUnavailable, BundleError
+from runtimes.errors import BackendUnavailable
+from runtimes.files import written_whole
 
 if TYPE_CHECKING:
     from vae_export.export import MeasuredRanges
@@ -149,9 +150,8 @@ def plot_ranges(found: MeasuredRanges, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(loc="lower right", fontsize=8)
     try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot write {path}: {error}") from None
+        with written_whole(path) as partial:
+            figure.savefig(partial, dpi=110)
     finally:
         pyplot.close(figure)
 

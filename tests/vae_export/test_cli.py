@@ -29,6 +29,7 @@ from runtimes.errors import (
     VaeError,
 )
 from runtimes.images import psnr
+from tools.blow_up import blown_up, gains
 from vae_export import cli
 
 COMMAND = str(Path(sys.executable).with_name("vae-export"))
@@ -352,3 +353,43 @@ def test_without_torch_bundles_run_and_exporting_says_what_to_install(tiny_bundl
     told = "error (BackendUnavailable): exporting needs torch: pip install 'vae-export[export,cpu]'\n"
     expected = [(0, "")] * len(works) + [(BackendUnavailable.exit_code, told)] * 2
     assert found == [[line[0], *outcome] for line, outcome in zip(lines, expected, strict=True)], done.stderr
+
+
+# Half precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blown_directory(tiny_model, tmp_path_factory):
+    """A model whose activations overflow fp16, as a diffusers directory."""
+    path = tmp_path_factory.mktemp("blown") / "pipeline" / "vae"
+    blown_up(tiny_model, gains(0, powers_of_two=True), with_eps=False).save_pretrained(path)
+    return path.parent
+
+
+def test_ranges_are_printed_and_plotted_before_and_after(run, blown_directory):
+    found = run("ranges", blown_directory, "--subfolder", "vae", "--json", "--out", "r.png").json
+    assert max(found["before"].values()) > 65504
+    assert max(found["after"].values()) < 65504 / 16
+    assert found["divided_by_power_of_two"]
+    with Image.open("r.png") as picture:
+        assert picture.width > 800
+
+
+def test_half_precision_is_rescaled_and_said_so(run, blown_directory):
+    arguments = ("--to", "onnx", "--precision", "fp16", "--model", blown_directory, "--subfolder", "vae", "--out", "b")
+    result = run(*arguments)
+    assert result.code == 0, result.err
+    assert re.search(r"largest activation \d+,\d+", result.out)
+    assert re.search(r"decoder\.up_blocks\.\d divided by 2\^\d+", result.out)
+    again = run("validate", "b", "--json").json  # finds the model in its subfolder again
+    assert all(m["passed"] for m in again["measurements"])
+    plain = run(*arguments, "--overwrite", "--no-rescale")
+    plain.check_refusal(NumericsError, "overflows in fp16", "encoder.")
+    assert Bundle("b").manifest.rewrites[0]["name"] == "rescale_activations", "the old bundle stays"
+
+
+def test_calibration_photographs_must_exist(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    arguments = ("--to", "onnx", "--precision", "fp16", "--out", "b", "--calibrate")
+    run(*arguments, tmp_path / "empty").check_refusal(ConfigError, "empty", ".jpg")
+    run(*arguments, tmp_path / "none").check_refusal(ConfigError, "none", "not a directory")
