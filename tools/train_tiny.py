@@ -1,6 +1,6 @@
 """Train the embedded model (vae_export/assets/tiny) on the public-domain and CC0 photographs in scikit-image.
 
-    python tools/train_tiny.py --minutes 70 --out vae_export/assets/tiny
+    python tools/train_tiny.py --minutes 40 --out vae_export/assets/tiny
 
 Nothing is downloaded: scikit-image ships the photographs in its wheel. Two photographs are never trained on and measure
 the result: `coffee` (scikit-image) and `flower.jpg` (scikit-learn). Writes config.json with the scaling and shift
@@ -122,7 +122,7 @@ def psnr(model: AutoencoderKL, photo: Tensor) -> float:
 
 
 @torch.no_grad()
-def latent_statistics(model: AutoencoderKL, crops: Crops, count: int = 64) -> tuple[float, float]:
+def latent_statistics(model: AutoencoderKL, crops: Crops, count: int = 1000) -> tuple[float, float]:
     """(scaling_factor, shift_factor): 1 / standard deviation and mean of the latents of the training photos."""
     latents = torch.cat([model.encode(crops.batch(1, 128))[0].sample() for _ in range(count)])
     return round(1 / latents.std().item(), 4), round(latents.mean().item(), 4)
@@ -258,7 +258,7 @@ def save(model: AutoencoderKL, crops: Crops, out: Path, facts: dict[str, float])
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=70)
+    parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=5, help="crops of 96x96 a step; larger crops come in fewer")
