@@ -20,6 +20,7 @@ import numpy as np
 import typer
 
 from runtimes import Bundle, open_vae
+from runtimes.bundle import Manifest
 from runtimes.errors import BackendUnavailable, NumericsError, ShapeError, VaeError
 from runtimes.files import written_whole
 from runtimes.images import compare_side_by_side, crop_to_multiple, load_image, psnr, save_image
@@ -121,9 +122,10 @@ def export(
             shift_factor=shift_factor,
             hub=exporter.Hub(revision=revision),
         )
+        path = out_dir or Path(f"vae-{to}-{precision}")
         bundle = exporter.export_bundle(
             loaded,
-            out_dir or Path(f"vae-{to}-{precision}"),
+            path,
             target=to,
             precision=precision,
             io_precision=io_precision,
@@ -133,7 +135,7 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
-    _print_export(bundle, as_json)
+    _print_export(path, bundle.manifest, as_json)
 
 
 @app.command()
@@ -292,10 +294,9 @@ def _print(data: Any, table: Any, as_json: bool) -> None:
         out.print(table)
 
 
-def _print_export(bundle: Bundle, as_json: bool) -> None:
-    manifest = bundle.manifest
+def _print_export(path: Path, manifest: Manifest, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}, indent=2))
+        print(json.dumps({"bundle": str(path), "manifest": json.loads(manifest.to_json())}, indent=2))
         return
     if "measurements" in manifest.validation:
         out.print(validation_table(manifest.validation["measurements"]))
@@ -304,7 +305,7 @@ def _print_export(bundle: Bundle, as_json: bool) -> None:
     for line in rewrites_text(manifest.rewrites):
         say(line)
     size = sum(entry.size for entry in manifest.files.values()) / 1e6
-    say(f"{bundle.path}: {manifest.target} {manifest.precision}, {size:.1f} MB")
+    say(f"{path}: {manifest.target} {manifest.precision}, {size:.1f} MB")
 
 
 def _load_latents(path: Path) -> Any:

@@ -37,7 +37,8 @@ class Thresholds(NamedTuple):
 
 
 # fp32: another order of summation, nothing else: 24 bits of mantissa and some thousand terms leave over 100 dB.
-# fp16 and bf16: 11 and 8 bits of mantissa, rounded some hundred times on the way: the real models lie some 20 dB above.
+# fp16 and bf16: 11 and 8 bits of mantissa, rounded some hundred times on the way; models of real size lie some 16 dB
+# above.
 THRESHOLDS = {
     "fp32": Thresholds(psnr_db=100.0, uint8_steps=1),
     "fp16": Thresholds(psnr_db=50.0, uint8_steps=8),
