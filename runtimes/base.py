@@ -20,22 +20,19 @@ from runtimes.errors import ConfigError, NumericsError, ShapeError, VaeError
 from runtimes.images import Images, as_uint8_batch, to_float, to_uint8
 from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
 from runtimes.posterior import DiagonalGaussianDistribution, array_module
-from runtimes.tiling import TileGrid, run_tiled
+from runtimes.tiling import TilingAndSlicing
 
 Array = npt.NDArray[Any]
 GraphName = Literal["encoder", "decoder"]
 
 
-class VaeRuntime(ABC):
+class VaeRuntime(TilingAndSlicing, ABC):
     """An opened bundle. Arrays in, arrays out: a NumPy array is answered by one, a torch tensor by a torch tensor.
 
     Open one with `open_vae`, use it from any number of threads, and close it (or use it in a `with` statement).
 
     `config` is the model's config, `spec` the graphs with their inputs and outputs; `backend` and `precision` say what
     runs.
-
-    Tiling may be tuned by plain attributes, as in diffusers: `tile_sample_min_size` and `tile_latent_min_size` (the
-    side of a tile in pixels and in latents; tiling is active only beyond it) and `tile_overlap_factor`.
     """
 
     backend: ClassVar[str]
@@ -46,12 +43,8 @@ class VaeRuntime(ABC):
         self.spec: Mapping[str, GraphSpec] = bundle.manifest.graphs
         self.precision = bundle.manifest.precision
         self.check_finite = check_finite
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tile_sample_min_size = self.config.sample_size
-        self.tile_latent_min_size = int(self.config.sample_size / self.config.downscale)
-        self.tile_overlap_factor = 0.25
         self._closed = False
+        self._set_up_tiling()
 
     # What a backend provides ----------------------------------------------------------------------------------------
 
@@ -72,8 +65,7 @@ class VaeRuntime(ABC):
         in the graph's output dtype.
         """
         x = self._checked(x, "images", self.config.in_channels, multiple_of=self.config.downscale)
-        grid = TileGrid.of(self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor)
-        posterior = DiagonalGaussianDistribution(self._apply("encoder", x, grid))
+        posterior = DiagonalGaussianDistribution(self._apply("encoder", x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: Any, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Any]:
@@ -82,8 +74,7 @@ class VaeRuntime(ABC):
         `generator` is accepted, as in diffusers, and not used: decoding is deterministic.
         """
         z = self._checked(z, "latents", self.config.latent_channels, multiple_of=1)
-        grid = TileGrid.of(self.tile_latent_min_size, self.tile_sample_min_size, self.tile_overlap_factor)
-        sample = self._apply("decoder", z, grid)
+        sample = self._apply("decoder", z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     # Images and scaled latents --------------------------------------------------------------------------------------
@@ -131,42 +122,9 @@ class VaeRuntime(ABC):
             return per_channel(config.scaling_factor / np.asarray(config.latents_std)), per_channel(config.latents_mean)
         return per_channel(config.scaling_factor), per_channel(config.shift_factor or 0.0)
 
-    # Tiling and slicing ---------------------------------------------------------------------------------------------
-
-    def enable_tiling(self) -> None:
-        """Work on large images tile by tile: bounded memory, small differences where tiles meet."""
-        self.use_tiling = True
-
-    def disable_tiling(self) -> None:
-        self.use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Work on the samples of a batch one by one, to save memory."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        self.use_slicing = False
-
-    def _apply(self, graph: GraphName, x: Any, grid: TileGrid) -> Any:
-        def run(part: Any) -> Any:
-            return self._run(graph, part)
-
-        def run_whole(part: Any) -> Any:
-            if self.use_tiling and max(part.shape[-2:]) > grid.tile:
-                if self.tile_sample_min_size != self.tile_latent_min_size * self.config.downscale:
-                    raise ShapeError(
-                        f"tile_sample_min_size {self.tile_sample_min_size} is not {self.config.downscale} times "
-                        f"tile_latent_min_size {self.tile_latent_min_size}"
-                    )
-                return run_tiled(run, part, grid)
-            return run(part)
-
-        xp = array_module(x)
-        if self.use_slicing and x.shape[0] > 1:
-            result = xp.concatenate([run_whole(x[i : i + 1]) for i in range(x.shape[0])])
-        else:
-            result = run_whole(x)
-        if self.check_finite and not bool(xp.isfinite(result).all()):
+    def _apply(self, graph: GraphName, x: Any) -> Any:
+        result = self._in_parts(lambda part: self._run(graph, part), x, graph)
+        if self.check_finite and not bool(array_module(result).isfinite(result).all()):
             raise NumericsError(f"the {graph} of this {self.precision} bundle gave NaN or infinity")
         return result
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from runtimes.config import VaeConfig
 from runtimes.errors import ShapeError
 from runtimes.posterior import array_module
 
@@ -30,6 +31,55 @@ class TileGrid:
         """From the tile's side on either end; truncates exactly as diffusers does, `int(side * (1 - overlap))`."""
         blend = int(tile_out * overlap_factor)
         return cls(tile=tile_in, step=int(tile_in * (1 - overlap_factor)), blend=blend, kept=tile_out - blend)
+
+
+class TilingAndSlicing:
+    """The switches of diffusers' AutoencoderKL, for the reference model and every runtime alike.
+
+    Tiling may be tuned by plain attributes, as in diffusers: `tile_sample_min_size` and `tile_latent_min_size` (the
+    side of a tile in pixels and in latents; tiling is active only beyond it) and `tile_overlap_factor`.
+    """
+
+    config: VaeConfig
+
+    def _set_up_tiling(self) -> None:
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_size = self.config.sample_size
+        self.tile_latent_min_size = int(self.config.sample_size / self.config.downscale)
+        self.tile_overlap_factor = 0.25
+
+    def enable_tiling(self) -> None:
+        """Work on large images tile by tile: bounded memory, small differences where tiles meet."""
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Work on the samples of a batch one by one, to save memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def _tile_grid(self, graph: str) -> TileGrid:
+        sample, latent = self.tile_sample_min_size, self.tile_latent_min_size
+        if sample != latent * self.config.downscale:
+            raise ShapeError(
+                f"tile_sample_min_size {sample} is not {self.config.downscale} times tile_latent_min_size {latent}"
+            )
+        return TileGrid.of(*((sample, latent) if graph == "encoder" else (latent, sample)), self.tile_overlap_factor)
+
+    def _in_parts(self, function: Callable[[Any], Any], x: Any, graph: str) -> Any:
+        """`function` on `x` [B, C, H, W], by samples and by tiles as far as these are switched on and needed."""
+        if self.use_slicing and x.shape[0] > 1:
+            parts = [self._in_parts(function, x[i : i + 1], graph) for i in range(x.shape[0])]
+            return array_module(x).concatenate(parts)
+        largest = self.tile_sample_min_size if graph == "encoder" else self.tile_latent_min_size
+        if self.use_tiling and max(x.shape[-2:]) > largest:
+            return run_tiled(function, x, self._tile_grid(graph))
+        return function(x)
 
 
 def run_tiled(

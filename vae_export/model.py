@@ -21,7 +21,7 @@ from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
 from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
 from runtimes.posterior import DiagonalGaussianDistribution
-from runtimes.tiling import TileGrid, run_tiled
+from runtimes.tiling import TilingAndSlicing, run_tiled
 
 NORM_EPS = 1e-6
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(TilingAndSlicing, nn.Module):
     """The VAE: images in [-1, 1] to a posterior over latents, and latents back to images.
 
     Build one from a `VaeConfig` or from its fields (`AutoencoderKL(latent_channels=16, ...)`, random weights), or load
@@ -234,8 +234,7 @@ class AutoencoderKL(nn.Module):
 
     Latents are raw: `scaling_factor` and `shift_factor` are the business of whoever feeds them to a diffusion model.
 
-    Tiling may be tuned by plain attributes, as in diffusers: `tile_sample_min_size` and `tile_latent_min_size` (the
-    side of a tile in pixels and in latents; tiling is active only beyond it) and `tile_overlap_factor`.
+    Tiling and slicing: see `TilingAndSlicing`.
     """
 
     def __init__(self, config: VaeConfig | None = None, **config_fields: Any) -> None:
@@ -250,11 +249,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if self.config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if self.config.use_post_quant_conv else None
 
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tile_sample_min_size = self.config.sample_size
-        self.tile_latent_min_size = int(self.config.sample_size / self.config.downscale)
-        self.tile_overlap_factor = 0.25
+        self._set_up_tiling()
 
     # Loading and saving -------------------------------------------------------------------------------------------
 
@@ -329,8 +324,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Images [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, latent_channels, H//f, W//f]."""
-        encode = self._encode_tiled if self._needs_tiling(x, self.tile_sample_min_size) else self.encode_moments
-        posterior = DiagonalGaussianDistribution(self._by_slices(encode, x))
+        posterior = DiagonalGaussianDistribution(self._in_parts(self.encode_moments, x, "encoder"))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
@@ -340,8 +334,7 @@ class AutoencoderKL(nn.Module):
 
         `generator` is accepted, as in diffusers, and not used: decoding is deterministic.
         """
-        decode = self._decode_tiled if self._needs_tiling(z, self.tile_latent_min_size) else self.decode_latents
-        sample = self._by_slices(decode, z)
+        sample = self._in_parts(self.decode_latents, z, "decoder")
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -365,49 +358,17 @@ class AutoencoderKL(nn.Module):
         """The whole decoder, post_quant_conv included: [B, latent_channels, h, w] -> [B, out_channels, f*h, f*w]."""
         return cast(Tensor, self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)))
 
-    # Tiling and slicing -------------------------------------------------------------------------------------------
-
-    def enable_tiling(self) -> None:
-        """Encode and decode large images tile by tile: bounded memory, small differences where tiles meet."""
-        self.use_tiling = True
-
-    def disable_tiling(self) -> None:
-        self.use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Encode and decode the samples of a batch one by one, to save memory."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        self.use_slicing = False
-
     def tiled_encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """`encode` by tiles, whatever the size and whether or not tiling is enabled."""
-        posterior = DiagonalGaussianDistribution(self._encode_tiled(x))
+        posterior = DiagonalGaussianDistribution(run_tiled(self.encode_moments, x, self._tile_grid("encoder")))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """`decode` by tiles, whatever the size and whether or not tiling is enabled."""
-        sample = self._decode_tiled(z)
+        sample = run_tiled(self.decode_latents, z, self._tile_grid("decoder"))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def _encode_tiled(self, x: Tensor) -> Tensor:
-        grid = TileGrid.of(self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor)
-        return run_tiled(self.encode_moments, x, grid)
-
-    def _decode_tiled(self, z: Tensor) -> Tensor:
-        grid = TileGrid.of(self.tile_latent_min_size, self.tile_sample_min_size, self.tile_overlap_factor)
-        return run_tiled(self.decode_latents, z, grid)
-
-    def _needs_tiling(self, x: Tensor, largest: int) -> bool:
-        return self.use_tiling and max(x.shape[-2:]) > largest
-
-    def _by_slices(self, function: Any, x: Tensor) -> Tensor:
-        if self.use_slicing and x.shape[0] > 1:
-            return torch.cat([function(x[i : i + 1]) for i in range(x.shape[0])])
-        return cast(Tensor, function(x))
 
     # Attention ----------------------------------------------------------------------------------------------------
 
