@@ -20,7 +20,6 @@ import numpy as np
 import typer
 
 from runtimes import Bundle, open_vae
-from runtimes.bundle import Manifest
 from runtimes.errors import BackendUnavailable, NumericsError, ShapeError, VaeError
 from runtimes.files import written_whole
 from runtimes.images import compare_side_by_side, crop_to_multiple, load_image, psnr, save_image
@@ -135,7 +134,7 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
-    _print_export(path, bundle.manifest, as_json)
+    _print_export(path, bundle, as_json)
 
 
 @app.command()
@@ -294,9 +293,10 @@ def _print(data: Any, table: Any, as_json: bool) -> None:
         out.print(table)
 
 
-def _print_export(path: Path, manifest: Manifest, as_json: bool) -> None:
+def _print_export(path: Path, bundle: Bundle, as_json: bool) -> None:
+    manifest = bundle.manifest
     if as_json:
-        print(json.dumps({"bundle": str(path), "manifest": json.loads(manifest.to_json())}, indent=2))
+        print(json.dumps({"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}, indent=2))
         return
     if "measurements" in manifest.validation:
         out.print(validation_table(manifest.validation["measurements"]))
