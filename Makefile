@@ -2,7 +2,7 @@
 # make test    set up and run the tests
 # make lint    style and types
 # make slow    the tests with real-size models
-# make train   train the embedded model anew (over an hour)
+# make train   train the embedded model anew (40 minutes)
 
 PYTHON ?= python3
 BIN := .venv/bin

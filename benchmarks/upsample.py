@@ -16,21 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import torch
 
-from vae_export.model import AutoencoderKL
+from benchmarks.models import stable_diffusion_sized
 from vae_export.onnx_graphs import export_onnx
 from vae_export.rewrite import UPSAMPLE_FORMS, fold_upsample
 
 
 def main(size: int, rounds: int) -> None:
-    torch.manual_seed(0)
-    model = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    ).requires_grad_(False)
+    model = stable_diffusion_sized()
     z = np.random.default_rng(0).standard_normal((1, 4, size // 8, size // 8)).astype(np.float32)
     with tempfile.TemporaryDirectory() as directory:
         sessions = {}

@@ -1,6 +1,6 @@
 """`VaeRuntime`: the one encode/decode API, and all checking of what comes in.
 
-A backend is a subclass with `_encode`, `_decode` and `_close`, over arrays that have already been checked.
+A backend is a subclass with `_run` and `_close`, over arrays that have already been checked.
 """
 
 from __future__ import annotations
@@ -106,21 +106,14 @@ class VaeRuntime(TilingAndSlicing, ABC):
         return to_uint8(sample)
 
     def _latent_scale(self) -> tuple[Array, Array]:
-        """(multiply, add), each [1, C, 1, 1] or [1, 1, 1, 1]: scaled = (raw - add) * multiply."""
-        config = self.config
-        if config.scaling_factor is None:
+        """(multiply, add), each [1, C, 1, 1]: scaled = (raw - add) * multiply."""
+        if self.config.scaling_factor is None:
             raise ConfigError(
                 "the checkpoint does not say its scaling_factor, and guessing it would give wrong latents; export it "
                 "again with --scaling-factor (and --shift-factor), or use encode and decode on raw latents"
             )
-
-        def per_channel(values: Any) -> Array:
-            return np.asarray(values, dtype=np.float32).reshape(1, -1, 1, 1)
-
-        if config.latents_mean is not None and config.latents_std is not None:
-            # Playground 2.5: normalised per channel, then scaled.
-            return per_channel(config.scaling_factor / np.asarray(config.latents_std)), per_channel(config.latents_mean)
-        return per_channel(config.scaling_factor), per_channel(config.shift_factor or 0.0)
+        multiply, add = (np.asarray(v, dtype=np.float32).reshape(1, -1, 1, 1) for v in self.config.latent_affine())
+        return multiply, add
 
     def _apply(self, graph: GraphName, x: Any) -> Any:
         result = self._in_parts(lambda part: self._run(graph, part), x, graph)

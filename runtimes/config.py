@@ -57,6 +57,16 @@ class VaeConfig:
         """The spatial ratio between image and latents, f = 2 ** (levels - 1); 8 for Stable Diffusion."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
+    def latent_affine(self) -> tuple[list[float], list[float]]:
+        """(multiply, add), a number for each latent channel: scaled = (raw - add) * multiply.
+
+        With latents_mean and latents_std (Playground 2.5) each channel has its own. An unknown scaling_factor is 1.
+        """
+        scale = 1.0 if self.scaling_factor is None else self.scaling_factor
+        if self.latents_mean is not None and self.latents_std is not None:
+            return [scale / deviation for deviation in self.latents_std], list(self.latents_mean)
+        return [scale] * self.latent_channels, [self.shift_factor or 0.0] * self.latent_channels
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config") -> VaeConfig:
         """Read a diffusers config. Strict: an unknown field or another `_class_name` raises `ConfigError`."""

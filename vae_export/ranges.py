@@ -38,13 +38,6 @@ class Ranges(NamedTuple):
 
     largest: Mapping[str, float]
 
-    def within(self, prefix: str) -> float:
-        """The largest activation of a module and everything in it; 0 where nothing of that name ran."""
-        found = (
-            v for place, v in self.largest.items() if place == prefix or place.startswith((prefix + ".", prefix + " "))
-        )
-        return max(found, default=0.0)
-
     def at(self, place: str) -> float:
         """The largest activation that a module gives out: its own place, or any of its own operations."""
         found = (v for name, v in self.largest.items() if name == place or name.startswith(place + " "))
@@ -160,12 +153,12 @@ def calibration_inputs(
         progress(f"Measuring activations on {path.name}", done, total)
         yield "encoder", middle_of(path, height * factor, width * factor, config.in_channels)
     # Diffusion models work on latents of unit variance: unscaled, this is how they look.
-    scale, shift = config.scaling_factor or 1.0, config.shift_factor or 0.0
+    multiply, add = (torch.tensor(values).view(1, -1, 1, 1) for values in config.latent_affine())
     generator = torch.Generator().manual_seed(0)
     for done, (height, width) in enumerate(LATENT_SIZES, start=len(photos)):
         progress("Measuring activations on noise", done, total)
         noise = torch.randn(1, config.latent_channels, height, width, generator=generator)
-        yield "decoder", noise / scale + shift
+        yield "decoder", noise / multiply + add
     progress("Measured", total, total)
 
 

@@ -158,12 +158,12 @@ def inputs(model: AutoencoderKL) -> Iterator[tuple[str, str, Array]]:
     for b, h, w in shapes:
         noise = rng.uniform(-1, 1, (b, config.in_channels, h * factor, w * factor))
         yield "encoder", "noise", noise.astype(np.float32)
-    scale, shift = config.scaling_factor or 1.0, config.shift_factor or 0.0
+    multiply, add = (np.reshape(values, (1, -1, 1, 1)) for values in config.latent_affine())
     for name, photo in photos.items():
         yield "decoder", f"photo {name}", _reference(model, "encoder", photo)[:, : config.latent_channels]
     for b, h, w in shapes:
         # Diffusion models work on latents of unit variance: unscaled, this is how they look.
-        noise = rng.standard_normal((b, config.latent_channels, h, w)) / scale + shift
+        noise = rng.standard_normal((b, config.latent_channels, h, w)) / multiply + add
         yield "decoder", "noise", noise.astype(np.float32)
 
 

@@ -3,21 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 EXPORT = """
 import json, resource, sys, time
-import torch
-from vae_export import AutoencoderKL, export_bundle
+from benchmarks.models import stable_diffusion_sized
+from vae_export import export_bundle
 
-torch.manual_seed(0)
-model = AutoencoderKL(
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-).eval().requires_grad_(False)
+model = stable_diffusion_sized()
 start = time.monotonic()
 bundle = export_bundle(model, sys.argv[1], precision=sys.argv[2])
 measured = bundle.manifest.validation["measurements"]
@@ -33,7 +29,7 @@ print(json.dumps({
 def export(path, precision):
     """In a process of its own, for its memory is measured."""
     command = [sys.executable, "-c", EXPORT, str(path), precision]
-    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900, cwd=ROOT)
     found = json.loads(result.stdout.splitlines()[-1])
     print(precision, found)
     return found
