@@ -52,10 +52,12 @@ __all__ = [
 #: backend -> "module:class", imported when it is first opened
 BACKENDS = {
     "onnxruntime": "runtimes.onnxruntime:OnnxRuntimeVae",
+    "openvino": "runtimes.openvino:OpenVinoVae",
 }
 #: target of a bundle -> the backends that open it, the default first
 BACKENDS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "onnx": ("onnxruntime",),
+    "openvino": ("openvino",),
 }
 
 

@@ -16,7 +16,7 @@ import torch
 
 from vae_export.checkpoint import load_model
 from vae_export.model import AutoencoderKL
-from vae_export.rewrite import stages
+from vae_export.rescale import stages
 
 Draw = Callable[[float, float], float]
 

@@ -11,25 +11,38 @@ from typing import Any
 from runtimes import Bundle, open_vae
 from runtimes.bundle import GRAPHS, GraphSpec, Manifest
 from runtimes.errors import ConfigError
-from vae_export import __version__
+from vae_export import __version__, onnx_graphs, openvino_ir
 from vae_export.bundle import check_output, write_bundle
 from vae_export.checkpoint import CONFIG_FILE, is_single_file, load_model
 from vae_export.hub import Hub
 from vae_export.model import AutoencoderKL
-from vae_export.onnx_graphs import OPSET, export_onnx, tool_versions
-from vae_export.ranges import Ranges, calibration_inputs, probe
-from vae_export.rewrite import HEADROOM, fold_upsample, rescale_activations
+from vae_export.ranges import HALVES, Ranges, calibration_inputs, probe
+from vae_export.rescale import HEADROOM, rescale_activations
+from vae_export.rewrite import Form, rewrite
 from vae_export.validate import THRESHOLDS, Measurement, Progress, compare, opened_bundle, reference_cases, simulated
 
 __all__ = ["Hub", "export_bundle", "load_model", "measure_ranges", "validate_bundle"]
 
-TARGETS = ("onnx",)
+TARGETS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}  #: and the file of a graph
 PRECISIONS = tuple(THRESHOLDS)
 IO_PRECISIONS = ("fp32", "same")
-UPSAMPLE_FORM = "conv"  #: the fastest of rewrite.UPSAMPLE_FORMS in ONNX Runtime on the CPU; see benchmarks/upsample.py
 
-# ONNX Runtime's CPU provider has no bfloat16 convolution.
-NOT_RUNNABLE_HERE = {"bf16": "ONNX Runtime has no bfloat16 kernels on the CPU; run `vae-export validate` on a GPU"}
+#: (target, precision) -> the form of its graphs: the fastest on the CPU that it was measured on; see docs/speed.md.
+FORMS = {
+    ("onnx", "fp32"): Form(upsample="conv", norm="rows", attention_blocks=16),
+    # For GPUs, and not measured there: GroupNormalization is what their runtimes have kernels for.
+    ("onnx", "fp16"): Form(upsample="conv", attention_blocks=16),
+    ("onnx", "bf16"): Form(upsample="conv", attention_blocks=16),
+    # OpenVINO computes attention in blocks of its own.
+    ("openvino", "fp32"): Form(upsample="deconv", norm="rows"),
+    ("openvino", "fp16"): Form(upsample="deconv"),
+    ("openvino", "bf16"): Form(upsample="deconv", norm="rows", shortcut="composed"),
+}
+
+#: what cannot be run where bundles are made: ONNX Runtime's CPU provider has no bfloat16 convolution
+NOT_RUNNABLE_HERE = {
+    ("onnx", "bf16"): "ONNX Runtime has no bfloat16 kernels on the CPU; run `vae-export validate` on a GPU"
+}
 
 
 def export_bundle(
@@ -41,6 +54,7 @@ def export_bundle(
     io_precision: str = "fp32",
     rescale: bool = True,
     calibrate: Path | None = None,
+    form: Form | None = None,
     run_validation: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
@@ -49,7 +63,8 @@ def export_bundle(
 
     In fp16 and bf16 the activations are first rescaled by powers of two, exactly, so that they cannot overflow
     (`rescale_activations`); how large they get is measured on the photographs in `calibrate`, or on the embedded ones.
-    Inputs and outputs stay float32 unless `io_precision` is "same".
+    Inputs and outputs stay float32 unless `io_precision` is "same". `form` chooses among the exact rewrites of the
+    graphs; without it, `FORMS` has what was the fastest where it was measured.
 
     The bundle appears whole or not at all; with `overwrite` an existing bundle is replaced in one step. Without
     `run_validation` the manifest says that nothing was compared.
@@ -59,24 +74,27 @@ def export_bundle(
     """
     _check_choices(model, target, precision, io_precision)
     check_output(out, overwrite)
-    form: AutoencoderKL = model
+    form = form or FORMS[target, precision]
+    exact: AutoencoderKL = model
     rewrites: list[Mapping[str, Any]] = []
-    if precision != "fp32" and rescale:
-        form, record = rescaled(model, calibrate, progress)
+    if precision in HALVES and rescale:
+        exact, record = rescaled(model, calibrate, progress)
         rewrites.append(record)
-    form = fold_upsample(form, UPSAMPLE_FORM)
-    rewrites.append({"name": "fold_upsample", "form": UPSAMPLE_FORM})
+    rewrites += form.records()
     cases = reference_cases(model, progress) if run_validation else []
     measurements: list[Measurement] = []
-    if cases and precision != "fp32":
+    if cases and precision in HALVES:
         # Before the graphs: cheaper, and its message names the layer that overflows.
-        by = f"simulated {precision}"
-        measurements += compare(cases, by, simulated(form, precision), precision, progress)
+        rewritten = rewrite(exact, form._replace(attention_blocks=1))
+        measurements += compare(cases, f"simulated {precision}", simulated(rewritten, precision), precision, progress)
     with write_bundle(out, overwrite=overwrite) as writer:
         graphs = {}
         for done, graph in enumerate(GRAPHS):
             progress(f"Exporting {graph}", done, len(GRAPHS))
-            graphs[graph] = _write_graph(form, graph, writer.directory, precision, io_precision)
+            path = writer.directory / f"vae_{graph}" / TARGETS[target]
+            spec = _write_graph(exact, graph, path, target, precision, io_precision, form)
+            graphs[graph] = replace(spec, file=f"{path.parent.name}/{spec.file}")
+            (path.parent / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
         (writer.directory / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
         manifest = Manifest(
             version=__version__,
@@ -87,15 +105,15 @@ def export_bundle(
             graphs=graphs,
             source=model.source._asdict(),
             rewrites=tuple(rewrites),
-            tools={"python": platform.python_version(), "opset": str(OPSET), **tool_versions()},
+            tools=_tool_versions(target),
             validation={"verdict": "skipped", "reason": "--no-validate was given"},
         )
         writer.write_manifest(manifest)
         if cases:
-            if precision not in NOT_RUNNABLE_HERE:
+            if (target, precision) not in NOT_RUNNABLE_HERE:
                 with open_vae(writer.directory) as vae:
                     measurements += compare(cases, vae.backend, opened_bundle(vae), precision, progress)
-            writer.write_manifest(replace(manifest, validation=_record(precision, measurements)))
+            writer.write_manifest(replace(manifest, validation=_record(target, precision, measurements)))
         return writer.finish()
 
 
@@ -184,18 +202,23 @@ def _check_choices(model: AutoencoderKL, target: str, precision: str, io_precisi
         )
 
 
-def _write_graph(model: AutoencoderKL, graph: str, directory: Path, precision: str, io_precision: str) -> GraphSpec:
-    folder = directory / f"vae_{graph}"
-    spec = export_onnx(model, graph, folder / "model.onnx", precision=precision, io_precision=io_precision)
-    (folder / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
-    return replace(spec, file=f"{folder.name}/{spec.file}")
+def _write_graph(
+    model: AutoencoderKL, graph: str, path: Path, target: str, precision: str, io_precision: str, form: Form
+) -> GraphSpec:
+    write = onnx_graphs.export_onnx if target == "onnx" else openvino_ir.export_ir
+    return write(model, graph, path, precision=precision, io_precision=io_precision, form=form)
 
 
-def _record(precision: str, measurements: list[Measurement]) -> dict[str, Any]:
+def _tool_versions(target: str) -> dict[str, str]:
+    tools = {"python": platform.python_version(), **onnx_graphs.tool_versions()}
+    return tools | openvino_ir.tool_versions() if target == "openvino" else tools
+
+
+def _record(target: str, precision: str, measurements: list[Measurement]) -> dict[str, Any]:
     """What the manifest says of the validation."""
     record: dict[str, Any] = {"verdict": "passed", "reference": "AutoencoderKL of vae-export in PyTorch, fp32"}
-    if precision in NOT_RUNNABLE_HERE:
-        record["not_run"] = NOT_RUNNABLE_HERE[precision]
+    if (target, precision) in NOT_RUNNABLE_HERE:
+        record["not_run"] = NOT_RUNNABLE_HERE[target, precision]
     record["thresholds"] = THRESHOLDS[precision]._asdict()
     record["measurements"] = [measurement.to_dict() for measurement in measurements]
     return record

@@ -12,17 +12,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnx
-import onnxscript  # noqa: F401  (torch.onnx imports it late, and fails obscurely where it is missing)
 import torch
 from torch import Tensor, nn
 
 from runtimes.bundle import GraphSpec, TensorSpec
 from runtimes.errors import ConfigError
 from vae_export.model import AutoencoderKL
-from vae_export.rewrite import use_portable_attention
+from vae_export.operators import TRANSLATIONS
+from vae_export.rewrite import PLAIN, Form, rewrite
 
 # The first with GroupNormalization as the exporter writes it; ONNX Runtime, OpenVINO and TensorRT all take it.
 OPSET = 22
@@ -60,7 +60,7 @@ class DecoderGraph(nn.Module):
         return self.model.decode_latents(latent_sample.to(self.model.dtype)).to(latent_sample.dtype)
 
 
-class GraphForm(NamedTuple):
+class TracedGraph(NamedTuple):
     """A graph to trace: module, names and shape of its input and output (a text is a free dimension)."""
 
     module: nn.Module
@@ -71,7 +71,7 @@ class GraphForm(NamedTuple):
     scale: int  #: pixels of the input per latent
 
 
-def graph_forms(model: AutoencoderKL) -> dict[str, GraphForm]:
+def traced_graphs(model: AutoencoderKL) -> dict[str, TracedGraph]:
     config, factor = model.config, model.config.downscale
     latent = ("batch", config.latent_channels, "latent_height", "latent_width")
     moments = ("batch", 2 * config.latent_channels, "latent_height", "latent_width")
@@ -79,8 +79,8 @@ def graph_forms(model: AutoencoderKL) -> dict[str, GraphForm]:
         ("batch", channels, "height", "width") for channels in (config.in_channels, config.out_channels)
     )
     return {
-        "encoder": GraphForm(EncoderGraph(model), "sample", images_in, "latent_parameters", moments, factor),
-        "decoder": GraphForm(DecoderGraph(model), "latent_sample", latent, "sample", images_out, 1),
+        "encoder": TracedGraph(EncoderGraph(model), "sample", images_in, "latent_parameters", moments, factor),
+        "decoder": TracedGraph(DecoderGraph(model), "latent_sample", latent, "sample", images_out, 1),
     }
 
 
@@ -91,56 +91,58 @@ def export_onnx(
     *,
     precision: str = "fp32",
     io_precision: str = "fp32",
+    form: Form = PLAIN,
 ) -> GraphSpec:
     """Write one graph (`encoder` or `decoder`) of the model as a single ONNX file, checked by onnx.checker.
 
-    Weights and activations are of `precision`; input and output are float32, or with `io_precision="same"` of
-    `precision` too.
+    `form` says which of its equivalent forms the graph is written in. Weights and activations are of `precision`; input
+    and output are float32, or with `io_precision="same"` of `precision` too.
 
     Raises `ConfigError` where the weights do not fit a protobuf file (2 GB).
     """
-    portable = use_portable_attention(model).to(DTYPES[precision])
+    rewritten = rewrite(model, form).to(DTYPES[precision])
     io_dtype = DTYPES[precision if io_precision == "same" else "fp32"]
-    form = graph_forms(portable)[graph]
-    part = portable.encoder if graph == "encoder" else portable.decoder
+    traced = traced_graphs(rewritten)[graph]
+    part = rewritten.encoder if graph == "encoder" else rewritten.decoder
     size = sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
     if size > LARGEST:
         raise ConfigError(
             f"the {graph} has {size / 2**30:.1f} GiB of weights, and one ONNX file holds 2 GiB; export it in fp16"
         )
-    proto = _trace(form, io_dtype)
-    _tidy(proto, graph, form)
+    proto = _trace(traced, io_dtype)
+    _tidy(proto, graph, traced)
     onnx.checker.check_model(proto, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     return GraphSpec(
         file=path.name,
-        input=TensorSpec(form.input_name, _NAMES[io_dtype], form.input_shape),
-        output=TensorSpec(form.output_name, _NAMES[io_dtype], form.output_shape),
+        input=TensorSpec(traced.input_name, _NAMES[io_dtype], traced.input_shape),
+        output=TensorSpec(traced.output_name, _NAMES[io_dtype], traced.output_shape),
     )
 
 
-def _trace(form: GraphForm, io_dtype: torch.dtype) -> onnx.ModelProto:
-    size = (TRACE_HEIGHT * form.scale, TRACE_WIDTH * form.scale)
-    example = torch.zeros(TRACE_BATCH, int(form.input_shape[1]), *size, dtype=io_dtype)
+def _trace(traced: TracedGraph, io_dtype: torch.dtype) -> onnx.ModelProto:
+    size = (TRACE_HEIGHT * traced.scale, TRACE_WIDTH * traced.scale)
+    example = torch.zeros(TRACE_BATCH, int(traced.input_shape[1]), *size, dtype=io_dtype)
     free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     with _quiet():
         program = torch.onnx.export(
-            form.module.eval(),
+            traced.module.eval(),
             (example,),
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=(free,),
-            input_names=[form.input_name],
-            output_names=[form.output_name],
+            input_names=[traced.input_name],
+            output_names=[traced.output_name],
             external_data=False,
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
     assert program is not None
     return program.model_proto
 
 
-def _tidy(proto: onnx.ModelProto, graph: str, form: GraphForm) -> None:
+def _tidy(proto: onnx.ModelProto, graph: str, traced: TracedGraph) -> None:
     """Name graph and free dimensions; drop what tracing noted about this machine (source paths, stack traces)."""
     proto.graph.name = f"vae_{graph}"
     proto.producer_name = "vae-export"
@@ -152,7 +154,7 @@ def _tidy(proto: onnx.ModelProto, graph: str, form: GraphForm) -> None:
     for node in proto.graph.node:
         node.doc_string = ""
     del proto.graph.value_info[:]  # shapes in symbols of the trace; runtimes infer their own
-    sides = ((proto.graph.input[0], form.input_shape), (proto.graph.output[0], form.output_shape))
+    sides = ((proto.graph.input[0], traced.input_shape), (proto.graph.output[0], traced.output_shape))
     for value, shape in sides:
         for dimension, size in zip(value.type.tensor_type.shape.dim, shape, strict=True):
             if isinstance(size, str):
@@ -177,5 +179,5 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def tool_versions() -> dict[str, Any]:
-    return {"torch": torch.__version__, "onnx": onnx.__version__}
+def tool_versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "onnx": onnx.__version__, "opset": str(OPSET)}

@@ -1,49 +1,117 @@
-"""Exact rewrites: a model in, a model out that computes the same, in a form that suits a backend better.
+"""Exact rewrites for speed and memory: a model in, a model out that computes the same in a form that suits a backend.
 
-Each says why it is exact. None changes the model that it is given.
+Each says why it is exact, but for rounding. None changes the model that it is given. `Form` names a choice of them.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vae_export.model import Attention, AutoencoderKL, Block, MidBlock, ResnetBlock
+from vae_export.model import Attention, AutoencoderKL, ResnetBlock, Upsample
+from vae_export.operators import attend_in_blocks, row_norm
 
-if TYPE_CHECKING:
-    from vae_export.ranges import Ranges
+UPSAMPLES = ("none", "conv", "deconv")
+NORMS = ("group", "rows")
+SHORTCUTS = ("direct", "composed")
 
-FP16_LARGEST = 65504.0
-HEADROOM = 2.0**4  #: between the largest activation seen and the largest fp16, for inputs not seen
-TARGET = FP16_LARGEST / HEADROOM
-LOWEST = 2.0**-6  #: a place whose largest value is below this is scaled up, out of fp16's subnormals (2**-14)
+
+class Form(NamedTuple):
+    """Which of its equivalent forms a graph is written in; what is the fastest depends on the backend."""
+
+    upsample: str = "none"  #: one of UPSAMPLES, see `fold_upsample`
+    norm: str = "group"  #: one of NORMS, see `use_row_norms`
+    shortcut: str = "direct"  #: one of SHORTCUTS, see `compose_shortcut`
+    attention_blocks: int = 1  #: see `use_portable_attention`
+
+    def records(self) -> list[dict[str, Any]]:
+        """What the manifest says of the rewrites in this form."""
+        records: list[dict[str, Any]] = []
+        if self.upsample != "none":
+            records.append({"name": "fold_upsample", "form": self.upsample})
+        if self.shortcut == "composed":
+            records.append({"name": "compose_shortcut"})
+        if self.norm == "rows":
+            records.append({"name": "row_norms"})
+        if self.attention_blocks > 1:
+            records.append({"name": "attention_in_blocks", "blocks": self.attention_blocks})
+        return records
+
+
+PLAIN = Form()  #: as the reference has it
+
+
+def rewrite(model: AutoencoderKL, form: Form) -> AutoencoderKL:
+    """The model in the given form: the same function, but for rounding."""
+    if form.shortcut == "composed":
+        model = compose_shortcut(model)
+    model = fold_upsample(model, form.upsample)
+    if form.norm == "rows":
+        model = use_row_norms(model)
+    return use_portable_attention(model, form.attention_blocks)
+
+
+# Attention --------------------------------------------------------------------------------------------------------
 
 
 class PortableAttention(Attention):
-    """The same attention from MatMul and Softmax alone.
+    """The same attention from MatMul and Softmax alone, in blocks of queries.
 
     Every runtime has fast kernels for these two; the fused ONNX operator (Attention-23) is refused by TensorRT at a
     head size of 512, and slower in ONNX Runtime on the CPU.
     """
 
+    blocks = 1
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
-        return torch.matmul(torch.softmax(scores, dim=-1), v)
+        q = q * q.shape[-1] ** -0.5
+        if self.blocks == 1:
+            return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(1, 2)), dim=-1), v)
+        return cast(Tensor, attend_in_blocks(q, k, v, self.blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The norm before the flattening: on images, as all other norms, so that one form of it serves them all.
+        b, c, h, w = x.shape
+        positions = self.group_norm(x).view(b, c, h * w).transpose(1, 2)
+        out = self.to_out[0](self.attend(*self.project(positions)))
+        return cast(Tensor, out.transpose(1, 2).reshape(b, c, h, w) + x)
 
 
-def use_portable_attention(model: AutoencoderKL) -> AutoencoderKL:
-    """Replace the fused attention kernel by its definition, softmax(q k^T / sqrt(C)) v."""
+def use_portable_attention(model: AutoencoderKL, blocks: int = 1) -> AutoencoderKL:
+    """Replace the fused attention kernel by its definition, softmax(q k^T / sqrt(C)) v, `blocks` of queries in turn."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, Attention):
             module.__class__ = PortableAttention
+            cast(PortableAttention, module).blocks = blocks
     return model
+
+
+# Norms ------------------------------------------------------------------------------------------------------------
+
+
+class RowNorm(nn.GroupNorm):
+    """GroupNorm of [B, C, H, W] by rows: see `operators.row_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, row_norm(x, self.weight, self.bias, self.num_groups, self.eps))
+
+
+def use_row_norms(model: AutoencoderKL) -> AutoencoderKL:
+    """Replace every GroupNorm by `RowNorm`. Attention must already take its norm on images: `PortableAttention`."""
+    model = use_portable_attention(model)
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.__class__ = RowNorm
+    return model
+
+
+# Upsampling -------------------------------------------------------------------------------------------------------
 
 
 class DeconvUpsample(nn.Module):
@@ -85,7 +153,7 @@ class FourConvUpsample(nn.Module):
         return F.pixel_shuffle(torch.stack(parts, dim=2).flatten(1, 2), 2)
 
 
-UPSAMPLE_FORMS: dict[str, type[nn.Module] | None] = {"none": None, "deconv": DeconvUpsample, "conv": FourConvUpsample}
+_FOLDED: dict[str, type[nn.Module]] = {"deconv": DeconvUpsample, "conv": FourConvUpsample}
 
 
 def fold_upsample(model: AutoencoderKL, form: str) -> AutoencoderKL:
@@ -96,150 +164,70 @@ def fold_upsample(model: AutoencoderKL, form: str) -> AutoencoderKL:
     "none"; which is the fastest depends on the runtime.
     """
     model = copy.deepcopy(model)
-    folded = UPSAMPLE_FORMS[form]
-    for block in cast(Any, model.decoder.up_blocks):
-        if folded is not None and hasattr(block, "upsamplers"):
-            block.upsamplers = nn.ModuleList([folded(upsample.conv) for upsample in block.upsamplers])
+    if form != "none":
+        for parent, name, upsample in list(_children(model.decoder, Upsample)):
+            parent.add_module(name, _FOLDED[form](cast(Upsample, upsample).conv))
     return model
 
 
-class Stage(NamedTuple):
-    """A part of the residual stream that has one scale: from the conv that feeds it to the next resampling."""
-
-    name: str
-    entry: nn.Conv2d  #: conv_in, or the resampling conv before
-    entry_name: str
-    resnets: dict[str, ResnetBlock]
-    attentions: dict[str, Attention]
-    exit_name: str  #: module of the resampling behind, whose padding or repetition still has this scale; "" at the end
-    norm_out: nn.GroupNorm | None  #: the norm behind the last stage
+def _children(root: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in root.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, kind):
+                yield parent, name, child
 
 
-def rescale_activations(
-    model: AutoencoderKL, ranges: Ranges, target: float = TARGET
-) -> tuple[AutoencoderKL, dict[str, int]]:
-    """A model with the same fp32 output whose activations stay below `target`, and what was done.
+# The widest shortcut ----------------------------------------------------------------------------------------------
 
-    Every activation that grows in this network is either read through GroupNorm, which does not care about the scale of
-    its input (but for eps), or flows on linearly. So the residual stream may be carried divided by s = 2**e: what feeds
-    it (conv_in, each conv2, to_out, the resampling convs) is divided by s, and eps of each norm that reads it by s**2.
-    The same holds for what lies between conv1 and norm2 inside a block, for the values of the attention, and for its
-    queries against its keys. s may differ from one resolution to the next: the resampling conv in between carries the
-    ratio. With powers of two every product and every sum keeps its mantissa, so that the fp32 result is the same to the
-    last bit.
 
-    What was done is {place: e}: the activations of that place are carried divided by 2**e. Places that need nothing are
-    left as they are: the smallest sufficient scale keeps small values the farthest from the subnormals.
+class UpsampleWithShortcut(nn.Module):
+    """[B, C, H, W] -> (upsampled [B, C, 2*H, 2*W], the shortcut of the resnet behind it [B, Cout, 2*H, 2*W])."""
+
+    def __init__(self, upsample: Upsample, shortcut: nn.Conv2d) -> None:
+        super().__init__()
+        self.upsample = upsample
+        self.shortcut = Upsample(upsample.conv.in_channels)
+        conv, point = upsample.conv, shortcut.weight.double()[:, :, 0, 0]
+        composed = nn.Conv2d(conv.in_channels, shortcut.out_channels, 3, padding=1)
+        weight = torch.einsum("om,mikl->oikl", point, conv.weight.double())
+        bias = point @ cast(Tensor, conv.bias).double() + cast(Tensor, shortcut.bias).double()
+        composed.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
+        composed.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+        self.shortcut.conv = composed
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.upsample(x), self.shortcut(x)
+
+
+class ResnetBehindUpsample(nn.Module):
+    """A resnet that is given its shortcut: (x [B, Cin, H, W], shortcut [B, Cout, H, W]) -> [B, Cout, H, W]."""
+
+    def __init__(self, resnet: ResnetBlock) -> None:
+        super().__init__()
+        self.resnet = resnet
+        resnet.conv_shortcut = None
+
+    def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
+        x, shortcut = given
+        r = self.resnet
+        h = r.conv1(r.nonlinearity(r.norm1(x)))
+        return cast(Tensor, shortcut + r.conv2(r.nonlinearity(r.norm2(h))))
+
+
+def compose_shortcut(model: AutoencoderKL) -> AutoencoderKL:
+    """Compute the shortcut of the last block's first resnet from before the upsampling in front of it.
+
+    The peak of a decoder's memory lies there: the upsampled map, twice as wide as what follows, is kept for the
+    shortcut while its normalised copy is convolved. A 1x1 convolution behind a convolution is one convolution whose
+    weights are their product, exact but for rounding; it reads the map of a quarter of the size, and the large one is
+    freed as soon as it is normalised. The price is a convolution where a point-wise one was, 2-3% of the decoder's
+    multiplications.
     """
     model = copy.deepcopy(model)
-    done: dict[str, int] = {}
-
-    def note(place: str, exponent: int) -> int:
-        if exponent:
-            done[place] = exponent
-        return exponent
-
-    with torch.no_grad():
-        for side in ("encoder", "decoder"):
-            before = 0
-            for stage in stages(model, side):
-                e = note(stage.name, _exponent(_stream_maximum(stage, ranges), target))
-                _multiply(stage.entry, weight=before - e, bias=-e)
-                for name, resnet in stage.resnets.items():
-                    t = note(f"{name}.conv1", _exponent(ranges.at(f"{name}.conv1"), target))
-                    _rescale_resnet(resnet, stream=e, inner=t)
-                for name, attention in stage.attentions.items():
-                    u = note(f"{name}.to_v", _exponent(ranges.at(f"{name}.to_v"), target))
-                    # Only q k^T matters: what is taken from one is given to the other.
-                    a = note(f"{name}.to_q", _balance(ranges.at(f"{name}.to_q"), ranges.at(f"{name}.to_k"), target))
-                    _rescale_attention(attention, stream=e, values=u, queries=a)
-                if stage.norm_out is not None:
-                    _rescale_eps(stage.norm_out, e)
-                before = e
-    return model, done
-
-
-def stages(model: AutoencoderKL, side: str) -> Iterator[Stage]:
-    """The stages of the encoder or the decoder, in the order of the computation."""
-    part = cast(Any, getattr(model, side))
-    names = {module: name for name, module in model.named_modules()}
-    groups: list[list[nn.Module]] = [[block] for block in (part.down_blocks if side == "encoder" else part.up_blocks)]
-    if side == "encoder":
-        groups[-1].append(part.mid_block)
-    else:
-        groups[0].insert(0, part.mid_block)
-    entry: nn.Conv2d = part.conv_in
-    for index, blocks in enumerate(groups):
-        last = index == len(groups) - 1
-        resnets: dict[str, ResnetBlock] = {}
-        attentions: dict[str, Attention] = {}
-        for block in cast("list[Block | MidBlock]", blocks):
-            resnets |= {names[m]: m for m in block.modules() if isinstance(m, ResnetBlock)}
-            attentions |= {names[m]: m for m in block.modules() if isinstance(m, Attention)}
-        resamplers = [r for b in blocks for kind in ("downsamplers", "upsamplers") for r in getattr(b, kind, ())]
-        yield Stage(
-            name=f"{side}.{'down' if side == 'encoder' else 'up'}_blocks.{index}",
-            entry=entry,
-            entry_name=names[entry],
-            resnets=resnets,
-            attentions=attentions,
-            exit_name=names[resamplers[0]] if resamplers else "",
-            norm_out=part.conv_norm_out if last else None,
-        )
-        if resamplers:
-            entry = resamplers[0].conv
-
-
-def _stream_maximum(stage: Stage, ranges: Ranges) -> float:
-    """The largest value on the residual stream of a stage, or about to be added to it."""
-    seen = [ranges.at(stage.entry_name)]
-    for name in stage.resnets:
-        seen += [ranges.at(name), ranges.at(f"{name}.conv2"), ranges.at(f"{name}.conv_shortcut")]
-    for name in stage.attentions:
-        seen += [ranges.largest.get(f"{name} add", 0.0), ranges.at(f"{name}.to_out.0")]
-    if stage.exit_name:
-        seen.append(ranges.at(stage.exit_name))
-    return max(seen)
-
-
-def _exponent(largest: float, target: float) -> int:
-    """The smallest e with largest / 2**e <= target; negative, towards 1, for what is lost in small numbers."""
-    if not math.isfinite(largest) or largest == 0.0:
-        return 0
-    if largest > target:
-        return math.ceil(math.log2(largest / target))
-    return -math.floor(math.log2(1 / largest)) if largest < LOWEST else 0
-
-
-def _balance(queries: float, keys: float, target: float) -> int:
-    """e such that queries / 2**e and keys * 2**e are about equal, where one of them is over the target."""
-    if max(queries, keys) <= target or min(queries, keys) == 0.0:
-        return 0
-    return round(math.log2(queries / keys) / 2)
-
-
-def _rescale_resnet(resnet: ResnetBlock, *, stream: int, inner: int) -> None:
-    _rescale_eps(resnet.norm1, stream)
-    _multiply(resnet.conv1, weight=-inner, bias=-inner)
-    _rescale_eps(resnet.norm2, inner)
-    _multiply(resnet.conv2, weight=-stream, bias=-stream)
-    if resnet.conv_shortcut is not None:
-        _multiply(resnet.conv_shortcut, weight=0, bias=-stream)
-
-
-def _rescale_attention(attention: Attention, *, stream: int, values: int, queries: int) -> None:
-    _rescale_eps(attention.group_norm, stream)
-    _multiply(attention.to_q, weight=-queries, bias=-queries)
-    _multiply(attention.to_k, weight=queries, bias=queries)
-    _multiply(attention.to_v, weight=-values, bias=-values)
-    _multiply(attention.to_out[0], weight=values - stream, bias=-stream)
-
-
-def _rescale_eps(norm: nn.GroupNorm, exponent: int) -> None:
-    norm.eps = math.ldexp(norm.eps, -2 * exponent)
-
-
-def _multiply(layer: Any, *, weight: int, bias: int) -> None:
-    """Multiply weight and bias by powers of two, given as exponents."""
-    layer.weight.data = torch.ldexp(layer.weight.data, torch.tensor(weight))
-    layer.bias.data = torch.ldexp(layer.bias.data, torch.tensor(bias))
+    blocks = cast(Any, model.decoder.up_blocks)
+    if len(blocks) < 2 or blocks[-1].resnets[0].conv_shortcut is None:
+        return model
+    resnet = blocks[-1].resnets[0]
+    blocks[-2].upsamplers[0] = UpsampleWithShortcut(blocks[-2].upsamplers[0], resnet.conv_shortcut)
+    blocks[-1].resnets[0] = ResnetBehindUpsample(resnet)
+    return model

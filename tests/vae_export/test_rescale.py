@@ -13,7 +13,8 @@ from vae_export.checkpoint import load_model
 from vae_export.model import Upsample
 from vae_export.photos import middle_of, photographs
 from vae_export.ranges import Ranges, SimulatedHalf, Watch, probe
-from vae_export.rewrite import TARGET, fold_upsample, rescale_activations, use_portable_attention
+from vae_export.rescale import TARGET, rescale_activations
+from vae_export.rewrite import fold_upsample, use_portable_attention
 
 
 def small_model(*, attention=True, quant=True, levels=3):
