@@ -35,6 +35,7 @@ from vae_export.printing import (
     ranges_table,
     rewrites_text,
     say,
+    tuning_table,
     validation_table,
 )
 
@@ -71,7 +72,9 @@ _stopped_by: list[int] = []  #: signals that asked this process to end
 @app.callback(invoke_without_command=True)
 def export(
     context: typer.Context,
-    to: Annotated[Optional[str], typer.Option("--to", help="What to build: onnx.", show_default=False)] = None,
+    to: Annotated[
+        Optional[str], typer.Option("--to", help="What to build: onnx or openvino.", show_default=False)
+    ] = None,
     model: Model = None,
     out_dir: Annotated[
         Optional[Path], typer.Option("--out", help="The bundle. [default: vae-TARGET-PRECISION]")
@@ -109,7 +112,7 @@ def export(
     if context.invoked_subcommand is not None:
         return
     if to is None:
-        raise typer.BadParameter("give what to build: --to onnx")
+        raise typer.BadParameter("give what to build: --to onnx or --to openvino")
     exporter = _import_exporter()
     with progress_bar() as progress:
         progress(f"Loading {model or 'the embedded model'}", 0, 1)
@@ -157,6 +160,43 @@ def validate(
         validation_table(measurements),
         as_json,
     )
+
+
+@app.command()
+def tune(
+    model: Annotated[Optional[str], typer.Argument(help="As --model of the export.", show_default=False)] = None,
+    to: Annotated[str, typer.Option("--to", help="What to build: onnx or openvino.")] = "onnx",
+    out_dir: Annotated[
+        Optional[Path], typer.Option("--out", help="The bundle. [default: vae-TARGET-PRECISION-tuned]")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    height: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
+    width: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each form.")] = 3,
+    subfolder: Subfolder = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, in one step.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time the exact forms of the graphs on this machine, and export a verified bundle in the fastest."""
+    exporter = _import_exporter()
+    from vae_export.tune import tune_bundle
+
+    path = out_dir or Path(f"vae-{to}-{precision}-tuned")
+    with progress_bar() as progress:
+        loaded = exporter.load_model(model, subfolder=subfolder)
+        tuned = tune_bundle(
+            loaded,
+            path,
+            target=to,
+            precision=precision,
+            height=height,
+            width=width,
+            rounds=rounds,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    found = {"bundle": str(path), "trials": [trial.to_dict() for trial in tuned.trials]}
+    _print(found, tuning_table(tuned, str(path)), as_json)
 
 
 @app.command()

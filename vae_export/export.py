@@ -54,7 +54,8 @@ def export_bundle(
     io_precision: str = "fp32",
     rescale: bool = True,
     calibrate: Path | None = None,
-    form: Form | None = None,
+    forms: Mapping[str, Form] | None = None,
+    tuning: Mapping[str, Any] | None = None,
     run_validation: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
@@ -63,8 +64,9 @@ def export_bundle(
 
     In fp16 and bf16 the activations are first rescaled by powers of two, exactly, so that they cannot overflow
     (`rescale_activations`); how large they get is measured on the photographs in `calibrate`, or on the embedded ones.
-    Inputs and outputs stay float32 unless `io_precision` is "same". `form` chooses among the exact rewrites of the
-    graphs; without it, `FORMS` has what was the fastest where it was measured.
+    Inputs and outputs stay float32 unless `io_precision` is "same". `forms` chooses, for each graph, among its
+    exact rewrites; without it, `FORMS` has what was the fastest where it was measured. `tuning` is a record of how they
+    were chosen, for the manifest.
 
     The bundle appears whole or not at all; with `overwrite` an existing bundle is replaced in one step. Without
     `run_validation` the manifest says that nothing was compared.
@@ -72,27 +74,28 @@ def export_bundle(
     Raises `ConfigError` for a model that cannot be exported, `NumericsError` (with the numbers) where the graphs are
     too far from the model or overflow, `BundleError` where `out` exists or cannot be written.
     """
-    _check_choices(model, target, precision, io_precision)
+    check_choices(model, target, precision, io_precision)
     check_output(out, overwrite)
-    form = form or FORMS[target, precision]
+    forms = forms or dict.fromkeys(GRAPHS, FORMS[target, precision])
     exact: AutoencoderKL = model
     rewrites: list[Mapping[str, Any]] = []
     if precision in HALVES and rescale:
         exact, record = rescaled(model, calibrate, progress)
         rewrites.append(record)
-    rewrites += form.records()
+    rewrites += _form_records(forms)
+    rewrites += [tuning] if tuning else []
     cases = reference_cases(model, progress) if run_validation else []
     measurements: list[Measurement] = []
     if cases and precision in HALVES:
         # Before the graphs: cheaper, and its message names the layer that overflows.
-        rewritten = rewrite(exact, form._replace(attention_blocks=1))
+        rewritten = rewrite(exact, forms["decoder"]._replace(attention_blocks=1))
         measurements += compare(cases, f"simulated {precision}", simulated(rewritten, precision), precision, progress)
     with write_bundle(out, overwrite=overwrite) as writer:
         graphs = {}
         for done, graph in enumerate(GRAPHS):
             progress(f"Exporting {graph}", done, len(GRAPHS))
             path = writer.directory / f"vae_{graph}" / TARGETS[target]
-            spec = _write_graph(exact, graph, path, target, precision, io_precision, form)
+            spec = _write_graph(exact, graph, path, target, precision, io_precision, forms[graph])
             graphs[graph] = replace(spec, file=f"{path.parent.name}/{spec.file}")
             (path.parent / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
         (writer.directory / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
@@ -185,7 +188,7 @@ def validate_bundle(
         return compare(reference_cases(model, progress), vae.backend, opened_bundle(vae), manifest.precision, progress)
 
 
-def _check_choices(model: AutoencoderKL, target: str, precision: str, io_precision: str) -> None:
+def check_choices(model: AutoencoderKL, target: str, precision: str, io_precision: str) -> None:
     for name, value, known in (
         ("target", target, TARGETS),
         ("precision", precision, PRECISIONS),
@@ -207,6 +210,14 @@ def _write_graph(
 ) -> GraphSpec:
     write = onnx_graphs.export_onnx if target == "onnx" else openvino_ir.export_ir
     return write(model, graph, path, precision=precision, io_precision=io_precision, form=form)
+
+
+def _form_records(forms: Mapping[str, Form]) -> list[Mapping[str, Any]]:
+    """What the manifest says of the rewrites: once where both graphs have them, else with the graph's name."""
+    encoder, decoder = forms["encoder"].records(), forms["decoder"].records()
+    if encoder == decoder:
+        return list(decoder)
+    return [{**record, "graph": graph} for graph in GRAPHS for record in forms[graph].records()]
 
 
 def _tool_versions(target: str) -> dict[str, str]:

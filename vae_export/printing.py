@@ -22,6 +22,7 @@ from runtimes.files import written_whole
 
 if TYPE_CHECKING:
     from vae_export.export import MeasuredRanges
+    from vae_export.tune import Tuned
 
 FP16_LARGEST = 65504.0
 
@@ -124,6 +125,31 @@ def ranges_table(found: MeasuredRanges, picture: Path) -> Table:
     for place, value in largest:
         before = Text(f"{value:,.1f}", "red" if value > FP16_LARGEST else "")
         table.add_row(place, before, f"{found.after.largest[place]:,.1f}")
+    return table
+
+
+def tuning_table(tuned: Tuned, path: str) -> Table:
+    """Every form that was timed, the winners marked."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=printable(f"Tuned: {path}"), title_justify="left")
+    for heading in ("graph", "upsample", "norm", "shortcut", "threads", "median s", "of best", ""):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("median s", "of best") else "left")
+    fastest: dict[tuple[str, str], float] = {}
+    for trial in tuned.trials:
+        race = trial.graph, trial.race
+        fastest[race] = min(trial.median, fastest.get(race, trial.median))
+    for trial, before in zip(tuned.trials, (None, *tuned.trials), strict=False):
+        if before is not None and before.race != trial.race:
+            table.add_section()
+        table.add_row(
+            trial.graph,
+            trial.form.upsample if trial.graph == "decoder" else "",
+            trial.form.norm,
+            trial.form.shortcut if trial.graph == "decoder" else "",
+            str(trial.threads or "auto"),
+            f"{trial.median:.3f}",
+            f"{trial.median / fastest[trial.graph, trial.race]:.2f}",
+            Text("kept", "green") if trial is tuned.winners[trial.graph] else "",
+        )
     return table
 
 
