@@ -11,7 +11,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-import vae_export.export
 from runtimes import Bundle, BundleError, ConfigError, IntegrityError, NumericsError, VaeError, open_vae
 from runtimes.bundle import GRAPHS, TensorSpec
 from vae_export import AutoencoderKL, export_bundle, onnx_graphs, validate_bundle
@@ -67,7 +66,7 @@ def quick_export(monkeypatch, tiny_bundle):
             onnx.save(proto, path)
             return replace(spec, file=path.name)
 
-        monkeypatch.setattr(vae_export.export, "export_onnx", export_onnx)
+        monkeypatch.setattr(onnx_graphs, "export_onnx", export_onnx)
 
     return stub
 
