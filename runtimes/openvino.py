@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -17,15 +18,15 @@ from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind
 from runtimes.bundle import GRAPHS, Bundle
 from runtimes.errors import BackendUnavailable, CompatibilityError, OutOfMemoryError, VaeError
 
+# OpenVINO reports its use to its makers where their package for it is installed. It does without one that is not there.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
 try:
     import openvino as ov
 except ImportError:
     raise BackendUnavailable("OpenVINO is not installed: pip install 'vae-export[openvino]'") from None
 
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-# Said, never left to the plugin: on a CPU with AMX its own choice for an fp32 model is bf16. A bf16 graph is typed: the
-# hint is for what it keeps in fp32.
-_COMPUTED_IN = {"fp32": "f32", "fp16": "f32", "bf16": "f32", "int8": "f32"}
 
 
 class OpenVinoVae(VaeRuntime):
@@ -67,9 +68,8 @@ class OpenVinoVae(VaeRuntime):
         return {name.lower(): "works" if name in found else why_not[name] for name in ("CPU", "GPU", "NPU")}
 
     def _choose_settings(self, threads: int | None, cache_dir: str | Path | None) -> dict[str, Any]:
-        gpu_half = self.precision == "fp16" and not self._device.startswith("CPU")
         settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": "f16" if gpu_half else _COMPUTED_IN[self.precision],
+            "INFERENCE_PRECISION_HINT": precision_hint(self._core, self._device, self.precision),
             "PERFORMANCE_HINT": "LATENCY",
         }
         if threads is not None:
@@ -160,6 +160,20 @@ class _Graph:
             yield request
         finally:
             shape.idle.put(request)
+
+
+def precision_hint(core: Any, device: str, precision: str) -> str:
+    """In what type OpenVINO is to compute what a graph of this precision leaves open.
+
+    Said, never left to the plugin: on a CPU with AMX its own choice for an fp32 graph is bf16. A bf16 graph is typed,
+    and the hint is for what it keeps in fp32; fp16 is how weights are stored, and what GPUs compute in; in int8 it is
+    for all but the convolutions, and bf16 where the CPU has it.
+    """
+    if precision == "fp16" and not device.startswith("CPU"):
+        return "f16"
+    if precision == "int8" and "BF16" in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
+        return "bf16"
+    return "f32"
 
 
 def _find_device(core: Any, device: str) -> str:

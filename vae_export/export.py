@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from runtimes import Bundle, open_vae
 from runtimes.bundle import GRAPHS, GraphSpec, Manifest
@@ -16,10 +18,21 @@ from vae_export.bundle import check_output, write_bundle
 from vae_export.checkpoint import CONFIG_FILE, is_single_file, load_model
 from vae_export.hub import Hub
 from vae_export.model import AutoencoderKL
+from vae_export.photos import HELD_OUT, crops, photographs
 from vae_export.ranges import HALVES, Ranges, calibration_inputs, probe
 from vae_export.rescale import HEADROOM, rescale_activations
 from vae_export.rewrite import Form, rewrite
-from vae_export.validate import THRESHOLDS, Measurement, Progress, compare, opened_bundle, reference_cases, simulated
+from vae_export.validate import (
+    THRESHOLDS,
+    Case,
+    Measurement,
+    Progress,
+    compare,
+    opened_bundle,
+    reference_cases,
+    simulated,
+    worst_photo,
+)
 
 __all__ = ["Hub", "export_bundle", "load_model", "measure_ranges", "validate_bundle"]
 
@@ -29,15 +42,18 @@ IO_PRECISIONS = ("fp32", "same")
 
 #: (target, precision) -> the form of its graphs: the fastest on the CPU that it was measured on; see docs/speed.md.
 FORMS = {
-    ("onnx", "fp32"): Form(upsample="conv", norm="rows", attention_blocks=16),
+    ("onnx", "fp32"): Form(upsample="conv", norm="rows", last_block="lean", attention_blocks=16),
     # For GPUs, and not measured there: GroupNormalization is what their runtimes have kernels for.
     ("onnx", "fp16"): Form(upsample="conv", attention_blocks=16),
     ("onnx", "bf16"): Form(upsample="conv", attention_blocks=16),
     # OpenVINO computes attention in blocks of its own.
     ("openvino", "fp32"): Form(upsample="deconv", norm="rows"),
     ("openvino", "fp16"): Form(upsample="deconv"),
-    ("openvino", "bf16"): Form(upsample="deconv", norm="rows", shortcut="composed"),
+    ("openvino", "bf16"): Form(upsample="deconv", norm="rows", last_block="lean"),
+    ("openvino", "int8"): Form(upsample="deconv", norm="rows", last_block="lean"),
 }
+
+INT8_SIDE, INT8_COUNT = 256, 15  #: pixels a side, and number, of the squares that int8 is calibrated on
 
 #: what cannot be run where bundles are made: ONNX Runtime's CPU provider has no bfloat16 convolution
 NOT_RUNNABLE_HERE = {
@@ -90,12 +106,18 @@ def export_bundle(
         # Before the graphs: cheaper, and its message names the layer that overflows.
         rewritten = rewrite(exact, forms["decoder"]._replace(attention_blocks=1))
         measurements += compare(cases, f"simulated {precision}", simulated(rewritten, precision), precision, progress)
+    calibration = int8_calibration(model, calibrate, progress) if precision == "int8" else {}
     with write_bundle(out, overwrite=overwrite) as writer:
         graphs = {}
         for done, graph in enumerate(GRAPHS):
             progress(f"Exporting {graph}", done, len(GRAPHS))
             path = writer.directory / f"vae_{graph}" / TARGETS[target]
-            spec = _write_graph(exact, graph, path, target, precision, io_precision, forms[graph])
+            if precision == "int8":
+                spec, record = _write_int8(model, graph, path, forms[graph], calibration[graph], cases)
+                rewrites.append(record)
+            else:
+                write = onnx_graphs.export_onnx if target == "onnx" else openvino_ir.export_ir
+                spec = write(exact, graph, path, precision=precision, io_precision=io_precision, form=forms[graph])
             graphs[graph] = replace(spec, file=f"{path.parent.name}/{spec.file}")
             (path.parent / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
         (writer.directory / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
@@ -161,6 +183,23 @@ def measure_ranges(
     return MeasuredRanges(before, probe(form, calibration_inputs(model, calibrate, progress)), exponents)
 
 
+@torch.no_grad()
+def int8_calibration(model: AutoencoderKL, calibrate: Path | None, progress: Progress) -> Mapping[str, list[Any]]:
+    """{graph: inputs to calibrate int8 on}: squares from photographs, and their latents.
+
+    From the user's photographs, or from the embedded ones but for the one that is held out to measure the result.
+    """
+    paths = [path for path in photographs(calibrate) if calibrate is not None or path.stem != HELD_OUT]
+    side = INT8_SIDE - INT8_SIDE % model.config.downscale
+    images: list[Any] = []
+    latents: list[Any] = []
+    for image in crops(paths, side, INT8_COUNT, model.config.in_channels):
+        progress("Encoding photographs to calibrate on", len(images), INT8_COUNT)
+        images.append(image.numpy())
+        latents.append(model.encode_moments(image)[:, : model.config.latent_channels].numpy())
+    return {"encoder": images, "decoder": latents}
+
+
 def validate_bundle(
     path: str | Path,
     model: AutoencoderKL | None = None,
@@ -196,6 +235,9 @@ def check_choices(model: AutoencoderKL, target: str, precision: str, io_precisio
     ):
         if value not in known:
             raise ConfigError(f"{name} {value!r} is not known; known are {', '.join(known)}")
+    if (target, precision) not in FORMS:
+        made = [of for made_by, of in FORMS if made_by == target]
+        raise ConfigError(f"{target} bundles are made in {', '.join(made)}, not in {precision}")
     if precision == "bf16" and io_precision == "same":
         raise ConfigError("NumPy has no bfloat16: a bf16 bundle takes and gives float32 (--io-precision fp32)")
     if model.config.scaling_factor is None:
@@ -205,11 +247,19 @@ def check_choices(model: AutoencoderKL, target: str, precision: str, io_precisio
         )
 
 
-def _write_graph(
-    model: AutoencoderKL, graph: str, path: Path, target: str, precision: str, io_precision: str, form: Form
-) -> GraphSpec:
-    write = onnx_graphs.export_onnx if target == "onnx" else openvino_ir.export_ir
-    return write(model, graph, path, precision=precision, io_precision=io_precision, form=form)
+def _write_int8(
+    model: AutoencoderKL, graph: str, path: Path, form: Form, calibration: Sequence[Any], cases: Sequence[Case]
+) -> tuple[GraphSpec, Mapping[str, Any]]:
+    spec, kept = openvino_ir.export_int8(
+        model,
+        graph,
+        path,
+        form=form,
+        calibration=calibration,
+        measure=worst_photo(cases, graph, "int8") if cases else None,
+        bar=THRESHOLDS["int8"].psnr_db,
+    )
+    return spec, {"name": "quantize", "graph": graph, "kept_in_higher_precision": kept}
 
 
 def _form_records(forms: Mapping[str, Form]) -> list[Mapping[str, Any]]:

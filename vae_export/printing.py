@@ -131,7 +131,7 @@ def ranges_table(found: MeasuredRanges, picture: Path) -> Table:
 def tuning_table(tuned: Tuned, path: str) -> Table:
     """Every form that was timed, the winners marked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=printable(f"Tuned: {path}"), title_justify="left")
-    for heading in ("graph", "upsample", "norm", "shortcut", "threads", "median s", "of best", ""):
+    for heading in ("graph", "upsample", "norm", "last block", "threads", "median s", "of best", ""):
         table.add_column(heading, no_wrap=True, justify="right" if heading in ("median s", "of best") else "left")
     fastest: dict[tuple[str, str], float] = {}
     for trial in tuned.trials:
@@ -144,7 +144,7 @@ def tuning_table(tuned: Tuned, path: str) -> Table:
             trial.graph,
             trial.form.upsample if trial.graph == "decoder" else "",
             trial.form.norm,
-            trial.form.shortcut if trial.graph == "decoder" else "",
+            trial.form.last_block if trial.graph == "decoder" else "",
             str(trial.threads or "auto"),
             f"{trial.median:.3f}",
             f"{trial.median / fastest[trial.graph, trial.race]:.2f}",

@@ -23,7 +23,7 @@ from runtimes.errors import ConfigError
 from vae_export.bundle import check_output
 from vae_export.export import FORMS, check_choices, export_bundle
 from vae_export.model import AutoencoderKL
-from vae_export.rewrite import NORMS, SHORTCUTS, UPSAMPLES, Form
+from vae_export.rewrite import LAST_BLOCKS, NORMS, UPSAMPLES, Form
 from vae_export.validate import Progress
 
 NOISE = 0.02  #: a form that is faster by less than this is not preferred
@@ -32,7 +32,7 @@ NOISE = 0.02  #: a form that is faster by less than this is not preferred
 class Trial(NamedTuple):
     """One graph in one form with a number of threads (None: the runtime's choice), and how long its calls took."""
 
-    race: str  #: "forms", "shortcut" or "threads": what it was timed against, in turn
+    race: str  #: "forms", "last block" or "threads": what it was timed against, in turn
     graph: str
     form: Form
     threads: int | None
@@ -133,14 +133,14 @@ class _Bench:
         }
 
     def winner(self, graph: str) -> Trial:
-        """The fastest: first among upsamplings and norms, then with another shortcut, then with other threads."""
+        """The fastest: first among upsamplings and norms, then with another last block, then with other threads."""
         start = FORMS[self._target, self._precision]
         upsamples = UPSAMPLES if graph == "decoder" else (start.upsample,)
-        forms = [start._replace(upsample=u, norm=n, shortcut="direct") for u in upsamples for n in NORMS]
-        forms.sort(key=lambda form: form != start._replace(shortcut="direct"))  # the default is the one to beat
+        forms = [start._replace(upsample=u, norm=n, last_block="plain") for u in upsamples for n in NORMS]
+        forms.sort(key=lambda form: form != start._replace(last_block="plain"))  # the default is the one to beat
         best = self._race("forms", graph, [(form, None) for form in forms])
         if graph == "decoder":
-            best = self._race("shortcut", graph, [(best.form._replace(shortcut=s), None) for s in SHORTCUTS])
+            best = self._race("last block", graph, [(best.form._replace(last_block=b), None) for b in LAST_BLOCKS])
         cores = os.cpu_count() or 1
         counts = [None, *sorted({cores // 2, cores} - {0})] if cores > 1 else [None]
         return self._race("threads", graph, [(best.form, threads) for threads in counts])
@@ -185,7 +185,7 @@ class _Bench:
 
 def describe(form: Form) -> str:
     """A form in a few words, for tables."""
-    return f"upsample {form.upsample}, norm {form.norm}, shortcut {form.shortcut}"
+    return f"upsample {form.upsample}, norm {form.norm}, last block {form.last_block}"
 
 
 def _timed(runtime: VaeRuntime, graph: str, x: Any) -> float:

@@ -37,7 +37,7 @@ def race(monkeypatch):
 def test_the_fastest_form_is_kept_and_the_manifest_tells_how(tiny_model, tmp_path, race):
     calls = race(lambda form, threads: 1.0 if form[:2] == ("none", "group") and threads is None else 2.0)
     tuned = tune_bundle(tiny_model, tmp_path / "b", height=16, width=24, rounds=2)
-    assert tuned.winners["decoder"].form[:3] == ("none", "group", "direct")
+    assert tuned.winners["decoder"].form[:3] == ("none", "group", "plain")
     assert tuned.winners["decoder"].threads is None
     manifest = Bundle(tmp_path / "b").manifest
     assert manifest.validation["verdict"] == "passed"
@@ -93,6 +93,6 @@ def test_the_command_prints_what_it_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "tune_bundle", lambda *_, **__: found)
     result = CliRunner().invoke(app, ["tune", "--out", str(tmp_path / "b")])
     assert result.exit_code == 0
-    assert re.search(r"decoder\s+conv\s+rows\s+direct\s+auto\s+0\.600\s+1\.00\s+kept", result.output)
+    assert re.search(r"decoder\s+conv\s+rows\s+plain\s+auto\s+0\.600\s+1\.00\s+kept", result.output)
     result = CliRunner().invoke(app, ["tune", "--out", str(tmp_path / "b"), "--json"])
     assert json.loads(result.stdout)["trials"][0]["seconds"] == [0.5, 0.7, 0.6]
