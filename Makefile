@@ -2,13 +2,14 @@
 # make test    set up and run the tests
 # make lint    style and types
 # make slow    the tests with real-size models
+# make bench   backends side by side, the five-minute version
 # make train   train the embedded model anew (40 minutes)
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint slow train clean
+.PHONY: demo test lint slow bench train clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +26,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -q -s -m slow
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.compare --quick
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
