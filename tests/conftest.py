@@ -1,8 +1,13 @@
 """A small model with random weights and its bundle, shared by the tests of both packages."""
 
+import functools
 import hashlib
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from runtimes import open_vae
 from vae_export import AutoencoderKL, export_bundle
 
 LEVELS = 4  # f = 8, as Stable Diffusion
+CI_VARIABLES = ("CI", "TF_BUILD", "JENKINS_URL")  # by which OpenVINO knows machines whose use does not count
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +50,25 @@ def tiny_bundle(tiny_model, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def openvino_bundle(tiny_model, tmp_path_factory):
+    """openvino_bundle(precision): the path of the tiny model's OpenVINO bundle, exported when it is first asked for.
+
+    That in fp32 is made as a user would make it; the halves are not rescaled (they need not be) nor validated: slow.
+    """
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("pip install 'vae-export[openvino]'")
+
+    @functools.cache
+    def export(precision):
+        path = tmp_path_factory.mktemp("openvino") / precision
+        whole = precision == "fp32"
+        export_bundle(tiny_model, path, target="openvino", precision=precision, rescale=whole, run_validation=whole)
+        return path
+
+    return export
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle, tmp_path):
     """bundle_copy(edit, files): a copy to tamper with.
@@ -73,3 +98,24 @@ def vae(tiny_bundle):
     """The tiny bundle, opened for this test alone: it may tune and close it."""
     with open_vae(tiny_bundle, threads=1) as runtime:
         yield runtime
+
+
+@pytest.fixture
+def alone(pytestconfig, tmp_path):
+    """alone(program, *arguments): what a program prints in an interpreter of its own, warnings being errors.
+
+    Its home is `tmp_path / "home"`, empty, and no request leaves the machine.
+    """
+
+    def run(program, *arguments):
+        home = tmp_path / "home"
+        home.mkdir()
+        environment = {name: value for name, value in os.environ.items() if name not in CI_VARIABLES}
+        environment |= {"HOME": str(home), "https_proxy": "http://127.0.0.1:9"}
+        environment |= {"PYTHONPATH": str(pytestconfig.rootpath)}
+        command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run

@@ -92,10 +92,11 @@ def test_the_report_says_where_and_how_and_the_verdict(done):
     assert report["machine"]["load_average_before"] >= 0
     assert report["machine"]["packages"]["torch"]
     assert report["command"].startswith("python -m benchmarks.compare --model tiny")
-    (verdict,) = report["verdicts"]
+    verdict, memory = report["verdicts"]
     assert verdict.startswith("decode 64 fp32: ours (onnxruntime) ")
     assert "best peer (torch) " in verdict
-    assert output.splitlines()[-1] == verdict
+    assert memory.startswith("decode 32 fp32 peak memory: ours (onnxruntime) ") and "leanest peer (torch) " in memory
+    assert output.splitlines()[-2:] == [verdict, memory]
     assert max(map(len, output.splitlines())) <= max(100, len(report["command"]), len(verdict))
     assert (directory / "compare.png").read_bytes().startswith(b"\x89PNG")
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from onnx import TensorProto
 from onnxscript import opset22 as op
 from torch import Tensor
-from torch.nn import functional as F
 
 # Attention in blocks ----------------------------------------------------------------------------------------------
 
@@ -58,30 +58,28 @@ def _attend_in_blocks(q: Any, k: Any, v: Any, blocks: int) -> Any:
 
 @torch.library.custom_op("vae_export::row_norm", mutates_args=())
 def row_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """GroupNorm of [B, C, H, W] from the mean and the L2 norm of every row, as a scale and a shift for each channel.
+    """GroupNorm of [B, C, H, W] from the means and the L2 norms of rows.
 
-    With m the mean and q the mean square of a group, its variance is q - m^2, and (x - m) / deviation * weight + bias
-    is x * scale + shift. The reductions run over W, and nothing is reshaped until H and W are 1: a CPU runtime stays in
-    its channels-last or blocked layout, where GroupNormalization costs it two reorders of the whole tensor, and scale,
-    shift and activation become one pass.
+    The mean of a group comes from those of its rows, the variance from the norms of the rows of what is left when the
+    mean is subtracted; then a scale for each channel and the bias. The reductions run over W, and nothing is reshaped
+    until H and W are 1: a CPU runtime stays in its channels-last or blocked layout, where GroupNormalization costs it
+    two reorders of the whole tensor, and scale, bias and activation become one pass.
 
-    Rounding: sums over a row, then over rows, keep about as many digits as a pairwise sum. q - m^2 loses those by which
-    m^2 exceeds the variance, about as many as x itself has lost. All that follows the rows is fp32 whatever x is; in
-    fp16 the norm of a row could overflow, so the rows too.
+    Rounding: sums over a row, then over rows, keep about as many digits as a pairwise sum. (The mean square less the
+    squared mean would save a pass, and has no digits left where a picture is of one colour.) Statistics are fp32
+    whatever x is; in fp16, where the norm of a row could overflow, all of it is.
     """
     batch, channels, height, width = x.shape
     grouped = (batch, groups, channels // groups)
     values = x.float() if x.dtype == torch.float16 else x
     row_means = values.mean(3, keepdim=True).float()
-    row_norms = torch.linalg.vector_norm(values, dim=3, keepdim=True).float()
     mean = (row_means.sum(2) / height).reshape(grouped).mean(2, keepdim=True)
-    mean_square = ((row_norms * row_norms).sum(2) / (height * width)).reshape(grouped).mean(2, keepdim=True)
-    # Where a group is constant, rounding may leave less than nothing.
-    deviation = torch.sqrt(F.relu(mean_square - mean * mean) + eps)
-    scale = weight.float().reshape(1, *grouped[1:]) / deviation
-    shift = bias.float().reshape(1, *grouped[1:]) - mean * scale
-    scale, shift = (part.reshape(batch, channels, 1, 1).to(x.dtype) for part in (scale, shift))
-    return x * scale + shift
+    centred = (x.float() - mean.expand(grouped).reshape(batch, channels, 1, 1)).to(values.dtype)
+    row_norms = torch.linalg.vector_norm(centred, dim=3, keepdim=True).float()
+    variance = ((row_norms * row_norms).sum(2) / (height * width)).reshape(grouped).mean(2, keepdim=True)
+    scale = (weight.float().reshape(1, *grouped[1:]) / torch.sqrt(variance + eps)).reshape(batch, channels, 1, 1)
+    result = centred * scale.to(values.dtype) + bias.to(values.dtype).reshape(1, channels, 1, 1)
+    return result.to(x.dtype)
 
 
 @row_norm.register_fake
@@ -93,26 +91,36 @@ def _row_norm(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
     def fp32(part: Any) -> Any:  # of what has the type of x
         return part if x.dtype == FLOAT else op.Cast(part, to=FLOAT)
 
-    values = fp32(x) if x.dtype == FLOAT16 else x
-    rows = [reduce(values, _ints(3), keepdims=1) for reduce in (op.ReduceMean, op.ReduceL2)]
-    row_means, row_norms = rows if x.dtype == FLOAT16 else map(fp32, rows)
+    def fp32_row(part: Any) -> Any:  # in fp16 they are fp32 already
+        return part if x.dtype == FLOAT16 else fp32(part)
+
+    def group_mean(part: Any) -> Any:  # [B, C, 1, 1] -> [B, groups, 1]
+        return op.ReduceMean(op.Reshape(part, _ints(0, groups, -1)), _ints(2), keepdims=1)
+
+    channels = x.shape[1]
+    values = fp32(x)
+    row_means = fp32_row(op.ReduceMean(values if x.dtype == FLOAT16 else x, _ints(3), keepdims=1))
     size = op.Shape(x, start=2, end=4)
     height = op.Cast(op.Gather(size, _ints(0)), to=FLOAT)
     area = op.Cast(op.ReduceProd(size, keepdims=1), to=FLOAT)
     # Sums, not means, along the rows: OpenVINO would merge two means into one over all pixels, of half the digits.
-    means = op.Div(op.ReduceSum(row_means, _ints(2), keepdims=1), height)
-    mean_squares = op.Div(op.ReduceSum(op.Mul(row_norms, row_norms), _ints(2), keepdims=1), area)
-    # [B, C, 1, 1] -> [B, groups, C / groups] -> [B, groups, 1]
-    mean, mean_square = (
-        op.ReduceMean(op.Reshape(part, _ints(0, groups, -1)), _ints(2), keepdims=1) for part in (means, mean_squares)
+    mean = group_mean(op.Div(op.ReduceSum(row_means, _ints(2), keepdims=1), height))
+    ones = op.Constant(
+        value=TensorProto(data_type=FLOAT, dims=[1, 1, channels // groups], float_data=[1.0] * (channels // groups))
     )
-    variance = op.Relu(op.Sub(mean_square, op.Mul(mean, mean)))
+    mean = op.Reshape(op.Mul(mean, ones), _ints(0, channels, 1, 1))
+    centred = op.Sub(values, mean)
+    if x.dtype not in (FLOAT, FLOAT16):
+        centred = op.CastLike(centred, x)
+    row_norms = fp32_row(op.ReduceL2(centred, _ints(3), keepdims=1))
+    variance = group_mean(op.Div(op.ReduceSum(op.Mul(row_norms, row_norms), _ints(2), keepdims=1), area))
     deviation = op.Sqrt(op.Add(variance, op.Constant(value_float=eps)))
-    weight, bias = (op.Reshape(fp32(part), _ints(1, groups, -1)) for part in (weight, bias))
-    scale = op.Div(weight, deviation)
-    shift = op.Sub(bias, op.Mul(mean, scale))
-    scale, shift = (op.CastLike(op.Reshape(part, _ints(0, x.shape[1], 1, 1)), x) for part in (scale, shift))
-    return op.Add(op.Mul(x, scale), shift)
+    scale = op.Div(op.Reshape(fp32(weight), _ints(1, groups, -1)), deviation)
+    scale = op.Reshape(scale, _ints(0, channels, 1, 1))
+    bias = op.Reshape(bias, _ints(1, channels, 1, 1))
+    if x.dtype == FLOAT16:
+        return op.CastLike(op.Add(op.Mul(centred, scale), fp32(bias)), x)
+    return op.Add(op.Mul(centred, op.CastLike(scale, x)), bias)
 
 
 def _ints(*values: int) -> Any:

@@ -10,7 +10,6 @@ from runtimes.errors import NumericsError
 from tools.blow_up import blown_up, gains
 from vae_export import AutoencoderKL, export_bundle
 from vae_export.checkpoint import load_model
-from vae_export.model import Upsample
 from vae_export.photos import middle_of, photographs
 from vae_export.ranges import Ranges, SimulatedHalf, Watch, probe
 from vae_export.rescale import TARGET, rescale_activations
@@ -139,27 +138,6 @@ def test_one_level_and_every_place_is_covered():
     blown = blown_up(model, gains(3, True))
     rescued, _ = rescale_activations(blown, probe(blown, inputs_of(model)))
     assert max(probe(rescued, inputs_of(model)).largest.values()) <= TARGET
-
-
-def test_portable_attention_is_the_same_attention():
-    model = small_model()
-    for graph, x in inputs_of(model):
-        # Another kernel sums in another order.
-        torch.testing.assert_close(
-            run(use_portable_attention(model), graph, x), run(model, graph, x), rtol=0, atol=1e-5
-        )
-
-
-@pytest.mark.parametrize("form", ["deconv", "conv"])
-def test_folding_the_upsampling_changes_nothing_but_rounding(form):
-    model = small_model()
-    folded = fold_upsample(model, form)
-    assert not any(isinstance(module, Upsample) for module in folded.modules())
-    assert any(isinstance(module, Upsample) for module in model.modules()), "the model given is not changed"
-    for height, width in ((12, 10), (1, 1), (5, 3)):
-        z = torch.randn(2, 4, height, width)
-        # Weights are added before instead of after the products: fp32 rounding.
-        torch.testing.assert_close(folded.decode_latents(z), model.decode_latents(z), rtol=0, atol=1e-5)
 
 
 def test_a_rescaled_model_can_be_folded():

@@ -1,0 +1,413 @@
+"""An OpenVINO bundle in OpenVINO: what ONNX Runtime's tests promise of every backend, and what is its own."""
+
+import gc
+import re
+import resource
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from test_independence import BANNED, USE
+from test_onnxruntime import (  # noqa: F401  (every backend keeps these: here `tiny_bundle` is an OpenVINO bundle)
+    SHAPES,
+    TOLERANCE,
+    images,
+    latents,
+    results,
+    test_a_closed_vae_says_so,
+    test_eight_threads_get_what_one_gets,
+    test_every_float_type_is_taken_and_answered_in_kind,
+    test_nan_is_reported_where_it_is_asked_for,
+    test_results_are_those_of_the_reference,
+    test_whatever_holds_the_numbers_is_taken_and_left_as_it_is,
+)
+
+from runtimes import (
+    BackendUnavailable,
+    CompatibilityError,
+    IntegrityError,
+    OutOfMemoryError,
+    VaeError,
+    open_vae,
+)
+from vae_export.export import FORMS
+from vae_export.rewrite import rewrite
+from vae_export.validate import THRESHOLDS, Case, Thresholds, compare, opened_bundle
+
+backend = pytest.importorskip("runtimes.openvino", exc_type=BackendUnavailable)
+ov = backend.ov
+
+XML, BIN = "vae_decoder/openvino_model.xml", "vae_decoder/openvino_model.bin"
+FILES = [f"vae_{graph}/openvino_model.{suffix}" for graph in ("encoder", "decoder") for suffix in ("xml", "bin")]
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(openvino_bundle):
+    """Instead of the ONNX bundle: `vae` and `bundle_copy` are made of this one here."""
+    return openvino_bundle("fp32")
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """All bytes that reach OpenVINO's parsers, in a list."""
+    seen, read = [], ov.Core.read_model
+
+    def read_model(self, model, weights, *options):
+        seen.extend([bytes(model), bytes(weights.data)])
+        return read(self, model, weights, *options)
+
+    monkeypatch.setattr(ov.Core, "read_model", read_model)
+    return seen
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Everything that OpenVINO compiles, as weak references."""
+    seen, compile_model = [], ov.Core.compile_model
+
+    def spy(self, *arguments):
+        result = compile_model(self, *arguments)
+        seen.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(ov.Core, "compile_model", spy)
+    return seen
+
+
+def alive(references):
+    gc.collect()
+    return [reference() for reference in references if reference() is not None]
+
+
+def cases(model, arrays):
+    """Arrays, images and latents, with what the reference makes of them."""
+    for x in arrays:
+        graph, function = ("encoder", model.encode_moments) if x.shape[1] == 3 else ("decoder", model.decode_latents)
+        yield Case(graph, "array", x, function(torch.from_numpy(x)).numpy())
+
+
+# Numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_bundles_keep_to_the_thresholds_of_validation(openvino_bundle, tiny_model, precision):
+    arrays = [make(*shape) for shape in (*SHAPES, (1, 17, 12)) for make in (images, latents)]
+    with open_vae(openvino_bundle(precision)) as vae:
+        assert vae.encode(arrays[0])[0].parameters.dtype == vae.decode(arrays[1])[0].dtype == np.float32
+        assert compare(list(cases(tiny_model, arrays)), "openvino", opened_bundle(vae), precision)
+
+
+def test_fp16_is_how_weights_are_stored_and_fp32_how_it_computes_on_a_cpu(openvino_bundle, tiny_model):
+    rounded = rewrite(tiny_model, FORMS["openvino", "fp16"])
+    for parameter in rounded.parameters():
+        parameter.copy_(parameter.half())
+    x, z = images(2, 5, 3), latents(2, 5, 3)
+    with open_vae(openvino_bundle("fp16")) as vae:
+        for ours, theirs in zip(
+            results(vae, x, z), results(rounded, torch.from_numpy(x), torch.from_numpy(z)), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_fp32_is_computed_in_fp32_even_where_the_plugin_prefers_bf16(vae, tiny_model, compiled):
+    z = latents(1, 8, 8)
+    expected = tiny_model.decode_latents(torch.from_numpy(z)).numpy()
+    assert np.abs(vae.decode(z).sample - expected).max() < TOLERANCE
+    assert alive(compiled)[0].get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("the rest needs a CPU with bf16")
+    by_itself = ov.Core().compile_model(vae._graphs["decoder"]._model.clone(), "CPU")
+    assert np.abs(by_itself([z])[0] - expected).max() > 100 * TOLERANCE  # else this test could not fail
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_picture_of_one_colour_is_encoded_as_by_the_reference(openvino_bundle, tiny_model, precision, monkeypatch):
+    """Its first maps are flat but for their borders: the mean of a group is some hundred times its deviation.
+
+    A norm whose variance is near eps multiplies what rounding left by up to 1000: 80 dB, where 100 is the rule.
+    """
+    monkeypatch.setitem(THRESHOLDS, "fp32", Thresholds(psnr_db=80.0, uint8_steps=1, noise_psnr_db=80.0))
+    arrays = [np.full((1, 3, 128, 128), colour, np.float32) for colour in (-1, 0, 1)]
+    with open_vae(openvino_bundle(precision)) as vae:
+        assert compare(list(cases(tiny_model, arrays)), "openvino", opened_bundle(vae), precision)
+
+
+# Shapes, threads and the cache ------------------------------------------------------------------------------------
+
+
+def test_more_shapes_than_are_kept_are_compiled_anew_and_right(tiny_bundle, tiny_model, compiled):
+    arrays = [latents(*shape) for shape in ((1, 2, 3), (1, 3, 2), (2, 2, 3), (1, 2, 3))]
+    with open_vae(tiny_bundle, max_shapes=2) as vae:
+        for done, case in enumerate(cases(tiny_model, arrays), 1):
+            np.testing.assert_allclose(vae.decode(case.array).sample, case.expected, rtol=0, atol=TOLERANCE)
+            assert len(compiled) == done  # two are kept, and a third had come between
+            assert len(alive(compiled)) == min(done, 2)
+        vae.decode(arrays[2]), vae.decode(arrays[3])
+        assert len(compiled) == len(arrays), "the two last ones were at hand"
+    assert not alive(compiled), "closing frees them"
+
+
+def test_the_shape_that_was_not_used_for_longest_goes_first(tiny_bundle, compiled):
+    first, second, third = latents(1, 2, 3), latents(1, 3, 2), latents(1, 2, 2)
+    with open_vae(tiny_bundle, max_shapes=2) as vae:
+        for z in (first, second, first, third, first):
+            vae.decode(z)
+        assert len(compiled) == 3
+
+
+def test_eight_threads_may_fight_for_one_place(tiny_bundle, compiled):
+    arrays = [make(*shape) for make in (images, latents) for shape in ((1, 1, 1), (2, 2, 3))]
+    with open_vae(tiny_bundle, max_shapes=1, threads=1) as vae, ThreadPoolExecutor(8) as pool:
+
+        def call(i):
+            x = arrays[i % len(arrays)]
+            return vae.encode(x)[0].parameters if x.shape[1] == 3 else vae.decode(x)[0]
+
+        serial = [call(i) for i in range(len(arrays))]
+        answers = list(pool.map(call, range(16)))
+        assert all(np.array_equal(answer, serial[i % len(arrays)]) for i, answer in enumerate(answers))
+        assert len(alive(compiled)) <= 2  # one of each graph
+
+
+def test_threads_that_meet_a_new_shape_compile_it_once(tiny_bundle, compiled):
+    z = latents(1, 7, 4)
+    with open_vae(tiny_bundle) as vae, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: vae.decode(z).sample, range(16)))
+    assert len(compiled) == 1
+    assert all(np.array_equal(answer, answers[0]) for answer in answers)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_bounds_the_threads_of_a_call(tiny_bundle, tiny_model, compiled, threads):
+    (case,) = cases(tiny_model, [latents()])
+    with open_vae(tiny_bundle, threads=threads) as vae:
+        np.testing.assert_allclose(vae.decode(case.array).sample, case.expected, rtol=0, atol=TOLERANCE)
+        assert alive(compiled)[0].get_property("INFERENCE_NUM_THREADS") == threads
+
+
+def test_compiled_graphs_are_kept_in_the_cache_and_give_the_same(tiny_bundle, vae, tmp_path):
+    z, directory = latents(), tmp_path / "new" / "cache"
+    expected = vae.decode(z).sample
+    with open_vae(tiny_bundle, threads=1, cache_dir=directory) as first:
+        assert np.array_equal(first.decode(z).sample, expected)
+    kept = sorted(directory.iterdir())
+    assert kept and all(file.stat().st_size for file in kept)
+    with open_vae(tiny_bundle, threads=1, cache_dir=str(directory)) as second:
+        assert np.array_equal(second.decode(z).sample, expected)
+    assert sorted(directory.iterdir()) == kept
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:1000])
+    with open_vae(tiny_bundle, threads=1, cache_dir=directory) as third:
+        assert np.array_equal(third.decode(z).sample, expected), "a broken cache is only slower"
+
+
+def test_a_cache_tells_bundles_with_other_weights_apart(tiny_bundle, bundle_copy, tmp_path):
+    weights = np.frombuffer((tiny_bundle / BIN).read_bytes(), np.uint8).copy()
+    middle = len(weights) // 2 // 4 * 4
+    weights[middle : middle + 4] = np.frombuffer(np.float32(5), np.uint8)  # one weight in a hundred thousand
+    other, z = bundle_copy(files={BIN: weights.tobytes()}), latents()
+    with open_vae(other, threads=1) as plain:
+        expected = plain.decode(z).sample
+    for path in (tiny_bundle, other):
+        with open_vae(path, threads=1, cache_dir=tmp_path / "cache") as vae:
+            assert np.array_equal(vae.decode(z).sample, expected) == (path is other)
+
+
+# Devices and memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda", "CPU", "gpu:0", "AUTO:GPU,CPU", ""])
+def test_an_unknown_device_is_named_with_the_known(tiny_bundle, device):
+    with pytest.raises(BackendUnavailable, match=re.escape(f"'cpu', 'gpu', 'gpu.N' or 'npu', not {device!r}")):
+        open_vae(tiny_bundle, device=device)
+
+
+@pytest.mark.parametrize("device", ["gpu", "gpu.0", "npu", "gpu.7"])
+def test_a_device_that_is_not_here_is_named_and_nothing_falls_back(tiny_bundle, device):
+    found = backend.OpenVinoVae.check_devices()
+    assert found["cpu"] == "works"
+    if found[device.partition(".")[0]] == "works" and device != "gpu.7":
+        pytest.skip(f"{device} is here")
+    with pytest.raises(BackendUnavailable, match=f"finds no device '{device}' with its drivers, only .*CPU"):
+        open_vae(tiny_bundle, device=device)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds memory as Linux does")
+def test_too_little_memory_is_named_and_survived(vae, capfd):
+    z, (soft, hard) = latents(), resource.getrlimit(resource.RLIMIT_AS)
+    expected = vae.decode(z).sample
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), hard))
+    try:
+        with pytest.raises(OutOfMemoryError, match=r"\[1, 4, 128, 128\].* memory of cpu.*enable_tiling"):
+            vae.decode(latents(1, 128, 128))  # the largest of its maps alone take 128 MiB each
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert np.array_equal(vae.decode(z).sample, expected)
+    assert capfd.readouterr().err == ""  # the exception says it, and nothing else does
+
+
+# Files that are not what they should be ---------------------------------------------------------------------------
+
+
+def test_the_parser_gets_the_very_bytes_that_were_hashed(tiny_bundle, parsed):
+    open_vae(tiny_bundle).close()
+    assert parsed == [(tiny_bundle / name).read_bytes() for name in FILES]
+
+
+DAMAGE = {
+    "a bit flipped": lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:],
+    "cut short": lambda data: data[:-1],
+    "longer": lambda data: data + b"\n",
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_before_openvino_sees_a_byte_of_it(bundle_copy, parsed, name, damage):
+    path = bundle_copy()
+    damaged = DAMAGE[damage]((path / name).read_bytes())
+    (path / name).write_bytes(damaged)
+    with pytest.raises(IntegrityError, match=re.escape(name)):
+        open_vae(path)
+    assert damaged not in parsed
+
+
+def test_weights_that_the_manifest_does_not_list_are_not_read(bundle_copy, parsed):
+    with pytest.raises(IntegrityError, match=re.escape(f"{BIN} is not listed")):
+        open_vae(bundle_copy(lambda manifest: manifest["files"].pop(BIN)))
+    path = bundle_copy()
+    (path / BIN).unlink()
+    with pytest.raises(IntegrityError, match=re.escape(f"{BIN} is missing")):
+        open_vae(path)
+    assert len(parsed) == 4  # the encoder's, twice
+
+
+GARBAGE = {
+    "nothing": lambda xml: b"",
+    "text": lambda xml: b"not a graph\n" * 100,
+    "noise": lambda xml: RNG.bytes(10_000),
+    "half a graph": lambda xml: xml[: len(xml) // 2],
+    "no layers": lambda xml: b'<?xml version="1.0"?><net name="vae" version="11"><layers/><edges/></net>',
+    "other names": lambda xml: xml.replace(b'"latent_sample"', b'"latent_simple"'),
+    "another type": lambda xml: xml.replace(
+        b'shape="?,4,?,?" element_type="f32"', b'shape="?,4,?,?" element_type="f64"'
+    ),
+    "other channels": lambda xml: xml.replace(b'shape="?,4,?,?"', b'shape="?,5,?,?"'),
+    "the path of a graph": lambda xml: b"openvino_model.xml",
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_a_graph_that_is_none_is_refused_even_with_the_right_hash(
+    bundle_copy, tiny_bundle, capfd, monkeypatch, garbage
+):
+    monkeypatch.chdir(tiny_bundle / "vae_decoder")
+    data = GARBAGE[garbage]((tiny_bundle / XML).read_bytes())
+    with pytest.raises(CompatibilityError, match=re.escape(XML)):
+        open_vae(bundle_copy(files={XML: data}))
+    assert capfd.readouterr().err == ""
+
+
+def test_the_other_graph_is_refused(bundle_copy, tiny_bundle):
+    files = {XML: (tiny_bundle / FILES[0]).read_bytes(), BIN: (tiny_bundle / FILES[1]).read_bytes()}
+    with pytest.raises(CompatibilityError, match="latent_sample"):
+        open_vae(bundle_copy(files=files))
+
+
+def test_weights_beyond_the_end_of_their_file_are_refused_and_nothing_crashes(bundle_copy, tiny_bundle, alone):
+    xml, weights = (tiny_bundle / XML).read_bytes(), (tiny_bundle / BIN).read_bytes()
+    offset = b'offset="64"'
+    assert xml.count(offset) == 1
+    paths = [bundle_copy(files={BIN: weights[:size]}) for size in (0, 1, 1000, len(weights) // 2, len(weights) - 1)]
+    for other in (b"-64", b"%d" % len(weights), b"%d" % 2**40, b"%d" % (2**63 - 1), b"%d" % (2**64 - 16)):
+        paths.append(bundle_copy(files={XML: xml.replace(offset, b'offset="%s"' % other)}))
+    paths.append(bundle_copy(files={XML: xml.replace(b'size="64"', b'size="%d"' % 2**40, 1)}))
+    program = """
+import sys, runtimes
+for path in sys.argv[1:]:
+    try: runtimes.open_vae(path)
+    except runtimes.VaeError as error: print(type(error).__name__)
+"""
+    assert alone(program, *paths) == ["CompatibilityError"] * len(paths)
+
+
+@pytest.fixture
+def onnx_with_weights_outside(tmp_path):
+    """A decoder as ONNX whose weight lies in a file outside the bundle."""
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [3, 4, 1, 1], np.full(12, 0.5, np.float32).tobytes(), raw=True)
+    ends = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", channels, "height", "width"])
+        for name, channels in (("latent_sample", 4), ("sample", 3))
+    )
+    node = helper.make_node("Conv", ["latent_sample", "w"], ["sample"])
+    graph = helper.make_graph([node], "decoder", *([end] for end in ends), [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+    (tmp_path / "outside").mkdir()
+    onnx.external_data_helper.convert_model_to_external_data(model, location="weights.bin", size_threshold=0)
+    onnx.save(model, tmp_path / "outside" / "a.onnx")
+    return tmp_path / "outside"
+
+
+@pytest.mark.parametrize("absolute", [False, True], ids=["working directory", "absolute path"])
+def test_nothing_but_ir_is_parsed_so_no_graph_brings_weights_from_outside(
+    bundle_copy, onnx_with_weights_outside, monkeypatch, absolute
+):
+    """OpenVINO guesses the format from the bytes: an .xml may hold ONNX, which may name any file of this machine."""
+    outside = onnx_with_weights_outside
+    model = onnx.load(outside / "a.onnx", load_external_data=False)
+    if absolute:
+        (entry,) = (entry for entry in model.graph.initializer[0].external_data if entry.key == "location")
+        entry.value = str(outside / "weights.bin")
+    monkeypatch.chdir(outside)
+    path = bundle_copy(files={XML: model.SerializeToString()})
+    with pytest.raises(CompatibilityError, match=re.escape(XML)):
+        open_vae(path)
+
+
+@pytest.mark.parametrize(("field", "use", "given"), [
+    ("latent_channels", "decode", np.zeros((1, 8, 4, 4), np.float32)),
+    ("in_channels", "encode", np.zeros((1, 8, 32, 32), np.float32)),
+])  # fmt: skip
+def test_a_config_that_does_not_fit_the_graphs_ends_in_an_error_of_ours(bundle_copy, field, use, given):
+    with pytest.raises(VaeError), open_vae(bundle_copy(lambda manifest: manifest["config"].update({field: 8}))) as vae:
+        getattr(vae, use)(given)
+
+
+# What is loaded, and what leaves the machine ----------------------------------------------------------------------
+
+
+def test_a_bundle_is_opened_and_used_without_torch(alone, tiny_bundle):
+    program = f"import sys, numpy as np, runtimes\nprint(*sys.modules)\n{USE}\nprint(*sys.modules)"
+    before, *printed, after = alone(program, tiny_bundle)
+    assert "openvino" not in before.split(), "importing runtimes loads no backend"
+    assert printed == ["(1, 3, 72, 80)", "(2, 72, 80, 3)"]
+    loaded = {name.partition(".")[0] for name in after.split()}
+    assert {"runtimes", "openvino"} <= loaded and not loaded & (BANNED | {"onnxruntime"})
+
+
+def test_opening_a_bundle_reports_to_nobody(alone, tiny_bundle, tmp_path):
+    """OpenVINO's package tells Google Analytics of every import, unless it is kept from it."""
+    program = "import sys, runtimes\nruntimes.open_vae(sys.argv[1]).close()\nprint(*sys.modules)"
+    (loaded,) = alone(program, tiny_bundle)
+    assert "openvino_telemetry.main" not in loaded.split()
+    assert not (tmp_path / "home" / "intel").exists(), "an identity for Google Analytics was left in the home directory"
+
+
+def test_where_openvino_is_missing_the_error_says_what_to_install(alone, tiny_bundle):
+    program = """
+import sys, runtimes
+sys.modules["openvino"] = None
+try: runtimes.open_vae(sys.argv[1])
+except runtimes.BackendUnavailable as error: print(error)
+"""
+    (printed,) = alone(program, tiny_bundle)
+    assert "pip install 'vae-export[openvino]'" in printed
