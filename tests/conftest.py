@@ -19,6 +19,14 @@ LEVELS = 4  # f = 8, as Stable Diffusion
 CI_VARIABLES = ("CI", "TF_BUILD", "JENKINS_URL")  # by which OpenVINO knows machines whose use does not count
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread(request):
+    """PyTorch with one thread, where no models of real size are run: for maps of a few pixels a second one costs more
+    than it does, several times more on a busy machine."""
+    if request.config.option.markexpr != "slow":
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """4 levels, 4 latent channels, tiles of 64 pixels and 8 latents; random weights, norms too. Do not change it."""
