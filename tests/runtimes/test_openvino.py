@@ -37,7 +37,7 @@ from runtimes import (
 )
 from vae_export.export import FORMS
 from vae_export.rewrite import rewrite
-from vae_export.validate import THRESHOLDS, Case, Thresholds, compare, opened_bundle
+from vae_export.validate import THRESHOLDS, Case, compare, opened_bundle
 
 backend = pytest.importorskip("runtimes.openvino", exc_type=BackendUnavailable)
 ov = backend.ov
