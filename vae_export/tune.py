@@ -140,7 +140,8 @@ class _Bench:
         forms.sort(key=lambda form: form != start._replace(last_block="plain"))  # the default is the one to beat
         best = self._race("forms", graph, [(form, None) for form in forms])
         if graph == "decoder":
-            best = self._race("last block", graph, [(best.form._replace(last_block=b), None) for b in LAST_BLOCKS])
+            blocks = sorted(LAST_BLOCKS, key=lambda block: block != start.last_block)
+            best = self._race("last block", graph, [(best.form._replace(last_block=b), None) for b in blocks])
         cores = os.cpu_count() or 1
         counts = [None, *sorted({cores // 2, cores} - {0})] if cores > 1 else [None]
         return self._race("threads", graph, [(best.form, threads) for threads in counts])
