@@ -175,3 +175,9 @@ def answer_in_kind(function: Callable[[Array], Array], x: Any) -> Any:
         return function(x)
     torch = sys.modules["torch"]
     return torch.from_numpy(function(x.cpu().numpy())).to(x.device)
+
+
+def check_count(name: str, value: int | None) -> None:
+    """`ConfigError` unless `value` is a whole number of 1 or more, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")

@@ -16,6 +16,7 @@ Each class has the exit code with which the command line reports it. Codes 0 (su
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 
@@ -75,3 +76,12 @@ class BackendUnavailable(VaeError):
     """A backend, provider or device that is not installed or not present; the message says how to get it."""
 
     exit_code = 11
+
+
+# How backends word it; a thread whose stack does not fit is a resource that is unavailable.
+_NO_MEMORY = re.compile(r"alloc|out of memory|resource temporarily unavailable", re.IGNORECASE)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether what a backend raised says that memory ran out."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None

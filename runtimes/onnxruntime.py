@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind
+from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
 from runtimes.bundle import GRAPHS, Bundle
-from runtimes.errors import BackendUnavailable, CompatibilityError, OutOfMemoryError, VaeError
+from runtimes.errors import BackendUnavailable, CompatibilityError, OutOfMemoryError, VaeError, is_out_of_memory
 from runtimes.posterior import array_module
 
 try:
@@ -41,6 +41,7 @@ class OnnxRuntimeVae(VaeRuntime):
         self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None, check_finite: bool = False
     ) -> None:
         super().__init__(bundle, check_finite=check_finite)
+        check_count("threads", threads)
         self.device = device
         self._kind, self._index = _parse_device(device)
         self._sessions = {graph: self._open(bundle, graph, threads) for graph in GRAPHS}
@@ -96,7 +97,7 @@ class OnnxRuntimeVae(VaeRuntime):
                 return self._run_on_device(graph, x)
             return answer_in_kind(lambda array: self._run_on_host(graph, array), x)
         except (*_RUN_ERRORS, MemoryError) as error:
-            if isinstance(error, MemoryError) or re.search(r"alloc|out of memory", str(error), re.IGNORECASE):
+            if is_out_of_memory(error):
                 raise OutOfMemoryError(
                     f"the {graph} of {list(x.shape)} does not fit the memory of {self.device}: {_reason(error)}. "
                     "enable_tiling() or enable_slicing() need less"

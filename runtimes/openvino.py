@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
@@ -14,9 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind
+from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
 from runtimes.bundle import GRAPHS, Bundle
-from runtimes.errors import BackendUnavailable, CompatibilityError, OutOfMemoryError, VaeError
+from runtimes.errors import (
+    BackendUnavailable,
+    CompatibilityError,
+    ConfigError,
+    OutOfMemoryError,
+    VaeError,
+    is_out_of_memory,
+)
 
 # OpenVINO reports its use to its makers where their package for it is installed. It does without one that is not there.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -55,6 +63,8 @@ class OpenVinoVae(VaeRuntime):
         check_finite: bool = False,
     ) -> None:
         super().__init__(bundle, check_finite=check_finite)
+        check_count("threads", threads)
+        check_count("max_shapes", max_shapes)
         self.device = device
         self._core = ov.Core()
         self._device = _find_device(self._core, device)
@@ -76,7 +86,7 @@ class OpenVinoVae(VaeRuntime):
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         if cache_dir is not None:
-            settings["CACHE_DIR"] = str(cache_dir)
+            settings["CACHE_DIR"] = str(_made(Path(cache_dir)))
         return settings
 
     def _read(self, bundle: Bundle, graph: str) -> Any:
@@ -155,7 +165,12 @@ class _Graph:
             self._shapes[size] = shape  # last: the most recent
         with shape.lock:
             if shape.compiled is None:
-                shape.compiled = self._compile(self._model, size)
+                try:
+                    shape.compiled = self._compile(self._model, size)
+                except VaeError:
+                    with self._lock:
+                        self._shapes.pop(size, None)  # it takes no place from those that work
+                    raise
         try:
             request = shape.idle.get_nowait()
         except Empty:
@@ -180,6 +195,16 @@ def precision_hint(core: Any, device: str, precision: str) -> str:
     return "f32"
 
 
+def _made(directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cache_dir {directory} cannot be used: {error.strerror}") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"cache_dir {directory} cannot be used: it cannot be written to")
+    return directory
+
+
 def _find_device(core: Any, device: str) -> str:
     if not re.fullmatch(r"cpu|gpu(\.\d+)?|npu", device):
         raise BackendUnavailable(f"OpenVINO runs on 'cpu', 'gpu', 'gpu.N' or 'npu', not {device!r}")
@@ -192,7 +217,7 @@ def _find_device(core: Any, device: str) -> str:
 
 
 def _raise_out_of_memory(error: Exception, device: str, shape: tuple[int, ...]) -> None:
-    if isinstance(error, MemoryError) or re.search(r"alloc|out of memory", str(error), re.IGNORECASE):
+    if is_out_of_memory(error):
         raise OutOfMemoryError(
             f"a graph of {list(shape)} does not fit the memory of {device}: {_reason(error)}. "
             "enable_tiling() or enable_slicing() need less"

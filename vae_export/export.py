@@ -240,6 +240,8 @@ def check_choices(model: AutoencoderKL, target: str, precision: str, io_precisio
         raise ConfigError(f"{target} bundles are made in {', '.join(made)}, not in {precision}")
     if precision == "bf16" and io_precision == "same":
         raise ConfigError("NumPy has no bfloat16: a bf16 bundle takes and gives float32 (--io-precision fp32)")
+    if target == "openvino":
+        openvino_ir.check_available(precision, io_precision)
     if model.config.scaling_factor is None:
         raise ConfigError(
             "the checkpoint does not say its scaling_factor, and a bundle without one could not turn latents into "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from runtimes.bundle import GraphSpec
 from runtimes.errors import ConfigError
 from vae_export.model import AutoencoderKL
 from vae_export.onnx_graphs import export_onnx
-from vae_export.quantize import quantize_ir, quantize_until
+from vae_export.quantize import import_nncf, quantize_ir, quantize_until
 from vae_export.rewrite import PLAIN, Form
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ def export_ir(
 
     Names, shapes and types of input and output are those of the ONNX graphs, float32 at any precision.
     """
-    if io_precision != "fp32":
-        raise ConfigError("OpenVINO bundles take and give float32 (--io-precision fp32)")
+    check_available(precision, io_precision)
     ir, spec = read_graph(model, graph, precision, form)
     save_ir(ir, path, precision)
     return replace(spec, file=path.name)
@@ -72,6 +72,15 @@ def export_int8(
         ir, kept, _ = quantize_until(ir, calibration, lambda candidate: measure(runnable(candidate)), bar)
     save_ir(ir, path, "int8")
     return replace(spec, file=path.name), kept
+
+
+def check_available(precision: str, io_precision: str) -> None:
+    """`ConfigError` for what no OpenVINO bundle has, `BackendUnavailable` where a tool is missing."""
+    if io_precision != "fp32":
+        raise ConfigError(f"OpenVINO bundles take and give float32 (--io-precision fp32), not {io_precision!r}")
+    import_openvino()
+    if precision == "int8":
+        import_nncf()
 
 
 def read_graph(model: AutoencoderKL, graph: str, precision: str, form: Form) -> tuple[openvino.Model, GraphSpec]:
@@ -106,6 +115,7 @@ def runnable(ir: openvino.Model) -> Callable[[Array], Array]:
 
 def save_ir(ir: openvino.Model, path: Path, precision: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    _number_the_nameless(ir)
     import_openvino().save_model(ir, path, compress_to_fp16=precision == "fp16")
     exact = statistics(ir)
     if exact:
@@ -120,6 +130,14 @@ def save_ir(ir: openvino.Model, path: Path, precision: str) -> None:
                     layer.insert(0 if layer.find("data") is None else 1, info)
                 ElementTree.SubElement(info, "attribute", name="precise", version="0")
         tree.write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _number_the_nameless(ir: openvino.Model) -> None:
+    """Name operations without a name by their place: OpenVINO counts them over the whole life of the process."""
+    for place, operation in enumerate(ir.get_ordered_ops()):
+        kind = operation.get_type_name()
+        if re.fullmatch(rf"{kind}_\d+", operation.get_friendly_name()):
+            operation.set_friendly_name(f"{kind}_{place}")
 
 
 def statistics(ir: openvino.Model) -> set[str]:

@@ -58,7 +58,7 @@ def quantize_ir(model: ov.Model, calibration: Sequence[Array], *, keep: Sequence
     chosen = set(layers) - set(keep)
     if not chosen:
         return model.clone()
-    nncf = _import_nncf()
+    nncf = import_nncf()
     marked = model.clone()
     markers = [
         _mark_output(marked, name) for name, layer in _by_name(marked).items() if name in chosen and _folded(layer)
@@ -195,7 +195,7 @@ def _restored(quantized: ov.Model, model: ov.Model, keep: Sequence[str]) -> ov.M
     return restored
 
 
-def _import_nncf() -> Any:
+def import_nncf() -> Any:
     """NNCF, without its reports to Google Analytics: it reads the variable once, when it is imported."""
     before = os.environ.get(_NO_TELEMETRY)
     os.environ[_NO_TELEMETRY] = "1"

@@ -130,8 +130,9 @@ def _exponent(largest: float, target: float) -> int:
 
 
 def _balance(queries: float, keys: float, target: float) -> int:
-    """e such that queries / 2**e and keys * 2**e are about equal, where one of them is over the target."""
-    if max(queries, keys) <= target or min(queries, keys) == 0.0:
+    """e such that queries / 2**e and keys * 2**e are about equal, where one is over the target or below `LOWEST`."""
+    smaller, larger = sorted((queries, keys))
+    if smaller == 0.0 or (larger <= target and smaller >= LOWEST):
         return 0
     return round(math.log2(queries / keys) / 2)
 

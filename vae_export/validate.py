@@ -174,6 +174,8 @@ def inputs(model: AutoencoderKL) -> Iterator[tuple[str, str, Array]]:
     for b, h, w in shapes:
         noise = rng.uniform(-1, 1, (b, config.in_channels, h * factor, w * factor))
         yield "encoder", "noise", noise.astype(np.float32)
+    # A picture of one colour has next to no variance in its first maps: norms that subtract squares end there.
+    yield "encoder", "black", np.full((1, config.in_channels, 8 * factor, 12 * factor), -1, np.float32)
     multiply, add = (np.reshape(values, (1, -1, 1, 1)) for values in config.latent_affine())
     for name, photo in photos.items():
         yield "decoder", f"{PHOTO} {name}", _reference(model, "encoder", photo)[:, : config.latent_channels]

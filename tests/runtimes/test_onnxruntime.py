@@ -111,6 +111,12 @@ def test_io_binding_gives_the_results_of_the_host_path(vae, shape):
             assert np.array_equal(vae._run_on_device(graph, tensor), vae._run_on_host(graph, tensor.numpy()))
 
 
+@pytest.mark.parametrize("threads", [0, -1, "two", 1.5, True])
+def test_a_number_of_threads_that_is_none_is_refused(tiny_bundle, threads):
+    with pytest.raises(ConfigError, match=f"threads must be a whole number of at least 1, not {threads!r}"):
+        open_vae(tiny_bundle, threads=threads)
+
+
 def test_eight_threads_get_what_one_gets(tiny_bundle):
     inputs = [make(*shape) for make in (images, latents) for shape in SHAPES]
     with open_vae(tiny_bundle) as vae, ThreadPoolExecutor(8) as pool:

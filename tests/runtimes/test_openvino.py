@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import test_onnxruntime as shared
 import torch
 from onnx import TensorProto, helper
 from test_independence import BANNED, USE
@@ -20,16 +21,17 @@ from test_onnxruntime import (  # noqa: F401  (every backend keeps these: here `
     latents,
     results,
     test_a_closed_vae_says_so,
+    test_a_number_of_threads_that_is_none_is_refused,
     test_eight_threads_get_what_one_gets,
     test_every_float_type_is_taken_and_answered_in_kind,
     test_nan_is_reported_where_it_is_asked_for,
     test_results_are_those_of_the_reference,
-    test_whatever_holds_the_numbers_is_taken_and_left_as_it_is,
 )
 
 from runtimes import (
     BackendUnavailable,
     CompatibilityError,
+    ConfigError,
     IntegrityError,
     OutOfMemoryError,
     VaeError,
@@ -139,6 +141,18 @@ def test_a_picture_of_one_colour_is_encoded_as_by_the_reference(openvino_bundle,
             assert 20 * np.log10(np.ptp(case.expected) / np.sqrt(np.mean(off**2))) >= least
 
 
+@pytest.fixture(scope="module")
+def roomy(tiny_bundle):
+    """One with room for all that tiles and slices need, for several tests."""
+    with open_vae(tiny_bundle, threads=1, max_shapes=16) as runtime:
+        yield runtime
+
+
+@pytest.mark.parametrize("make", [shared.Exchanged, np.ndarray.tolist, np.asfortranarray, shared.reversed_view])
+def test_whatever_holds_the_numbers_is_taken_and_left_as_it_is(roomy, make):
+    shared.test_whatever_holds_the_numbers_is_taken_and_left_as_it_is(roomy, make)
+
+
 # Shapes, threads and the cache ------------------------------------------------------------------------------------
 
 
@@ -163,7 +177,7 @@ def test_the_shape_that_was_not_used_for_longest_goes_first(tiny_bundle, compile
 
 
 def test_eight_threads_may_fight_for_one_place(tiny_bundle, compiled):
-    arrays = [make(*shape) for make in (images, latents) for shape in ((1, 1, 1), (2, 2, 3))]
+    arrays = [images(1, 1, 1), latents(1, 1, 1), latents(2, 1, 2)]
     with open_vae(tiny_bundle, max_shapes=1, threads=1) as vae, ThreadPoolExecutor(8) as pool:
 
         def call(i):
@@ -190,6 +204,29 @@ def test_threads_bounds_the_threads_of_a_call(tiny_bundle, tiny_model, compiled,
     with open_vae(tiny_bundle, threads=threads) as vae:
         np.testing.assert_allclose(vae.decode(case.array).sample, case.expected, rtol=0, atol=TOLERANCE)
         assert alive(compiled)[0].get_property("INFERENCE_NUM_THREADS") == threads
+
+
+def test_max_shapes_of_nothing_is_refused(tiny_bundle):
+    with pytest.raises(ConfigError, match="max_shapes must be a whole number of at least 1, not 0"):
+        open_vae(tiny_bundle, max_shapes=0)
+
+
+def test_a_cache_that_cannot_be_used_is_said_at_once(tiny_bundle, tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=re.escape(f"cache_dir {path} cannot be used")):
+            open_vae(tiny_bundle, cache_dir=path)
+
+
+def test_a_shape_that_fails_takes_no_place_from_those_that_work(tiny_bundle, compiled, monkeypatch):
+    with open_vae(tiny_bundle, max_shapes=2, threads=1) as vae:
+        vae.decode(latents(1, 2, 3))
+        monkeypatch.setattr(vae._graphs["decoder"], "_compile", lambda *_: (_ for _ in ()).throw(VaeError("failed")))
+        for side in (4, 5, 6):
+            with pytest.raises(VaeError, match="failed"):
+                vae.decode(latents(1, side, side))
+        vae.decode(latents(1, 2, 3))
+        assert len(compiled) == 1
 
 
 def test_compiled_graphs_are_kept_in_the_cache_and_give_the_same(tiny_bundle, vae, tmp_path):

