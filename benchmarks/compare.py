@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ TOO_SLOW_TO_COMPILE = "torch.compile"  #: left out by --quick: a minute a row, g
 ROOM = 1.5  #: a row not yet run is taken to need this much more than the hungriest before it
 #: seconds between calls: threads of ONNX Runtime and OpenMP spin some 10 ms after a call, before they sleep
 SETTLE = 0.05
+
+MEMORY_GRAPH = "decode"  #: the hungrier one
 
 Result = dict[str, Any]
 
@@ -291,18 +293,23 @@ def peak(result: Result) -> float:
     return float(result["peak_memory_gb"])
 
 
-def compare(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
-    """The whole run -> what compare.json holds."""
+def compare(arguments: argparse.Namespace, rows: Sequence[Row], save: Callable[[dict[str, Any]], None]) -> None:
+    """The whole run. What compare.json is to hold is saved after each case, so that a run cut short is not lost."""
     timed = [
         Case(graph, size, batch)
         for batch in arguments.batches
         for size in arguments.sizes
         for graph in arguments.graphs
     ]
-    sized = [Case(graph, size, 1) for size in arguments.memory_sizes for graph in arguments.graphs]
-    sized = [case for case in sized if case not in timed]  # those are known by then
-    started, load = datetime.now(UTC).isoformat(timespec="seconds"), os.getloadavg()[0]
-    results, turns, memory, lines = [], [], [], []
+    sized = [Case(MEMORY_GRAPH, size, 1) for size in arguments.memory_sizes]
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),
+        "started": now(),
+        "finished": None,
+        "machine": {**describe_machine(), "load_average_before": round(os.getloadavg()[0], 2)},
+        "model": arguments.model,
+        **{name: [] for name in ("results", "turns", "memory", "verdicts")},
+    }
     with (
         tempfile.TemporaryDirectory(prefix="compare-") as directory,
         Console(stderr=True).status("Starting") as status,
@@ -310,34 +317,31 @@ def compare(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any
         scratch = Path(directory)
         planned = [(case, True) for case in timed] + [(case, False) for case in sized]
         found = prepare(scratch, arguments.model, planned, status)
-        export_seconds, broken = export(scratch, arguments.model, rows, status)
+        gflop = found["gflop"]
+        report |= {name: found[name] for name in ("parameters", "peak_gflops")}
+        report["gflop"] = [{**case._asdict(), "gflop": number} for case, number in gflop.items()]
+        report["export_seconds"], broken = export(scratch, arguments.model, rows, status)
         for case in timed:
             measured, orders = measure(scratch, case, rows, arguments.rounds, broken, status)
-            derive(measured, found["gflop"][case], found["peak_gflops"])
-            results += measured
-            turns += [{**case._asdict(), "group": group, "calls": calls} for group, calls in enumerate(orders, 1)]
-            lines += verdicts(case, measured)
+            derive(measured, gflop[case], found["peak_gflops"])
+            report["results"] += measured
+            report["turns"] += [
+                {**case._asdict(), "group": group, "calls": calls} for group, calls in enumerate(orders, 1)
+            ]
+            report["verdicts"] += verdicts(case, measured)
+            save(report)
         for case in sized:
+            alone = []
             for row in rows:  # one at a time: only the first call is of interest
-                memory += measure(scratch, case, [row], 0, broken, status)[0]
-            lines += memory_verdicts(
-                case, [result for result in memory if Case(*map(result.get, Case._fields)) == case]
-            )
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),
-        "started": started,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {**describe_machine(), "load_average_before": round(load, 2)},
-        "model": arguments.model,
-        "parameters": found["parameters"],
-        "peak_gflops": found["peak_gflops"],
-        "export_seconds": export_seconds,
-        "gflop": [{**case._asdict(), "gflop": gflop} for case, gflop in found["gflop"].items()],
-        "results": results,
-        "turns": turns,
-        "memory": memory,
-        "verdicts": lines,
-    }
+                alone += measure(scratch, case, [row], 0, broken, status)[0]
+                save(report | {"memory": report["memory"] + alone})
+            report["memory"] += alone
+            report["verdicts"] += memory_verdicts(case, alone)
+    save(report | {"finished": now()})
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -350,7 +354,9 @@ def parse() -> tuple[argparse.Namespace, list[Row]]:
     parser.add_argument("--batches", nargs="+", type=positive, default=[1])
     parser.add_argument("--rounds", type=positive, help=f"timed calls of every row; {FULL['rounds']}")
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows with one of these texts in their name")
-    parser.add_argument("--memory-sizes", nargs="+", type=pixels, default=[], help="sizes for peak memory alone")
+    parser.add_argument(
+        "--memory-sizes", nargs="+", type=pixels, default=[], help="sizes to decode for peak memory alone"
+    )
     parser.add_argument("--model", choices=["sd", "tiny"], default="sd", help="sd: random weights; tiny: the embedded")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
@@ -388,15 +394,20 @@ def positive(text: str) -> int:
 def main() -> int:
     arguments, rows = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that workers and files go
+    report: dict[str, Any] = {}
+
+    def save(found: dict[str, Any]) -> None:
+        report.update(found)
+        (arguments.out / "compare.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
     try:
-        report = compare(arguments, rows)
+        compare(arguments, rows, save)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except Failed as error:
         print(f"error: preparing: {error}", file=sys.stderr)
         return 1
-    (arguments.out / "compare.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     plot(report, arguments.out / "compare.png")
     (print_markdown if arguments.markdown else print_tables)(report)
     print("\n".join(report["verdicts"]))
