@@ -53,16 +53,22 @@ __all__ = [
 BACKENDS = {
     "onnxruntime": "runtimes.onnxruntime:OnnxRuntimeVae",
     "openvino": "runtimes.openvino:OpenVinoVae",
+    "tensorrt": "runtimes.tensorrt:TensorRtVae",
+    "tensorrt-rtx": "runtimes.tensorrt:TensorRtRtxVae",
 }
 #: target of a bundle -> the backends that open it, the default first
 BACKENDS_OF_TARGET: dict[str, tuple[str, ...]] = {
-    "onnx": ("onnxruntime",),
+    "onnx": ("onnxruntime", "tensorrt", "tensorrt-rtx"),
     "openvino": ("openvino",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx",),
 }
 
 
-def open_vae(path: str | Path, *, backend: str | None = None, device: str = "cpu", **options: Any) -> VaeRuntime:
+def open_vae(path: str | Path, *, backend: str | None = None, device: str | None = None, **options: Any) -> VaeRuntime:
     """Open a bundle. The backend follows from the bundle's target; `backend` chooses another that can open it.
+
+    `device` is "cpu" unless given, and "cuda" for TensorRT, which runs nowhere else.
 
     `options` are those of the backend's class; all take `check_finite=True`, which turns NaN and infinity in a result
     into `NumericsError`.
@@ -82,6 +88,8 @@ def open_vae(path: str | Path, *, backend: str | None = None, device: str = "cpu
             f"backend {chosen} does not open {bundle.manifest.target} bundles; {', '.join(known)} does"
         )
     module, _, name = BACKENDS[chosen].partition(":")
-    runtime = getattr(importlib.import_module(module), name)(bundle, device=device, **options)
+    if device is not None:
+        options["device"] = device
+    runtime = getattr(importlib.import_module(module), name)(bundle, **options)
     assert isinstance(runtime, VaeRuntime)
     return runtime

@@ -21,17 +21,24 @@ from typing import Any
 
 from runtimes.config import VaeConfig
 from runtimes.errors import BundleError, CompatibilityError, ConfigError, IntegrityError
+from runtimes.profiles import Profile
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MANIFEST_LIMIT = 4 << 20  #: bytes; a manifest with long validation tables has some 50 KB
 FILE_LIMIT = 16 << 30  #: bytes; no VAE comes near
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx", "openvino", "flax")
+ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
+MANIFEST_KEYS = (
+    *("version", "target", "precision", "config", "source"),
+    *("graphs", "rewrites", "tools", "validation", "files"),
+)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 GRAPHS = ("encoder", "decoder")
 DTYPES = ("float32", "float16", "bfloat16")
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
+_GPU = re.compile(r"sm\d{2,3}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -60,6 +67,35 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What TensorRT plans were built with and for: they run nowhere else."""
+
+    flavour: str  #: tensorrt or tensorrt-rtx
+    version: str  #: of it
+    gpus: tuple[str, ...]  #: compute capabilities, as in sm89; empty for all that TensorRT-RTX takes
+    system: str  #: as in linux-x86_64
+    profiles: tuple[Profile, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "gpus": list(self.gpus), "profiles": [profile.to_dict() for profile in self.profiles]}
+
+    @classmethod
+    def from_dict(cls, value: Any, factor: int) -> Engine:
+        data = _exactly(_object(value, "engine"), "engine", ("flavour", "version", "gpus", "system", "profiles"))
+        gpus, profiles = data["gpus"], data["profiles"]
+        if not isinstance(gpus, list) or not all(isinstance(gpu, str) and _GPU.fullmatch(gpu) for gpu in gpus):
+            raise IntegrityError(f"{MANIFEST_FILE}: gpus {gpus!r} of the engine is not a list such as ['sm89']")
+        if not isinstance(profiles, list) or not profiles:
+            raise IntegrityError(f"{MANIFEST_FILE}: profiles of the engine is not a list with one or more")
+        try:
+            parsed = tuple(Profile.from_dict(_object(profile, "a profile"), factor) for profile in profiles)
+        except ConfigError as error:
+            raise IntegrityError(f"{MANIFEST_FILE}: {error}") from None
+        flavour, version, system = (_text(data[name], name) for name in ("flavour", "version", "system"))
+        return cls(_choice(flavour, "flavour", ENGINE_TARGETS), version, tuple(gpus), system, parsed)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What manifest.json says. `source`, `rewrites`, `tools` and `validation` are records, for people and tools."""
 
@@ -73,6 +109,7 @@ class Manifest:
     rewrites: tuple[Mapping[str, Any], ...] = ()
     tools: Mapping[str, str] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
+    engine: Engine | None = None  #: of TensorRT bundles
 
     def to_json(self) -> str:
         data = {
@@ -85,6 +122,7 @@ class Manifest:
             "graphs": {name: asdict(graph) for name, graph in self.graphs.items()},
             "rewrites": list(self.rewrites),
             "tools": dict(self.tools),
+            **({} if self.engine is None else {"engine": self.engine.to_dict()}),
             "validation": dict(self.validation),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
         }
@@ -102,22 +140,8 @@ class Manifest:
                 f"the bundle has schema version {schema}, and this vae-export reads {SCHEMA_VERSION}; "
                 + ("upgrade vae-export" if schema > SCHEMA_VERSION else "export the model again")
             )
-        fields = _exactly(
-            data,
-            "manifest",
-            (
-                "version",
-                "target",
-                "precision",
-                "config",
-                "source",
-                "graphs",
-                "rewrites",
-                "tools",
-                "validation",
-                "files",
-            ),
-        )
+        keys = MANIFEST_KEYS + (("engine",) if data.get("target") in ENGINE_TARGETS else ())
+        fields = _exactly(data, "manifest", keys)
         files = {_file_name(n): _file_entry(n, e) for n, e in _object(fields["files"], "files").items()}
         _reject_case_twins(files)
         graphs = {}
@@ -142,6 +166,7 @@ class Manifest:
             rewrites=tuple(_object(rewrite, "rewrites") for rewrite in fields["rewrites"]),
             tools={name: _text(tool, "tools") for name, tool in _object(fields["tools"], "tools").items()},
             validation=_object(fields["validation"], "validation"),
+            engine=Engine.from_dict(fields["engine"], config.downscale) if "engine" in fields else None,
         )
 
 

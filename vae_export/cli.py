@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 a bug in this program, 2 wrong usage, 4 and up the erro
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,12 +21,16 @@ import numpy as np
 import typer
 
 from runtimes import Bundle, open_vae
+from runtimes.bundle import ENGINE_TARGETS
 from runtimes.errors import BackendUnavailable, NumericsError, ShapeError, VaeError
 from runtimes.files import written_whole
 from runtimes.images import compare_side_by_side, crop_to_multiple, load_image, psnr, save_image
+from runtimes.plan_cache import PlanCache
+from runtimes.profiles import DEFAULT, Profile, make_profile, parse_profile
 from vae_export import __version__
 from vae_export.printing import (
     bundle_table,
+    cache_table,
     diagnose,
     doctor_table,
     err,
@@ -38,6 +43,9 @@ from vae_export.printing import (
     tuning_table,
     validation_table,
 )
+from vae_export.tensorrt_engines import rebuild_bundle
+
+_ENGINES = "TensorRT"
 
 app = typer.Typer(
     help="Export the image VAE of latent diffusion models, verified, and run it.",
@@ -47,7 +55,12 @@ app = typer.Typer(
 )
 
 BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Device = Annotated[
+    Optional[str],
+    typer.Option(
+        help="cpu, cuda or cuda:N; gpu or npu for OpenVINO.  [default: cpu; cuda for TensorRT]", show_default=False
+    ),
+]
 Backend = Annotated[Optional[str], typer.Option(help="Another backend than the bundle's default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Model = Annotated[
@@ -73,13 +86,19 @@ _stopped_by: list[int] = []  #: signals that asked this process to end
 def export(
     context: typer.Context,
     to: Annotated[
-        Optional[str], typer.Option("--to", help="What to build: onnx or openvino.", show_default=False)
+        Optional[str],
+        typer.Option("--to", help="What to build: onnx, openvino, tensorrt or tensorrt-rtx.", show_default=False),
     ] = None,
     model: Model = None,
     out_dir: Annotated[
         Optional[Path], typer.Option("--out", help="The bundle. [default: vae-TARGET-PRECISION]")
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    precision: Annotated[
+        Optional[str],
+        typer.Option(
+            help="fp32, fp16 or bf16; int8 for OpenVINO.  [default: fp32; fp16 for TensorRT]", show_default=False
+        ),
+    ] = None,
     io_precision: Annotated[str, typer.Option(help="Of inputs and outputs: fp32, or same as the precision.")] = "fp32",
     calibrate: Calibrate = None,
     no_rescale: Annotated[
@@ -93,6 +112,38 @@ def export(
     ] = None,
     scaling_factor: Annotated[Optional[float], typer.Option(help="Where the checkpoint does not say it.")] = None,
     shift_factor: Annotated[Optional[float], typer.Option(help="Where the checkpoint does not say it.")] = None,
+    height: Annotated[
+        Optional[str], typer.Option(help="TensorRT: pixels, as 1024 or 512..1024.", rich_help_panel=_ENGINES)
+    ] = None,
+    width: Annotated[
+        Optional[str], typer.Option(help="TensorRT: pixels, as 1024 or 512..1024.", rich_help_panel=_ENGINES)
+    ] = None,
+    batch: Annotated[
+        Optional[str], typer.Option(help="TensorRT: images a call, as 1 or 1..4.", rich_help_panel=_ENGINES)
+    ] = None,
+    opt: Annotated[
+        Optional[str],
+        typer.Option(
+            help="TensorRT: BATCHxHEIGHTxWIDTH to be the fastest at.  [default: smallest batch, largest image]",
+            show_default=False,
+            rich_help_panel=_ENGINES,
+        ),
+    ] = None,
+    profile: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="TensorRT: all of these in one, and more than once: 1..4x512..1024x512..1024@1x1024x1024.",
+            rich_help_panel=_ENGINES,
+        ),
+    ] = None,
+    gpu: Annotated[
+        Optional[str],
+        typer.Option(
+            help="TensorRT-RTX: which GPUs, as sm89,sm120.  [default: the one here, or all that it takes]",
+            show_default=False,
+            rich_help_panel=_ENGINES,
+        ),
+    ] = None,
     no_validate: Annotated[
         bool, typer.Option("--no-validate", help="Do not compare with the reference; recorded.")
     ] = False,
@@ -112,7 +163,7 @@ def export(
     if context.invoked_subcommand is not None:
         return
     if to is None:
-        raise typer.BadParameter("give what to build: --to onnx or --to openvino")
+        raise typer.BadParameter("give what to build: --to onnx, openvino, tensorrt or tensorrt-rtx")
     exporter = _import_exporter()
     with progress_bar() as progress:
         progress(f"Loading {model or 'the embedded model'}", 0, 1)
@@ -124,7 +175,15 @@ def export(
             shift_factor=shift_factor,
             hub=exporter.Hub(revision=revision),
         )
+        precision = precision or exporter.DEFAULT_PRECISION.get(to, "fp32")
         path = out_dir or Path(f"vae-{to}-{precision}")
+        engine = None
+        if to in ENGINE_TARGETS or any((height, width, batch, opt, profile, gpu)):
+            exporter.check_choices(loaded, to, precision, io_precision)
+            profiles = _profiles(loaded.config.downscale, height, width, batch, opt, profile or [])
+            engine = exporter.plan_engine(to, profiles, [part.strip() for part in gpu.split(",")] if gpu else [])
+            for line in exporter.memory_lines(exporter.check_engine_memory(loaded, engine, precision)):
+                say(line, err)
         bundle = exporter.export_bundle(
             loaded,
             path,
@@ -133,6 +192,7 @@ def export(
             io_precision=io_precision,
             rescale=not no_rescale,
             calibrate=calibrate,
+            engine=engine,
             run_validation=not no_validate,
             overwrite=overwrite,
             progress=progress,
@@ -145,7 +205,7 @@ def validate(
     bundle: BundlePath,
     model: Model = None,
     subfolder: Subfolder = None,
-    device: Device = "cpu",
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a bundle with its model again, here and now; the model is loaded from where it came from."""
@@ -160,6 +220,46 @@ def validate(
         validation_table(measurements),
         as_json,
     )
+
+
+@app.command()
+def rebuild(
+    bundle: BundlePath,
+    out_dir: Annotated[
+        Optional[Path], typer.Option("--out", help="The new bundle.  [default: in the place of the old]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, in one step.")] = False,
+) -> None:
+    """Build the plans of a TensorRT bundle again, for this machine, from the graphs in it."""
+    with progress_bar() as progress:
+        made = rebuild_bundle(bundle, out_dir or bundle, overwrite=overwrite or out_dir is None, progress=progress)
+    _print_export(made.path, made, False)
+
+
+cache = typer.Typer(help="The plans that TensorRT built on this machine for ONNX bundles.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
+
+CacheDirectory = Annotated[
+    Optional[Path],
+    typer.Option("--dir", help="Another cache than the default: what was given as cache_dir.", show_default=False),
+]
+
+
+@cache.command("list")
+def cache_list(directory: CacheDirectory = None, as_json: AsJson = False) -> None:
+    """Show the plans, the last used first."""
+    found = PlanCache(directory)
+    entries = found.entries()
+    data = {"directory": str(found.directory), "plans": [dataclasses.asdict(entry) for entry in entries]}
+    _print(data, cache_table(found.directory, entries), as_json)
+
+
+@cache.command("clear")
+def cache_clear(directory: CacheDirectory = None) -> None:
+    """Remove all plans; they are built again when they are needed."""
+    found = PlanCache(directory)
+    count, freed = len(found.entries()), found.clear()
+    say(f"{count} plans, {freed / 2**20:.0f} MiB, removed from {found.directory}")
 
 
 @app.command()
@@ -215,7 +315,7 @@ def roundtrip(
         Path, typer.Option("--out", help="The picture: original, reconstruction, difference x 8.")
     ] = Path("roundtrip.png"),
     crop: Crop = False,
-    device: Device = "cpu",
+    device: Device = None,
     backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
@@ -253,7 +353,7 @@ def encode(
         Optional[int], typer.Option(min=0, help="Draw from the posterior with this seed instead of taking its mode.")
     ] = None,
     crop: Crop = False,
-    device: Device = "cpu",
+    device: Device = None,
     backend: Backend = None,
 ) -> None:
     """Turn images into latents, scaled as a diffusion model takes them."""
@@ -274,7 +374,7 @@ def decode(
     out_file: Annotated[Path, typer.Option("--out", help="The image; for several, NAME-1.png, NAME-2.png, ...")] = Path(
         "image.png"
     ),
-    device: Device = "cpu",
+    device: Device = None,
     backend: Backend = None,
 ) -> None:
     """Turn scaled latents back into images."""
@@ -313,6 +413,20 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 # Helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _profiles(
+    factor: int, height: str | None, width: str | None, batch: str | None, opt: str | None, profiles: list[str]
+) -> list[Profile]:
+    """What an engine is built for, from either way of saying it."""
+    if not profiles and not any((height, width, batch, opt)):
+        return []
+    if not profiles:
+        size = height or width or str(DEFAULT.height)
+        return [make_profile(batch or "1", height or size, width or size, opt=opt, factor=factor)]
+    if any((height, width, batch, opt)):
+        raise typer.BadParameter("--profile says all sizes: give it, or --height, --width, --batch and --opt")
+    return [parse_profile(text, factor) for text in profiles]
 
 
 def _import_exporter() -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from runtimes import Bundle, open_vae
-from runtimes.bundle import GRAPHS, GraphSpec, Manifest
+from runtimes.bundle import ENGINE_TARGETS, GRAPHS, Engine, GraphSpec, Manifest
 from runtimes.errors import ConfigError
-from vae_export import __version__, onnx_graphs, openvino_ir
+from vae_export import __version__, onnx_graphs, openvino_ir, tensorrt_engines
 from vae_export.bundle import check_output, write_bundle
 from vae_export.checkpoint import CONFIG_FILE, is_single_file, load_model
 from vae_export.hub import Hub
@@ -22,6 +22,7 @@ from vae_export.photos import HELD_OUT, crops, photographs
 from vae_export.ranges import HALVES, Ranges, calibration_inputs, probe
 from vae_export.rescale import HEADROOM, rescale_activations
 from vae_export.rewrite import Form, rewrite
+from vae_export.tensorrt_engines import memory_lines, plan_engine, rebuild_bundle
 from vae_export.validate import (
     THRESHOLDS,
     Case,
@@ -34,9 +35,24 @@ from vae_export.validate import (
     worst_photo,
 )
 
-__all__ = ["Hub", "export_bundle", "load_model", "measure_ranges", "validate_bundle"]
+__all__ = [
+    "Hub",
+    "export_bundle",
+    "load_model",
+    "measure_ranges",
+    "memory_lines",
+    "plan_engine",
+    "rebuild_bundle",
+    "validate_bundle",
+]
 
-TARGETS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}  #: and the file of a graph
+#: and the file that a graph is written to; TensorRT's plan is built from it, beside it
+TARGETS = {
+    "onnx": "model.onnx",
+    "openvino": "openvino_model.xml",
+    "tensorrt": tensorrt_engines.ONNX_FILE,
+    "tensorrt-rtx": tensorrt_engines.ONNX_FILE,
+}
 PRECISIONS = tuple(THRESHOLDS)
 IO_PRECISIONS = ("fp32", "same")
 
@@ -47,18 +63,22 @@ FORMS = {
     ("onnx", "fp16"): Form(upsample="conv", norm="rows", attention_blocks=16),
     ("onnx", "bf16"): Form(upsample="conv", norm="rows", attention_blocks=16),
     # OpenVINO computes attention in blocks of its own.
-    ("openvino", "fp32"): Form(upsample="deconv", norm="rows"),
+    ("openvino", "fp32"): Form(upsample="deconv", norm="rows", last_block="lean"),
     ("openvino", "fp16"): Form(upsample="deconv"),
     ("openvino", "bf16"): Form(upsample="deconv", norm="rows", last_block="lean"),
     ("openvino", "int8"): Form(upsample="deconv", norm="rows", last_block="lean"),
+    # Not timed, for want of a GPU: four convolutions of a quarter each build in all precisions, and norms by rows say
+    # which digits they keep, whatever runs them; `tune` on a GPU finds out what is the fastest there.
+    **{
+        (target, precision): Form(upsample="conv", norm="rows", attention_blocks=16)
+        for target in ENGINE_TARGETS
+        for precision in ("fp16", "fp32", "bf16")
+    },
 }
+#: where none is given: engines are built for half precision
+DEFAULT_PRECISION = dict.fromkeys(TARGETS, "fp32") | dict.fromkeys(ENGINE_TARGETS, "fp16")
 
 INT8_SIDE, INT8_COUNT = 256, 15  #: pixels a side, and number, of the squares that int8 is calibrated on
-
-#: what cannot be run where bundles are made: ONNX Runtime's CPU provider has no bfloat16 convolution
-NOT_RUNNABLE_HERE = {
-    ("onnx", "bf16"): "ONNX Runtime has no bfloat16 kernels on the CPU; run `vae-export validate` on a GPU"
-}
 
 
 def export_bundle(
@@ -66,12 +86,13 @@ def export_bundle(
     out: str | Path,
     *,
     target: str = "onnx",
-    precision: str = "fp32",
+    precision: str | None = None,
     io_precision: str = "fp32",
     rescale: bool = True,
     calibrate: Path | None = None,
     forms: Mapping[str, Form] | None = None,
     tuning: Mapping[str, Any] | None = None,
+    engine: Engine | None = None,
     run_validation: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
@@ -80,9 +101,10 @@ def export_bundle(
 
     In fp16 and bf16 the activations are first rescaled by powers of two, exactly, so that they cannot overflow
     (`rescale_activations`); how large they get is measured on the photographs in `calibrate`, or on the embedded ones.
-    Inputs and outputs stay float32 unless `io_precision` is "same". `forms` chooses, for each graph, among its
-    exact rewrites; without it, `FORMS` has what was the fastest where it was measured. `tuning` is a record of how they
-    were chosen, for the manifest.
+    The precision is fp32 unless given, and fp16 for TensorRT. Inputs and outputs stay float32 unless `io_precision` is
+    "same". `forms` chooses, for each graph, among its exact rewrites; without it, `FORMS` has what was the fastest
+    where it was measured. `tuning` is a record of how they were chosen, for the manifest. `engine` says for which GPUs
+    and shapes TensorRT builds (`plan_engine`).
 
     The bundle appears whole or not at all; with `overwrite` an existing bundle is replaced in one step. Without
     `run_validation` the manifest says that nothing was compared.
@@ -90,8 +112,14 @@ def export_bundle(
     Raises `ConfigError` for a model that cannot be exported, `NumericsError` (with the numbers) where the graphs are
     too far from the model or overflow, `BundleError` where `out` exists or cannot be written.
     """
+    precision = precision or DEFAULT_PRECISION.get(target, "fp32")
     check_choices(model, target, precision, io_precision)
     check_output(out, overwrite)
+    if target in ENGINE_TARGETS:
+        engine = engine or tensorrt_engines.plan_engine(target)
+        check_engine_memory(model, engine, precision)
+    elif engine is not None:
+        raise ConfigError(f"profiles and GPUs are for TensorRT, and {target} bundles take any shape")
     forms = forms or dict.fromkeys(GRAPHS, FORMS[target, precision])
     exact: AutoencoderKL = model
     rewrites: list[Mapping[str, Any]] = []
@@ -100,7 +128,7 @@ def export_bundle(
         rewrites.append(record)
     rewrites += _form_records(forms)
     rewrites += [tuning] if tuning else []
-    cases = reference_cases(model, progress) if run_validation else []
+    cases = reference_cases(model, progress, shapes_of(engine, model)) if run_validation else []
     measurements: list[Measurement] = []
     if cases and precision in HALVES:
         # Before the graphs: cheaper, and its message names the layer that overflows.
@@ -116,8 +144,11 @@ def export_bundle(
                 spec, record = _write_int8(model, graph, path, forms[graph], calibration[graph], cases)
                 rewrites.append(record)
             else:
-                write = onnx_graphs.export_onnx if target == "onnx" else openvino_ir.export_ir
+                write = openvino_ir.export_ir if target == "openvino" else onnx_graphs.export_onnx
                 spec = write(exact, graph, path, precision=precision, io_precision=io_precision, form=forms[graph])
+            if engine is not None:
+                factor = model.config.downscale
+                spec = tensorrt_engines.build_graph(engine, graph, spec, path, factor, progress)
             graphs[graph] = replace(spec, file=f"{path.parent.name}/{spec.file}")
             (path.parent / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
         (writer.directory / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
@@ -130,15 +161,24 @@ def export_bundle(
             graphs=graphs,
             source=model.source._asdict(),
             rewrites=tuple(rewrites),
-            tools=_tool_versions(target),
+            tools=_tool_versions(target, engine),
+            engine=engine,
             validation={"verdict": "skipped", "reason": "--no-validate was given"},
         )
         writer.write_manifest(manifest)
+        if cases and engine is not None and precision != "bf16":
+            # The graph that the plan is made of, by a runtime that is here: where a GPU is not, all that can be run.
+            as_onnx = {graph: replace(spec, file=f"vae_{graph}/{TARGETS[target]}") for graph, spec in graphs.items()}
+            writer.write_manifest(replace(manifest, target="onnx", graphs=as_onnx, engine=None))
+            with open_vae(writer.directory, backend="onnxruntime") as vae:
+                measurements += compare(cases, vae.backend, opened_bundle(vae), precision, progress)
+            writer.write_manifest(manifest)
         if cases:
-            if (target, precision) not in NOT_RUNNABLE_HERE:
+            why_not = not_runnable_here(target, precision)
+            if why_not is None:
                 with open_vae(writer.directory) as vae:
                     measurements += compare(cases, vae.backend, opened_bundle(vae), precision, progress)
-            writer.write_manifest(replace(manifest, validation=_record(target, precision, measurements)))
+            writer.write_manifest(replace(manifest, validation=_record(why_not, precision, measurements)))
         return writer.finish()
 
 
@@ -204,7 +244,7 @@ def validate_bundle(
     path: str | Path,
     model: AutoencoderKL | None = None,
     *,
-    device: str = "cpu",
+    device: str | None = None,
     progress: Progress = lambda *_: None,
 ) -> list[Measurement]:
     """Compare a bundle, as it stands on disk, with its model again, here and now.
@@ -224,7 +264,17 @@ def validate_bundle(
             "name the right model with --model"
         )
     with open_vae(path, device=device) as vae:
-        return compare(reference_cases(model, progress), vae.backend, opened_bundle(vae), manifest.precision, progress)
+        cases = reference_cases(model, progress, shapes_of(manifest.engine, model))
+        return compare(cases, vae.backend, opened_bundle(vae), manifest.precision, progress)
+
+
+def check_engine_memory(model: AutoencoderKL, engine: Engine, precision: str) -> list[tensorrt_engines.Estimate]:
+    """Device memory for each graph and profile; `OutOfMemoryError` for one that cannot fit the GPU present."""
+    form = FORMS[engine.flavour, precision]
+    estimates = tensorrt_engines.estimate_memory(engine, model.config, form, precision)
+    fitting = tensorrt_engines.largest_fitting(model.config, form, precision)
+    tensorrt_engines.check_memory(estimates, fitting, tensorrt_engines.present_gpu())
+    return estimates
 
 
 def check_choices(model: AutoencoderKL, target: str, precision: str, io_precision: str) -> None:
@@ -272,16 +322,39 @@ def _form_records(forms: Mapping[str, Form]) -> list[Mapping[str, Any]]:
     return [{**record, "graph": graph} for graph in GRAPHS for record in forms[graph].records()]
 
 
-def _tool_versions(target: str) -> dict[str, str]:
+def _tool_versions(target: str, engine: Engine | None) -> dict[str, str]:
     tools = {"python": platform.python_version(), **onnx_graphs.tool_versions()}
+    if engine is not None:
+        tools |= tensorrt_engines.tool_versions(engine)
     return tools | openvino_ir.tool_versions() if target == "openvino" else tools
 
 
-def _record(target: str, precision: str, measurements: list[Measurement]) -> dict[str, Any]:
+def not_runnable_here(target: str, precision: str) -> str | None:
+    """Why a bundle cannot be run where it is made, or None."""
+    if (target, precision) == ("onnx", "bf16"):
+        return "ONNX Runtime has no bfloat16 kernels on the CPU; run `vae-export validate` on a GPU"
+    if target in ENGINE_TARGETS and tensorrt_engines.present_gpu() is None:
+        return tensorrt_engines.NO_GPU
+    return None
+
+
+def shapes_of(engine: Engine | None, model: AutoencoderKL) -> Sequence[tuple[int, int, int]] | None:
+    """Batch, height and width in latents of what an engine is validated on: the ends of each profile, and between."""
+    if engine is None:
+        return None
+    factor, shapes = model.config.downscale, []
+    for profile in engine.profiles:
+        b, h, w = profile.batch, profile.height, profile.width
+        high, wide = ((size.min + min(size.max, 2 * size.min)) // 2 // factor for size in (h, w))
+        shapes += [(b.max, h.min // factor, w.min // factor), (b.min, high, wide)]
+    return shapes
+
+
+def _record(why_not: str | None, precision: str, measurements: list[Measurement]) -> dict[str, Any]:
     """What the manifest says of the validation."""
     record: dict[str, Any] = {"verdict": "passed", "reference": "AutoencoderKL of vae-export in PyTorch, fp32"}
-    if (target, precision) in NOT_RUNNABLE_HERE:
-        record["not_run"] = NOT_RUNNABLE_HERE[target, precision]
+    if why_not is not None:
+        record["not_run"] = why_not
     record["thresholds"] = THRESHOLDS[precision]._asdict()
     record["measurements"] = [measurement.to_dict() for measurement in measurements]
     return record

@@ -61,25 +61,33 @@ def row_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -
     """GroupNorm of [B, C, H, W] from the means and the L2 norms of rows.
 
     The mean of a group comes from those of its rows, the variance from the norms of the rows of what is left when the
-    mean is subtracted; then a scale for each channel and the bias. The reductions run over W, and nothing is reshaped
+    mean is subtracted; then a scale and a shift for each channel. The reductions run over W, and nothing is reshaped
     until H and W are 1: a CPU runtime stays in its channels-last or blocked layout, where GroupNormalization costs it
-    two reorders of the whole tensor, and scale, bias and activation become one pass.
+    two reorders of the whole tensor, and scale, shift and activation become one pass over x.
 
     Rounding: sums over a row, then over rows, keep about as many digits as a pairwise sum. (The mean square less the
-    squared mean would save a pass, and has no digits left where a picture is of one colour.) Statistics are fp32
-    whatever x is; in fp16, where the norm of a row could overflow, all of it is.
+    squared mean would save a pass, and has no digits left where a picture is of one colour.) Statistics, scale and
+    shift are fp32 whatever x is, and so is the result until it is rounded once; in fp16, where the norm of a row could
+    overflow, all of it is. In bf16 the mean that is subtracted is rounded, so that the maps stay bf16, and what that
+    adds to the variance is taken off again.
     """
     batch, channels, height, width = x.shape
     grouped = (batch, groups, channels // groups)
+
+    def of_channels(part: Tensor) -> Tensor:  # [B, groups, 1] -> [B, C, 1, 1]
+        return part.expand(grouped).reshape(batch, channels, 1, 1)
+
     values = x.float() if x.dtype == torch.float16 else x
     row_means = values.mean(3, keepdim=True).float()
     mean = (row_means.sum(2) / height).reshape(grouped).mean(2, keepdim=True)
-    centred = (x.float() - mean.expand(grouped).reshape(batch, channels, 1, 1)).to(values.dtype)
+    rounded = mean.to(values.dtype)
+    centred = values - of_channels(rounded)
     row_norms = torch.linalg.vector_norm(centred, dim=3, keepdim=True).float()
     variance = ((row_norms * row_norms).sum(2) / (height * width)).reshape(grouped).mean(2, keepdim=True)
+    variance = variance - (mean - rounded.float()) ** 2
     scale = (weight.float().reshape(1, *grouped[1:]) / torch.sqrt(variance + eps)).reshape(batch, channels, 1, 1)
-    result = centred * scale.to(values.dtype) + bias.to(values.dtype).reshape(1, channels, 1, 1)
-    return result.to(x.dtype)
+    shift = bias.float().reshape(1, channels, 1, 1) - of_channels(mean) * scale
+    return (x.float() * scale + shift).to(x.dtype)
 
 
 @row_norm.register_fake
@@ -108,19 +116,27 @@ def _row_norm(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
     ones = op.Constant(
         value=TensorProto(data_type=FLOAT, dims=[1, 1, channels // groups], float_data=[1.0] * (channels // groups))
     )
-    mean = op.Reshape(op.Mul(mean, ones), _ints(0, channels, 1, 1))
-    centred = op.Sub(values, mean)
-    if x.dtype not in (FLOAT, FLOAT16):
-        centred = op.CastLike(centred, x)
+
+    def of_channels(part: Any) -> Any:  # [B, groups, 1] -> [B, C, 1, 1]
+        return op.Reshape(op.Mul(part, ones), _ints(0, channels, 1, 1))
+
+    if x.dtype in (FLOAT, FLOAT16):
+        centred, rest = op.Sub(values, of_channels(mean)), None
+    else:
+        # For each group, not for each channel: beside the map, OpenVINO would make one slow loop of both.
+        rounded = op.Cast(op.CastLike(mean, x), to=FLOAT)
+        centred, rest = op.Sub(x, op.CastLike(of_channels(rounded), x)), op.Sub(mean, rounded)
     row_norms = fp32_row(op.ReduceL2(centred, _ints(3), keepdims=1))
     variance = group_mean(op.Div(op.ReduceSum(op.Mul(row_norms, row_norms), _ints(2), keepdims=1), area))
+    if rest is not None:
+        variance = op.Sub(variance, op.Mul(rest, rest))
+    mean = of_channels(mean)
     deviation = op.Sqrt(op.Add(variance, op.Constant(value_float=eps)))
     scale = op.Div(op.Reshape(fp32(weight), _ints(1, groups, -1)), deviation)
     scale = op.Reshape(scale, _ints(0, channels, 1, 1))
-    bias = op.Reshape(bias, _ints(1, channels, 1, 1))
-    if x.dtype == FLOAT16:
-        return op.CastLike(op.Add(op.Mul(centred, scale), fp32(bias)), x)
-    return op.Add(op.Mul(centred, op.CastLike(scale, x)), bias)
+    shift = op.Sub(op.Reshape(fp32(bias), _ints(1, channels, 1, 1)), op.Mul(mean, scale))
+    result = op.Add(op.Mul(values, scale), shift)
+    return result if x.dtype == FLOAT else op.CastLike(result, x)
 
 
 def _ints(*values: int) -> Any:

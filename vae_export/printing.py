@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from runtimes.errors import BackendUnavailable
 from runtimes.files import written_whole
 
 if TYPE_CHECKING:
+    from runtimes.plan_cache import CachedPlan
     from vae_export.export import MeasuredRanges
     from vae_export.tune import Tuned
 
@@ -86,6 +88,11 @@ def bundle_table(path: str, manifest: Manifest) -> Table:
     table.add_row("target", f"{manifest.target} {manifest.precision}, by vae-export {printable(manifest.version)}")
     table.add_row("source", printable(f"{source.get('given')}{commit}"))
     table.add_row("weights sha256", printable(source.get("weights_sha256")))
+    if manifest.engine is not None:
+        gpus = ", ".join(manifest.engine.gpus) or "all GPUs that it takes"
+        table.add_row("engine", printable(f"{manifest.engine.flavour} {manifest.engine.version} for {gpus}"))
+        for profile in manifest.engine.profiles:
+            table.add_row("profile", f"{profile}, batch x height x width")
     table.add_row("model", f"{channels}, {scaling}")
     for name, graph in manifest.graphs.items():
         shapes = (f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in (graph.input, graph.output))
@@ -153,6 +160,30 @@ def tuning_table(tuned: Tuned, path: str) -> Table:
     return table
 
 
+def cache_table(directory: Path, plans: Sequence[CachedPlan]) -> Table:
+    """The plans of the cache, the last used first."""
+    total = sum(plan.size for plan in plans)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=printable(f"{len(plans)} plans, {total / 2**20:.0f} MiB in {directory}"),
+        title_justify="left",
+    )
+    for heading in ("plan", "onnx sha256", "built with", "GPU", "MiB", "last used"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "MiB" else "left")
+    for plan in plans:
+        made_of = plan.made_of
+        table.add_row(
+            plan.key[:12],
+            printable(made_of.get("onnx"))[:12],
+            printable(f"{made_of.get('flavour')} {made_of.get('version')}"),
+            printable(" ".join(map(str, made_of.get("gpus", ())))),
+            f"{plan.size / 2**20:.1f}",
+            datetime.fromtimestamp(plan.used).isoformat(" ", "minutes"),
+        )
+    return table
+
+
 def plot_ranges(found: MeasuredRanges, path: Path) -> None:
     """Activation maxima along the computation, before and after rescaling, with the end of fp16 drawn in."""
     try:
@@ -212,7 +243,7 @@ def doctor_table(found: Mapping[str, Any]) -> Table:
     table = Table("what", "state", title=f"Python {found['python']} on {found['platform']}", title_justify="left")
     for backend, devices in found["backends"].items():
         for device, state in devices.items():
-            table.add_row(f"{backend} on {device}", Text(state, "green" if state == "works" else "yellow"))
+            table.add_row(f"{backend} on {device}", Text(state, "green" if state.startswith("works") else "yellow"))
     table.add_row("exporting", found["export"])
     for name, version in found["packages"].items():
         table.add_row(name, version or Text("not installed", "dim"))

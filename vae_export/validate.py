@@ -79,9 +79,14 @@ class Case(NamedTuple):
     expected: Array
 
 
-def reference_cases(model: AutoencoderKL, progress: Progress = lambda *_: None) -> list[Case]:
-    """Inputs for both graphs with the outputs of the model in fp32."""
-    given = list(inputs(model))
+def reference_cases(
+    model: AutoencoderKL, progress: Progress = lambda *_: None, shapes: Sequence[tuple[int, int, int]] | None = None
+) -> list[Case]:
+    """Inputs for both graphs with the outputs of the model in fp32.
+
+    `shapes`, batch, height and width in latents, for graphs that do not take any: see `inputs`.
+    """
+    given = list(inputs(model, shapes))
     cases = []
     for done, (graph, name, array) in enumerate(given):
         progress(f"Computing the reference of {graph} on {name}", done, len(given))
@@ -160,22 +165,38 @@ def _described(missed: Measurement, thresholds: Thresholds) -> str:
     )
 
 
-def inputs(model: AutoencoderKL) -> Iterator[tuple[str, str, Array]]:
-    """(graph, name, array): photographs and noise; batch 1 and 3, non-square, and the smallest legal size."""
+def inputs(
+    model: AutoencoderKL, shapes: Sequence[tuple[int, int, int]] | None = None
+) -> Iterator[tuple[str, str, Array]]:
+    """(graph, name, array): photographs, noise and one colour.
+
+    Without `shapes`, noise of batch 1 and 3, non-square, and the smallest legal size; else noise of these, and
+    photographs of the first.
+    """
     config, factor = model.config, model.config.downscale
     rng = np.random.default_rng(0)
-    # At one latent a norm with one channel a group has no variance (PyTorch refuses it), and with two a noisy one.
-    smallest = 1 if min(config.block_out_channels[-2:]) > 2 * config.norm_num_groups else 2
-    shapes = ((1, smallest, smallest), (1, 8, 12), (3, 5, 7))  # batch, height and width in latents
-    height, width = (side * factor for side in PHOTO_SIZE)
-    photos = {p.stem: middle_of(p, height, width, config.in_channels).numpy() for p in photographs()[:3]}
+    photo_batch, flat_size = 1, (8, 12)
+    photo_size = PHOTO_SIZE
+    if shapes is None:
+        # At one latent a norm with one channel a group has no variance (PyTorch refuses it), and with two a noisy one.
+        smallest = 1 if min(config.block_out_channels[-2:]) > 2 * config.norm_num_groups else 2
+        shapes = ((1, smallest, smallest), (1, 8, 12), (3, 5, 7))
+    else:
+        photo_batch, *size = shapes[0]
+        photo_size = flat_size = (size[0], size[1])
+    height, width = (side * factor for side in photo_size)
+    photos = {
+        p.stem: np.repeat(middle_of(p, height, width, config.in_channels).numpy(), photo_batch, 0)
+        for p in photographs()[:3]
+    }
     for name, photo in photos.items():
         yield "encoder", f"{PHOTO} {name}", photo
     for b, h, w in shapes:
         noise = rng.uniform(-1, 1, (b, config.in_channels, h * factor, w * factor))
         yield "encoder", "noise", noise.astype(np.float32)
     # A picture of one colour has next to no variance in its first maps: norms that subtract squares end there.
-    yield "encoder", "black", np.full((1, config.in_channels, 8 * factor, 12 * factor), -1, np.float32)
+    flat = (photo_batch, config.in_channels, *(side * factor for side in flat_size))
+    yield "encoder", "black", np.full(flat, -1, np.float32)
     multiply, add = (np.reshape(values, (1, -1, 1, 1)) for values in config.latent_affine())
     for name, photo in photos.items():
         yield "decoder", f"{PHOTO} {name}", _reference(model, "encoder", photo)[:, : config.latent_channels]

@@ -1,0 +1,494 @@
+"""TensorRT: plans in production, and ONNX bundles whose plans are built when they are first opened.
+
+Works with `tensorrt` and `tensorrt_rtx` through cuda-python; torch is not needed, and taken from where it is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, ClassVar
+
+import numpy as np
+
+from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
+from runtimes.bundle import GRAPHS, Bundle, Engine, GraphSpec
+from runtimes.cuda import Cuda
+from runtimes.errors import (
+    BackendUnavailable,
+    CompatibilityError,
+    ConfigError,
+    VaeError,
+)
+from runtimes.files import written_whole
+from runtimes.plan_cache import MOST, PlanCache
+from runtimes.posterior import array_module
+from runtimes.profiles import DEFAULT, Profile, nearest, parse_profile
+from runtimes.tensorrt_builder import BuildJob, Progress, build_plan
+from runtimes.tensorrt_flavours import Flavour, load_flavour, system
+
+SPECIALIZATIONS = ("lazy", "eager", "none")
+
+
+class TensorRtVae(VaeRuntime):
+    """A TensorRT bundle, or an ONNX bundle whose plans are built when it is first opened and kept in a cache.
+
+    Safe for threads: `contexts` calls of a graph run at once, each with an execution context, a stream and memory of
+    its own; others wait. Memory is that of the shape at hand, not of the largest that the engine can take.
+
+    `device` is "cuda" or "cuda:N". Arrays in host memory are copied; torch tensors and CuPy arrays on the GPU are read
+    where they are, and answered there by one of their kind.
+
+    For ONNX bundles: `profiles`, as `runtimes.profiles` has them or as text ("1..4x512..1024x512..1024"), are what is
+    built for; `cache_dir` is where plans are kept (default: $VAE_EXPORT_CACHE, or where this system keeps caches),
+    `cache_bytes` at most.
+
+    `cuda_graphs` replays the launches of a call, for shapes that come again (`max_graphs` of them). With TensorRT-RTX,
+    which compiles kernels for the GPU at hand when they are first needed, `runtime_cache` names a file that keeps them,
+    and `kernel_specialization` says when to compile for one shape: "lazy" (beside the work), "eager" or "none".
+    """
+
+    backend = "tensorrt"
+    flavour: ClassVar[str] = "tensorrt"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "cuda",
+        profiles: Sequence[Profile | str] | None = None,
+        contexts: int = 2,
+        cuda_graphs: bool = False,
+        max_graphs: int = 8,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = MOST,
+        runtime_cache: str | Path | None = None,
+        kernel_specialization: str | None = None,
+        check_finite: bool = False,
+        progress: Progress = lambda *_: None,
+    ) -> None:
+        super().__init__(bundle, check_finite=check_finite)
+        for name, value in (("contexts", contexts), ("max_graphs", max_graphs), ("cache_bytes", cache_bytes)):
+            check_count(name, value)
+        if kernel_specialization is not None and kernel_specialization not in SPECIALIZATIONS:
+            raise ConfigError(
+                f"kernel_specialization is one of {', '.join(SPECIALIZATIONS)}, not {kernel_specialization!r}"
+            )
+        if self.flavour == "tensorrt" and (runtime_cache is not None or kernel_specialization is not None):
+            raise ConfigError("runtime_cache and kernel_specialization are for backend tensorrt-rtx")
+        index = _parse_device(device)
+        self.device = device
+        flavour = load_flavour(self.flavour)
+        cuda = Cuda(index)
+        gpu = cuda.compute_capability()
+        if bundle.manifest.engine is not None:
+            if profiles is not None:
+                raise ConfigError(f"the plans of {bundle.path} are built: their profiles cannot be chosen any more")
+            engine = bundle.manifest.engine
+            _check_fits(engine, flavour, gpu, bundle.path)
+            plans = {graph: bundle.read(self.spec[graph].file) for graph in GRAPHS}
+        else:
+            engine = self._engine_of(flavour, gpu, profiles)
+            plans = self._built(bundle, engine, PlanCache(cache_dir, cache_bytes), progress)
+        self.profiles = engine.profiles
+        settings = _Settings(contexts, cuda_graphs, max_graphs, runtime_cache, kernel_specialization)
+        self._engines = {}
+        for graph in GRAPHS:
+            pixels = self.config.downscale if graph == "decoder" else 1
+            self._engines[graph] = _Engine(
+                flavour, cuda, graph, plans.pop(graph), self.spec[graph], engine.profiles, settings, pixels
+            )
+
+    @classmethod
+    def check_devices(cls) -> dict[str, str]:
+        """{device: "works", or why not}; whether a plan runs there is left to `open_vae`."""
+        try:
+            load_flavour(cls.flavour)
+            return {"cuda": f"works ({Cuda(0).compute_capability()})"}
+        except VaeError as error:
+            return {"cuda": str(error)}
+
+    def _engine_of(self, flavour: Flavour, gpu: str, profiles: Sequence[Profile | str] | None) -> Engine:
+        """What an ONNX bundle is built for here."""
+        factor = self.config.downscale
+        chosen = [parse_profile(p, factor) if isinstance(p, str) else p for p in profiles or [DEFAULT]]
+        return Engine(flavour.name, flavour.version, (gpu,), system(), tuple(chosen))
+
+    def _built(self, bundle: Bundle, engine: Engine, cache: PlanCache, progress: Progress) -> dict[str, bytes]:
+        """The plans of an ONNX bundle, from the cache or built now."""
+        plans = {}
+        for graph in GRAPHS:
+            spec = self.spec[graph]
+            job = job_of(engine, graph, spec, self.config.downscale)
+            if engine.flavour == "tensorrt":
+                job = job.with_timing_cache(cache.directory / f"timing-{engine.version}-{engine.gpus[0]}")
+            made_of = {"onnx": bundle.manifest.files[spec.file].sha256, **engine.to_dict(), "input": spec.input.name}
+
+            def build(job: BuildJob = job, graph: str = graph, file: str = spec.file) -> bytes:
+                return build_plan(bundle.read(file), job, graph, progress)
+
+            plans[graph] = cache.get_or_build(made_of, build)
+        return plans
+
+    def _run(self, graph: GraphName, x: Any) -> Any:
+        engine = self._engines[graph]
+        if array_module(x) is not np and _on_device(x):
+            return engine.run_on_device(x)
+        return answer_in_kind(engine.run, x)
+
+    def _close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+
+class TensorRtRtxVae(TensorRtVae):
+    """The same over TensorRT-RTX: GeForce and RTX cards; its plans may run on more than one GPU."""
+
+    backend = "tensorrt-rtx"
+    flavour = "tensorrt-rtx"
+
+
+def job_of(engine: Engine, graph: str, spec: GraphSpec, factor: int) -> BuildJob:
+    """What the builder has to know of a graph."""
+    channels = int(spec.input.shape[1])
+    shapes = tuple(tuple(profile.shapes(graph, channels, factor)) for profile in engine.profiles)
+    gpus = engine.gpus if engine.flavour == "tensorrt-rtx" else ()
+    return BuildJob(engine.flavour, spec.input.name, shapes, gpus)  # type: ignore[arg-type]
+
+
+def _check_fits(engine: Engine, flavour: Flavour, gpu: str, path: Path) -> None:
+    """`CompatibilityError` before a byte of the plan is parsed: it may crash where it does not belong."""
+    wrong = None
+    if engine.flavour != flavour.name:
+        wrong = f"was built with {engine.flavour}, and this is {flavour.name}"
+    elif engine.version != flavour.version:
+        wrong = f"was built with {engine.flavour} {engine.version}, and {flavour.version} is installed"
+    elif engine.system != system():
+        wrong = f"was built on {engine.system}, and this is {system()}"
+    elif engine.gpus and gpu not in engine.gpus:
+        wrong = f"was built for {', '.join(engine.gpus)}, and this GPU is {gpu}"
+    if wrong is not None:
+        raise CompatibilityError(f"{path} {wrong}: vae-export rebuild {path} builds it for this machine")
+
+
+def _parse_device(device: str) -> int:
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
+    if match is None:
+        raise BackendUnavailable(f"TensorRT runs on 'cuda' or 'cuda:N', not {device!r}")
+    return int(match[1] or 0)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    contexts: int
+    cuda_graphs: bool
+    max_graphs: int
+    runtime_cache: str | Path | None
+    kernel_specialization: str | None
+
+
+class _Engine:
+    """A plan that was loaded, and the slots in which calls run."""
+
+    def __init__(
+        self,
+        flavour: Flavour,
+        cuda: Cuda,
+        graph: str,
+        plan: bytes,
+        spec: GraphSpec,
+        profiles: tuple[Profile, ...],
+        settings: _Settings,
+        pixels: int,
+    ) -> None:
+        self.flavour, self.cuda, self.graph, self.spec, self.settings = flavour, cuda, graph, spec, settings
+        self.profiles = profiles
+        self._pixels = pixels  #: for each unit of the input's height and width
+        cuda.use()
+        self._runtime = flavour.trt.Runtime(flavour.logger)
+        self.engine = self._runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise CompatibilityError(f"{self._named} cannot load the plan of the {graph}: {flavour.complaints()}")
+        self._check()
+        self.config = self._runtime_config()
+        self._idle: SimpleQueue[_Slot] = SimpleQueue()
+        self._slots: list[_Slot] = []
+        self._lock = threading.Lock()
+
+    @property
+    def _named(self) -> str:
+        return f"{self.flavour.trt.__name__} {self.flavour.version}"
+
+    def _check(self) -> None:
+        """The plan has the input, the output and the profiles that the manifest says."""
+        trt, engine = self.flavour.trt, self.engine
+        types = {"float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF}
+        found = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        sides = ((self.spec.input, trt.TensorIOMode.INPUT), (self.spec.output, trt.TensorIOMode.OUTPUT))
+        right = set(found) == {said.name for said, _ in sides} and all(
+            engine.get_tensor_mode(said.name) == mode and engine.get_tensor_dtype(said.name) == types.get(said.dtype)
+            for said, mode in sides
+        )
+        if not right:
+            raise CompatibilityError(
+                f"the plan of the {self.graph} has the tensors {', '.join(found)}, and not what the manifest says: "
+                f"{self.spec.input.name} and {self.spec.output.name} of {self.spec.input.dtype}"
+            )
+        if engine.num_optimization_profiles != len(self.profiles):
+            raise CompatibilityError(
+                f"the plan of the {self.graph} has {engine.num_optimization_profiles} profiles, and the manifest says "
+                f"{len(self.profiles)}"
+            )
+
+    def _runtime_config(self) -> Any:
+        """What TensorRT-RTX is told of its kernels; None for the other, which has compiled them all."""
+        if not self.flavour.is_rtx:
+            return None
+        trt, settings = self.flavour.trt, self.settings
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if settings.kernel_specialization is not None:
+            strategies = trt.DynamicShapesKernelSpecializationStrategy
+            wanted = getattr(strategies, settings.kernel_specialization.upper())
+            config.dynamic_shapes_kernel_specialization_strategy = wanted
+        if settings.cuda_graphs:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if settings.runtime_cache is not None:
+            self._runtime_cache = config.create_runtime_cache()
+            with suppress(FileNotFoundError):  # the first time
+                # One of another version is not taken; kernels are compiled anew then, as without a cache.
+                self._runtime_cache.deserialize(self._cache_file(settings.runtime_cache).read_bytes())
+            config.set_runtime_cache(self._runtime_cache)
+        return config
+
+    def _cache_file(self, path: str | Path) -> Path:
+        return Path(path).with_name(f"{Path(path).name}-{self.graph}")
+
+    @contextmanager
+    def _slot(self) -> Iterator[_Slot]:
+        """A slot for this thread alone; waits where all are at work."""
+        try:
+            slot = self._idle.get_nowait()
+        except Empty:
+            with self._lock:
+                new = len(self._slots) < self.settings.contexts
+                if new:
+                    slot = _Slot(self)
+                    self._slots.append(slot)
+            if not new:
+                slot = self._idle.get()
+        self.cuda.use()  # of this thread
+        try:
+            yield slot
+        finally:
+            self._idle.put(slot)
+
+    def run(self, x: Array) -> Array:
+        """An array in host memory -> one in host memory."""
+        x = np.ascontiguousarray(x)
+        with self._slot() as slot, slot.finished():
+            prepared = slot.prepare(self._profile(x.shape), x.shape)
+            result: Array = np.empty(prepared.output_shape, self.spec.output.dtype)
+            source, target = slot.input.of(x.nbytes, self._what(x)), slot.output.of(result.nbytes, self._what(x))
+            self.cuda.to_device(source, x.ctypes.data, x.nbytes, slot.stream)
+            slot.execute(prepared, source, target)
+            self.cuda.to_host(result.ctypes.data, target, result.nbytes, slot.stream)
+        return result
+
+    def run_on_device(self, x: Any) -> Any:
+        """A torch tensor or CuPy array on the GPU -> one of its kind, there."""
+        xp = array_module(x)
+        x = x.contiguous() if hasattr(x, "contiguous") else xp.ascontiguousarray(x)
+        with self._slot() as slot, slot.finished():
+            prepared = slot.prepare(self._profile(x.shape), tuple(x.shape))
+            result = _empty_like(x, prepared.output_shape, self.spec.output.dtype)
+            _wait_for_producer(x)  # it was made on another stream than ours
+            slot.execute(prepared, _address(x), _address(result))
+        return result
+
+    def _profile(self, shape: Sequence[int]) -> int:
+        batch, _, height, width = shape
+        return nearest(self.profiles, batch, height * self._pixels, width * self._pixels)
+
+    def _what(self, x: Array) -> str:
+        return f"the {self.graph} of {list(x.shape)}"
+
+    def complain(self, call: str, shape: Sequence[int]) -> VaeError:
+        """TensorRT answers False and says why in its log."""
+        return VaeError(
+            f"{self._named}: {call} failed in the {self.graph} of {list(shape)}: {self.flavour.complaints()}"
+        )
+
+    def close(self) -> None:
+        for slot in self._slots:
+            slot.close()
+        self._slots.clear()
+        if self.config is not None and self.settings.runtime_cache is not None:
+            with written_whole(self._cache_file(self.settings.runtime_cache)) as path:
+                path.write_bytes(bytes(self._runtime_cache.serialize()))
+        del self.engine, self._runtime
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A context that was told its shapes and given its memory."""
+
+    profile: int
+    context: Any
+    shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    scratch: int  #: its address
+
+
+class _Slot:
+    """What one call at a time works with: a stream, a context for each profile, memory, and captured launches."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self._engine, self._cuda = engine, engine.cuda
+        self._cuda.use()
+        self.stream = self._cuda.stream()
+        self._contexts: dict[int, Any] = {}
+        self.input, self.output, self._scratch = (_Memory(self._cuda, self._forget_graphs) for _ in range(3))
+        self._graphs: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """When the block ends, well or not, nothing of it runs on the GPU any more."""
+        try:
+            yield
+        except BaseException:
+            with suppress(VaeError):
+                self._cuda.wait(self.stream)
+            raise
+        self._cuda.wait(self.stream)
+
+    def prepare(self, profile: int, shape: tuple[int, ...]) -> _Prepared:
+        """Shapes in, shapes out, and the memory that these shapes need; in the order that TensorRT wants."""
+        engine = self._engine
+        context = self._context(profile, shape)
+        if not context.set_input_shape(engine.spec.input.name, shape):
+            raise engine.complain(f"set_input_shape{tuple(shape)}", shape)
+        unknown = context.infer_shapes()
+        if unknown:
+            raise engine.complain(f"infer_shapes, which lacks {', '.join(unknown)},", shape)
+        output_shape = tuple(context.get_tensor_shape(engine.spec.output.name))
+        needed = context.update_device_memory_size_for_shapes()
+        if needed == 0:
+            raise engine.complain("update_device_memory_size_for_shapes", shape)
+        scratch = self._scratch.of(needed, f"the {engine.graph} of {list(shape)}")
+        context.set_device_memory(scratch, needed)
+        return _Prepared(profile, context, tuple(shape), output_shape, scratch)
+
+    def execute(self, prepared: _Prepared, source: int, target: int) -> None:
+        """Put the work on the stream, as launches or as a captured graph of them."""
+        key = (prepared.profile, prepared.shape, source, target, prepared.scratch)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            self._cuda.launch(graph, self.stream)
+            return
+        engine, context = self._engine, prepared.context
+        for spec, address in ((engine.spec.input, source), (engine.spec.output, target)):
+            if not context.set_tensor_address(spec.name, address):
+                raise engine.complain(f"set_tensor_address of {spec.name}", prepared.shape)
+        self._launch(prepared)
+        if engine.settings.cuda_graphs and not engine.flavour.is_rtx:  # RTX captures by itself
+            self._capture(key, prepared)
+
+    def _launch(self, prepared: _Prepared) -> None:
+        if not prepared.context.execute_async_v3(self.stream):
+            raise self._engine.complain("execute_async_v3", prepared.shape)
+
+    def _capture(self, key: tuple[Any, ...], prepared: _Prepared) -> None:
+        """Capture the same launches for the next time; the first run of a shape must not be captured, and was not."""
+        self._cuda.wait(self.stream)
+        self._cuda.begin_capture(self.stream)
+        try:
+            self._launch(prepared)
+        finally:
+            graph = self._cuda.end_capture(self.stream)
+        self._graphs[key] = graph
+        while len(self._graphs) > self._engine.settings.max_graphs:
+            self._cuda.destroy_graph(self._graphs.popitem(last=False)[1])
+
+    def _context(self, profile: int, shape: Sequence[int]) -> Any:
+        """One for each profile: switching a context between profiles would throw away what it has set up."""
+        if profile not in self._contexts:
+            engine, trt = self._engine, self._engine.flavour.trt
+            # STATIC memory would be that of the largest shape of all profiles, from the beginning.
+            how = engine.config or trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = engine.engine.create_execution_context(how)
+            if context is None:
+                raise engine.complain("create_execution_context", shape)
+            if not context.set_optimization_profile_async(profile, self.stream):
+                raise engine.complain(f"set_optimization_profile_async({profile})", shape)
+            self._cuda.wait(self.stream)
+            self._contexts[profile] = context
+        return self._contexts[profile]
+
+    def _forget_graphs(self) -> None:
+        """They hold addresses of memory that is gone."""
+        while self._graphs:
+            self._cuda.destroy_graph(self._graphs.popitem()[1])
+
+    def close(self) -> None:
+        self._cuda.use()
+        self._cuda.wait(self.stream)
+        self._forget_graphs()
+        self._contexts.clear()
+        for memory in (self.input, self.output, self._scratch):
+            memory.free()
+        self._cuda.destroy_stream(self.stream)
+
+
+class _Memory:
+    """Device memory that grows with what is asked of it, and shrinks where that is much less."""
+
+    def __init__(self, cuda: Cuda, before_release: Callable[[], None]) -> None:
+        self._cuda, self._before_release = cuda, before_release
+        self._address = self._size = 0
+
+    def of(self, size: int, what: str) -> int:
+        """The address of at least `size` bytes."""
+        if not size <= self._size <= 8 * size:
+            self.free()  # first, so that old and new need not fit together
+            self._address, self._size = self._cuda.allocate(size, what), size
+        return self._address
+
+    def free(self) -> None:
+        if self._address:
+            self._before_release()
+            address, self._address, self._size = self._address, 0, 0
+            self._cuda.release(address)
+
+
+# Arrays on the GPU ------------------------------------------------------------------------------------------------
+
+
+def _on_device(x: Any) -> bool:
+    """A torch tensor on the GPU, or a CuPy array, which is nowhere else."""
+    return bool(getattr(x, "is_cuda", True))
+
+
+def _address(x: Any) -> int:
+    return int(x.data_ptr() if hasattr(x, "data_ptr") else x.data.ptr)
+
+
+def _empty_like(x: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    xp = array_module(x)
+    if hasattr(x, "data_ptr"):
+        return xp.empty(shape, dtype=getattr(xp, dtype), device=x.device)
+    return xp.empty(shape, dtype=dtype)
+
+
+def _wait_for_producer(x: Any) -> None:
+    xp = array_module(x)
+    stream = xp.cuda.current_stream(x.device) if hasattr(x, "data_ptr") else xp.cuda.get_current_stream()
+    stream.synchronize()
