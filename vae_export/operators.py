@@ -14,6 +14,8 @@ from onnx import TensorProto
 from onnxscript import opset22 as op
 from torch import Tensor
 
+FLOAT, FLOAT16 = 1, 10  #: onnx.TensorProto's numbers
+
 # Attention in blocks ----------------------------------------------------------------------------------------------
 
 
@@ -48,8 +50,12 @@ def _attend_in_blocks(q: Any, k: Any, v: Any, blocks: int) -> Any:
     parts = []
     for block in range(blocks):
         start, end = (op.Mul(size, _ints(at)) for at in (block, block + 1))
-        scores = op.MatMul(op.Slice(q, start, end, axis), keys)
-        parts.append(op.MatMul(op.Softmax(scores, axis=-1), v))
+        weights: Any = op.Softmax(op.MatMul(op.Slice(q, start, end, axis), keys), axis=-1)
+        if q.dtype != FLOAT:
+            # Changes nothing, but for TensorRT-RTX 1.7: what it takes for half-precision attention it fuses, and where
+            # blocks share their keys and the size of the image is fixed, its build fails over that.
+            weights = op.Min(weights, op.CastLike(op.Constant(value_float=1.0), weights))
+        parts.append(op.MatMul(weights, v))
     return op.Slice(op.Concat(*parts, axis=1), none, positions, axis)
 
 
@@ -142,8 +148,6 @@ def _row_norm(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
 def _ints(*values: int) -> Any:
     return op.Constant(value_ints=list(values))
 
-
-FLOAT, FLOAT16 = 1, 10  #: onnx.TensorProto's numbers
 
 #: operator -> its ONNX, for torch.onnx.export
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {

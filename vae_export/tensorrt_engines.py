@@ -59,6 +59,10 @@ def plan_engine(target: str, profiles: Sequence[Profile] = (), gpus: Sequence[st
                 "--to tensorrt builds and times kernels on the GPU that will run them, and none can be used here; "
                 "--to tensorrt-rtx builds for GeForce and RTX cards without one"
             )
+    known = [name.lower() for name in dir(getattr(flavour.trt, "ComputeCapability", None)) if name.startswith("SM")]
+    for gpu in gpus:
+        if gpu not in known:
+            raise ConfigError(f"{target} {flavour.version} does not build for {gpu!r}, only for {', '.join(known)}")
     chosen = tuple(gpus) or (() if present is None else (present.compute_capability(),))
     return Engine(target, flavour.version, chosen, system(), tuple(profiles) or (DEFAULT,))
 
