@@ -50,11 +50,11 @@ def _attend_in_blocks(q: Any, k: Any, v: Any, blocks: int) -> Any:
     parts = []
     for block in range(blocks):
         start, end = (op.Mul(size, _ints(at)) for at in (block, block + 1))
-        weights: Any = op.Softmax(op.MatMul(op.Slice(q, start, end, axis), keys), axis=-1)
+        weights = op.Softmax(op.MatMul(op.Slice(q, start, end, axis), keys), axis=-1)
         if q.dtype != FLOAT:
             # Changes nothing, but for TensorRT-RTX 1.7: what it takes for half-precision attention it fuses, and where
             # blocks share their keys and the size of the image is fixed, its build fails over that.
-            weights = op.Min(weights, op.CastLike(op.Constant(value_float=1.0), weights))
+            weights = op.Min(weights, op.CastLike(op.Constant(value_float=1.0), q))
         parts.append(op.MatMul(weights, v))
     return op.Slice(op.Concat(*parts, axis=1), none, positions, axis)
 

@@ -44,6 +44,10 @@ BUILT = {(form, precision) for (target, precision), form in FORMS.items() if tar
 BUILT |= {(form, "fp16") for form in (Form(), *FORMS.values(), Form(upsample="deconv", norm="rows", last_block="lean"))}
 
 
+def named(part):
+    return part if isinstance(part, str) else "-".join(map(str, part))
+
+
 def job(spec, graph, channels, profile=PROFILE, **options):
     shapes = parse_profile(profile, 8).shapes(graph, channels, 8)
     return BuildJob("tensorrt-rtx", spec.input.name, (tuple(shapes),), **options)
