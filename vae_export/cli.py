@@ -44,6 +44,7 @@ from vae_export.printing import (
     validation_table,
 )
 from vae_export.tensorrt_engines import rebuild_bundle
+from vae_export.triton import write_repository
 
 _ENGINES = "TensorRT"
 
@@ -234,6 +235,27 @@ def rebuild(
     with progress_bar() as progress:
         made = rebuild_bundle(bundle, out_dir or bundle, overwrite=overwrite or out_dir is None, progress=progress)
     _print_export(made.path, made, False)
+
+
+@app.command()
+def triton(
+    bundle: BundlePath,
+    out_dir: Annotated[Path, typer.Option("--out", help="The model repository.")] = Path("model_repository"),
+    instances: Annotated[int, typer.Option(help="Of each model, on each GPU.")] = 1,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Serve an ONNX bundle on the CPU.")] = False,
+    max_batch: Annotated[
+        Optional[int],
+        typer.Option(help="Images a batch.  [default: 8, or what the plan was built for]", show_default=False),
+    ] = None,
+    queue_delay: Annotated[int, typer.Option(help="Microseconds to wait for others of the same shape.")] = 2000,
+) -> None:
+    """Write a model repository for the Triton Inference Server from an ONNX or TensorRT bundle."""
+    models = write_repository(
+        bundle, out_dir, instances=instances, cpu=cpu, max_batch=max_batch, queue_delay_us=queue_delay
+    )
+    for name, folder in models.items():
+        say(f"{name}: {folder}")
+    say(f"tritonserver --model-repository={out_dir}")
 
 
 cache = typer.Typer(help="The plans that TensorRT built on this machine for ONNX bundles.", no_args_is_help=True)

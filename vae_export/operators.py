@@ -54,7 +54,8 @@ def _attend_in_blocks(q: Any, k: Any, v: Any, blocks: int) -> Any:
         if q.dtype != FLOAT:
             # Changes nothing, but for TensorRT-RTX 1.7: what it takes for half-precision attention it fuses, and where
             # blocks share their keys and the size of the image is fixed, its build fails over that.
-            weights = op.Min(weights, op.CastLike(op.Constant(value_float=1.0), q))
+            one: Any = op.Constant(value_float=1.0)
+            weights = op.Min(weights, op.CastLike(one, q))
         parts.append(op.MatMul(weights, v))
     return op.Slice(op.Concat(*parts, axis=1), none, positions, axis)
 

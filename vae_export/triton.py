@@ -1,0 +1,153 @@
+"""A model repository for the Triton Inference Server from a bundle: encoder and decoder, ready to be served.
+
+    OUT/vae_encoder/config.pbtxt    OUT/vae_encoder/1/model.onnx (or model.plan)
+    OUT/vae_decoder/config.pbtxt    OUT/vae_decoder/1/model.onnx
+
+Clients send and get what the graphs do: images in [-1, 1], moments, unscaled latents. What else they need of the VAE
+(scaling_factor, shift_factor, its factor) is in the parameters of each model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from runtimes import Bundle
+from runtimes.bundle import GRAPHS, GraphSpec, Manifest, TensorSpec
+from runtimes.errors import BundleError, CompatibilityError, ConfigError
+
+BACKENDS = {"onnx": "onnxruntime", "tensorrt": "tensorrt"}  #: target of a bundle -> Triton's backend
+TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
+WARM_UP_SIDE = 512  #: pixels; of graphs that take any shape
+MAX_BATCH = 8  #: of graphs that take any batch
+
+
+def write_repository(
+    path: str | Path,
+    out: str | Path,
+    *,
+    instances: int = 1,
+    cpu: bool = False,
+    max_batch: int | None = None,
+    queue_delay_us: int = 2000,
+) -> dict[str, Path]:
+    """Write the repository `out` -> {model: its directory}.
+
+    `instances` of each model run at once on each GPU, or with `cpu` on the CPU (ONNX only). Requests of equal shape
+    that come within `queue_delay_us` microseconds are batched, up to `max_batch` (default: what the plan was built for,
+    or 8).
+
+    Raises `CompatibilityError` for a bundle that Triton has no backend for, `ConfigError` for numbers that cannot be,
+    `BundleError` where `out` exists or cannot be written.
+    """
+    bundle = Bundle(path)
+    manifest = bundle.manifest
+    if manifest.target not in BACKENDS:
+        raise CompatibilityError(
+            f"Triton serves bundles of {' and '.join(BACKENDS)} here, not of {manifest.target}; export with --to onnx"
+        )
+    if cpu and manifest.target == "tensorrt":
+        raise ConfigError("TensorRT plans run on a GPU; serve an ONNX bundle on the CPU")
+    most = MAX_BATCH if manifest.engine is None else max(p.batch.max for p in manifest.engine.profiles)
+    chosen = most if max_batch is None else max_batch
+    for name, value in (("instances", instances), ("max_batch", chosen)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}")
+    if manifest.engine is not None and chosen > most:
+        raise ConfigError(f"max_batch {chosen} is more than the plans were built for: {most}")
+    if queue_delay_us < 0:
+        raise ConfigError(f"queue_delay_us must not be negative, and is {queue_delay_us}")
+    out = Path(os.path.abspath(out))
+    if os.path.lexists(out):
+        raise BundleError(f"{out} exists; remove it, or choose another --out")
+    models = {}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        try:
+            for graph in GRAPHS:
+                file = manifest.graphs[graph].file
+                folder = partial / f"vae_{graph}"
+                (folder / "1").mkdir(parents=True)
+                (folder / "1" / Path(file).name).write_bytes(bundle.read(file))
+                text = model_config(manifest, graph, instances, cpu, chosen, queue_delay_us)
+                (folder / "config.pbtxt").write_text(text, encoding="utf-8")
+                models[folder.name] = out / folder.name
+            partial.chmod(0o755)
+            os.rename(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise BundleError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from None
+    return models
+
+
+def model_config(manifest: Manifest, graph: str, instances: int, cpu: bool, max_batch: int, queue_delay_us: int) -> str:
+    """The config.pbtxt of one graph."""
+    spec = manifest.graphs[graph]
+    kind = "KIND_CPU" if cpu else "KIND_GPU"
+    profiles = range(len(manifest.engine.profiles)) if manifest.engine is not None else ()
+    chosen = f"\n    profile: [ {', '.join(_text(index) for index in profiles)} ]" if profiles else ""
+    lines = [
+        f"name: {_text(f'vae_{graph}')}",
+        f"backend: {_text(BACKENDS[manifest.target])}",
+        f"default_model_filename: {_text(Path(spec.file).name)}",
+        f"max_batch_size: {max_batch}",
+        f"input [{_tensor(spec.input)}]",
+        f"output [{_tensor(spec.output)}]",
+        # Requests of other shapes wait for their own batch.
+        f"dynamic_batching {{\n  max_queue_delay_microseconds: {queue_delay_us}\n}}" if max_batch > 1 else "",
+        f"instance_group [\n  {{\n    kind: {kind}\n    count: {instances}{chosen}\n  }}\n]",
+        _warm_up(manifest, graph, spec),
+        *(
+            f"parameters {{\n  key: {_text(key)}\n  value {{ string_value: {_text(value)} }}\n}}"
+            for key, value in _parameters(manifest).items()
+        ),
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _parameters(manifest: Manifest) -> Mapping[str, object]:
+    config = manifest.config
+    found: dict[str, object] = {
+        "precision": manifest.precision,
+        "downscale": config.downscale,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+    }
+    if manifest.target == "tensorrt":
+        # Memory for the shapes that come, and not for the largest of all profiles from the beginning.
+        found["execution_context_allocation_strategy"] = "ON_PROFILE_CHANGE"
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _tensor(spec: TensorSpec) -> str:
+    dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in spec.shape[1:])  # the batch is implied
+    return f"\n  {{\n    name: {_text(spec.name)}\n    data_type: {TYPES[spec.dtype]}\n    dims: [ {dims} ]\n  }}\n"
+
+
+def _warm_up(manifest: Manifest, graph: str, spec: GraphSpec) -> str:
+    """One call before the server says that it is ready: the first takes longer than all others."""
+    if manifest.engine is not None:
+        best = manifest.engine.profiles[0]
+        height, width = best.height.opt, best.width.opt
+    else:
+        height = width = WARM_UP_SIDE - WARM_UP_SIDE % manifest.config.downscale
+    divide = manifest.config.downscale if graph == "decoder" else 1
+    channels_last = isinstance(spec.input.shape[-1], int)
+    sides = (height // divide, width // divide)
+    dims = (*sides, spec.input.shape[-1]) if channels_last else (spec.input.shape[1], *sides)
+    return (
+        f"model_warmup [\n  {{\n    name: {_text(f'{height}x{width}')}\n    batch_size: 1\n    inputs {{\n"
+        f"      key: {_text(spec.input.name)}\n      value {{\n        data_type: {TYPES[spec.input.dtype]}\n"
+        f"        dims: [ {', '.join(map(str, dims))} ]\n        zero_data: true\n      }}\n    }}\n  }}\n]"
+    )
+
+
+def _text(value: object) -> str:
+    """A string of the protobuf text format."""
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
