@@ -287,11 +287,15 @@ def cache_clear(directory: CacheDirectory = None) -> None:
 @app.command()
 def tune(
     model: Annotated[Optional[str], typer.Argument(help="As --model of the export.", show_default=False)] = None,
-    to: Annotated[str, typer.Option("--to", help="What to build: onnx or openvino.")] = "onnx",
+    to: Annotated[
+        str, typer.Option("--to", help="What to build: onnx or openvino; tensorrt or tensorrt-rtx on a GPU.")
+    ] = "onnx",
     out_dir: Annotated[
         Optional[Path], typer.Option("--out", help="The bundle. [default: vae-TARGET-PRECISION-tuned]")
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    precision: Annotated[
+        Optional[str], typer.Option(help="fp32, fp16 or bf16.  [default: fp32; fp16 for TensorRT]", show_default=False)
+    ] = None,
     height: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
     width: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each form.")] = 3,
@@ -303,6 +307,7 @@ def tune(
     exporter = _import_exporter()
     from vae_export.tune import tune_bundle
 
+    precision = precision or exporter.DEFAULT_PRECISION.get(to, "fp32")
     path = out_dir or Path(f"vae-{to}-{precision}-tuned")
     with progress_bar() as progress:
         loaded = exporter.load_model(model, subfolder=subfolder)

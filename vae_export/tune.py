@@ -13,17 +13,21 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from runtimes import Bundle, VaeRuntime, open_vae
-from runtimes.errors import ConfigError
+from runtimes.bundle import ENGINE_TARGETS, Engine
+from runtimes.errors import BackendUnavailable, ConfigError
+from runtimes.profiles import DEFAULT, Profile, make_profile
 from vae_export.bundle import check_output
-from vae_export.export import FORMS, check_choices, export_bundle
+from vae_export.export import DEFAULT_PRECISION, FORMS, check_choices, export_bundle
 from vae_export.model import AutoencoderKL
 from vae_export.rewrite import LAST_BLOCKS, NORMS, UPSAMPLES, Form
+from vae_export.tensorrt_engines import plan_engine, present_gpu
 from vae_export.validate import Progress
 
 NOISE = 0.02  #: a form that is faster by less than this is not preferred
@@ -66,18 +70,21 @@ def tune_bundle(
     out: str | Path,
     *,
     target: str = "onnx",
-    precision: str = "fp32",
+    precision: str | None = None,
     height: int = 512,
     width: int = 512,
     rounds: int = 3,
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Tuned:
-    """Time the exact forms of both graphs on this machine's CPU, and export a validated bundle in the fastest.
+    """Time the exact forms of both graphs on this machine, and export a validated bundle in the fastest.
+
+    TensorRT engines are timed on the GPU that is here, the others on the CPU.
 
     Images of `height` x `width` pixels, batch 1. The manifest records what was timed. Raises what `export_bundle`
     raises, and `ConfigError` for a size that is not a multiple of the model's factor.
     """
+    precision = precision or DEFAULT_PRECISION.get(target, "fp32")
     check_choices(model, target, precision, "fp32")
     check_output(out, overwrite)
     factor = model.config.downscale
@@ -85,8 +92,9 @@ def tune_bundle(
         raise ConfigError(
             f"cannot time {height}x{width} pixels in {rounds} rounds; sides are multiples of {factor}, rounds 1 or more"
         )
+    engine = _engine(target, height, width, factor)
     with tempfile.TemporaryDirectory() as directory:
-        bench = _Bench(model, target, precision, (height, width), rounds, Path(directory), progress)
+        bench = _Bench(model, target, precision, (height, width), rounds, Path(directory), progress, engine)
         winners = {graph: bench.winner(graph) for graph in ("encoder", "decoder")}
     record = {
         "name": "tuned",
@@ -102,6 +110,7 @@ def tune_bundle(
         precision=precision,
         forms={graph: winner.form for graph, winner in winners.items()},
         tuning=record,
+        engine=engine and replace(engine, profiles=_profiles_with(height, width, engine.profiles)),
         overwrite=overwrite,
         progress=progress,
     )
@@ -120,10 +129,12 @@ class _Bench:
         rounds: int,
         directory: Path,
         progress: Progress,
+        engine: Engine | None = None,
     ) -> None:
         self.trials: list[Trial] = []
         self._model, self._target, self._precision = model, target, precision
         self._rounds, self._directory, self._progress = rounds, directory, progress
+        self._engine = engine  #: TensorRT's, for the one size
         self._bundles: dict[Form, Path] = {}
         rng, config = np.random.default_rng(0), model.config
         latent = [side // config.downscale for side in size]
@@ -135,13 +146,17 @@ class _Bench:
     def winner(self, graph: str) -> Trial:
         """The fastest: first among upsamplings and norms, then with another last block, then with other threads."""
         start = FORMS[self._target, self._precision]
-        upsamples = UPSAMPLES if graph == "decoder" else (start.upsample,)
+        upsamples: tuple[str, ...] = UPSAMPLES if graph == "decoder" else (start.upsample,)
+        if self._engine is not None and self._precision == "bf16":
+            upsamples = tuple(upsample for upsample in upsamples if upsample != "deconv")  # TensorRT does not build it
         forms = [start._replace(upsample=u, norm=n, last_block="plain") for u in upsamples for n in NORMS]
         forms.sort(key=lambda form: form != start._replace(last_block="plain"))  # the default is the one to beat
         best = self._race("forms", graph, [(form, None) for form in forms])
         if graph == "decoder":
             blocks = sorted(LAST_BLOCKS, key=lambda block: block != start.last_block)
             best = self._race("last block", graph, [(best.form._replace(last_block=b), None) for b in blocks])
+        if self._engine is not None:
+            return best  # no threads to choose
         cores = os.cpu_count() or 1
         counts = [None, *sorted({cores // 2, cores} - {0})] if cores > 1 else [None]
         return self._race("threads", graph, [(best.form, threads) for threads in counts])
@@ -154,7 +169,8 @@ class _Bench:
             runtimes = []
             for done, (form, threads) in enumerate(entries):
                 self._progress(f"Exporting {graph} as {describe(form)}", done, len(entries))
-                runtimes.append(stack.enter_context(open_vae(self._bundle(form), threads=threads)))
+                options: dict[str, Any] = {} if self._engine is not None else {"threads": threads}
+                runtimes.append(stack.enter_context(open_vae(self._bundle(form), **options)))
             for turn in range(self._rounds + 1):
                 for runtime, times in zip(runtimes, seconds, strict=True):
                     self._progress(f"Timing {graph}", turn, self._rounds + 1)
@@ -178,10 +194,29 @@ class _Bench:
                 precision=self._precision,
                 forms=forms,
                 rescale=False,
+                engine=self._engine,
                 run_validation=False,
             )
             self._bundles[form] = path
         return self._bundles[form]
+
+
+def _engine(target: str, height: int, width: int, factor: int) -> Engine | None:
+    """For TensorRT what is timed: engines for this size alone, on the GPU that is here."""
+    if target not in ENGINE_TARGETS:
+        return None
+    size = make_profile("1", str(height), str(width), opt=None, factor=factor)
+    engine = plan_engine(target, [size])
+    if present_gpu() is None:
+        raise BackendUnavailable(
+            f"tuning {target} times engines on the GPU that will run them, and none can be used here"
+        )
+    return engine
+
+
+def _profiles_with(height: int, width: int, tuned: tuple[Profile, ...]) -> tuple[Profile, ...]:
+    """What the bundle is built for: common sizes, and the one that was timed where it is none of them."""
+    return (DEFAULT,) if DEFAULT.holds(1, height, width) else (DEFAULT, *tuned)
 
 
 def describe(form: Form) -> str:

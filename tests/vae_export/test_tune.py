@@ -8,10 +8,11 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
-from runtimes import Bundle, ConfigError
+from runtimes import BackendUnavailable, Bundle, ConfigError
 from vae_export import AutoencoderKL, export, tune
 from vae_export.cli import app
 from vae_export.rewrite import UPSAMPLES, Form
+from vae_export.tensorrt_engines import present_gpu
 from vae_export.tune import tune_bundle
 
 
@@ -97,3 +98,12 @@ def test_the_command_prints_what_it_timed(tmp_path, monkeypatch):
     assert re.search(r"decoder\s+conv\s+rows\s+plain\s+auto\s+0\.600\s+1\.00\s+kept", result.output)
     result = CliRunner().invoke(app, ["tune", "--out", str(tmp_path / "b"), "--json"])
     assert json.loads(result.stdout)["trials"][0]["seconds"] == [0.5, 0.7, 0.6]
+
+
+def test_engines_are_timed_where_they_will_run(tiny_model, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    if present_gpu() is not None:
+        pytest.skip("there is a GPU here")
+    with pytest.raises(BackendUnavailable, match="tuning tensorrt-rtx times engines on the GPU"):
+        tune_bundle(tiny_model, tmp_path / "b", target="tensorrt-rtx", height=64, width=64)
+    assert list(tmp_path.iterdir()) == []
