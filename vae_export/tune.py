@@ -84,7 +84,7 @@ def tune_bundle(
     Images of `height` x `width` pixels, batch 1. The manifest records what was timed. Raises what `export_bundle`
     raises, and `ConfigError` for a size that is not a multiple of the model's factor.
     """
-    precision = precision or DEFAULT_PRECISION.get(target, "fp32")
+    precision = DEFAULT_PRECISION.get(target, "fp32") if precision is None else precision
     check_choices(model, target, precision, "fp32")
     check_output(out, overwrite)
     factor = model.config.downscale
