@@ -117,11 +117,12 @@ def fakes_of_nvidia(violations):
 
 
 @pytest.fixture
-def fake_gpu(tmp_path_factory):
+def fake_gpu(tmp_path_factory, monkeypatch):
     """The fake GPU, for one test: at its end no rule was broken, and nothing of the GPU is still in use."""
     violations = tmp_path_factory.mktemp("fakes") / "violations"
     with fakes_of_nvidia(violations) as gpu:
         yield gpu
+        monkeypatch.undo()  # before the real packages are back: it may have changed the faked ones
         if in_use(gpu):
             gc.collect()
         assert not in_use(gpu), "not given back to the GPU"

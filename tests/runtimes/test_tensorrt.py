@@ -508,7 +508,7 @@ def test_a_gpu_that_is_not_here_is_named(tiny_bundle, fake_gpu):
         open_vae(tiny_bundle, device="cuda:3")
     assert TensorRtVae.check_devices() == {"cuda": "works (sm89)"}
     fake_gpu.count = 0
-    with pytest.raises(BackendUnavailable, match="no NVIDIA GPU can be used here: .*CUDA driver version is"):
+    with pytest.raises(BackendUnavailable, match=r"no NVIDIA GPU can be used here: .*CUDA driver version is"):
         open_vae(tiny_bundle)
     assert "no NVIDIA GPU can be used here" in TensorRtRtxVae.check_devices()["cuda"]
 
