@@ -106,8 +106,8 @@ def cudaStreamBeginCapture(stream, mode):
 
 
 def cudaStreamEndCapture(stream):
-    graph, work = gpu.new(), gpu.captures.pop(stream)
-    if gpu.refused_graphs:
+    graph, work = gpu.new(), gpu.captures.pop(stream, None)
+    if work is None or gpu.refused_graphs:
         return cudaError_t.cudaErrorInvalidValue, None
     gpu.graphs[graph] = work
     return _OK, graph
