@@ -2,6 +2,7 @@
 # make test    set up and run the tests
 # make lint    style and types
 # make slow    the tests with real-size models
+# make gpu-check  the tests on this machine's NVIDIA GPU; what they said is in out/gpu-check.txt
 # make bench   backends side by side, the five-minute version
 # make train   train the embedded model anew (40 minutes)
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint slow bench train clean
+.PHONY: demo test lint slow gpu-check bench train clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +29,11 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/pytest -q -s -m slow
+
+gpu-check: $(READY)
+	mkdir -p out
+	{ date -u; uname -srm; nvidia-smi || echo "no nvidia-smi here"; $(BIN)/vae-export doctor --json; } > out/gpu-check.txt 2>&1
+	$(BIN)/pytest -m gpu -rs >> out/gpu-check.txt 2>&1; code=$$?; cat out/gpu-check.txt; exit $$code
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.compare --quick

@@ -5,7 +5,6 @@ A backend is a subclass with `_run` and `_close`, over arrays that have already 
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -27,7 +26,7 @@ GraphName = Literal["encoder", "decoder"]
 
 
 class VaeRuntime(TilingAndSlicing, ABC):
-    """An opened bundle. Arrays in, arrays out: a NumPy array is answered by one, a torch tensor by a torch tensor.
+    """An opened bundle. Arrays in, arrays out: each is answered by one of its kind, NumPy's, torch's or CuPy's.
 
     Open one with `open_vae`, use it from any number of threads, and close it (or use it in a `with` statement).
 
@@ -50,7 +49,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
 
     @abstractmethod
     def _run(self, graph: GraphName, x: Any) -> Any:
-        """Run a graph on an array of its input dtype (NumPy, or torch where given), shape checked; return its kind."""
+        """Run a graph on an array of its input dtype, of any kind, shape checked; return one of its kind."""
 
     @abstractmethod
     def _close(self) -> None:
@@ -98,9 +97,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
         """
         multiply, add = self._latent_scale()
         raw = self._checked(latents, "latents", self.config.latent_channels, multiple_of=1)
-        if array_module(raw) is not np:
-            raw = raw.detach().cpu().numpy()
-        sample = self.decode((raw / multiply + add).astype(np.float32))[0]
+        sample = self.decode((on_host(raw) / multiply + add).astype(np.float32))[0]
         if not np.isfinite(sample).all():
             raise NumericsError(f"the decoder of this {self.precision} bundle gave NaN or infinity: no image")
         return to_uint8(sample)
@@ -133,7 +130,8 @@ class VaeRuntime(TilingAndSlicing, ABC):
                 x = np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
             except (BufferError, TypeError, ValueError) as error:  # on another device, or ragged
                 raise ShapeError(f"{what} cannot be read as an array: {error}") from None
-        if not _is_float(x, xp):
+        is_torch = hasattr(x, "is_floating_point")
+        if not (x.is_floating_point() if is_torch else x.dtype.kind == "f"):
             raise ShapeError(f"{what} are floating point, not {x.dtype}; uint8 images go to images_to_latents")
         if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
             raise ShapeError(f"{what} are [B, {channels}, height, width], not {list(x.shape)}")
@@ -143,7 +141,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
                 padded = size + -size % multiple_of
                 raise ShapeError(f"{name} {size} is not a multiple of {multiple_of}; pad to {padded}")
         dtype = self.spec["encoder" if what == "images" else "decoder"].input.dtype
-        return x.astype(dtype, copy=False) if xp is np else x.detach().to(getattr(xp, dtype))
+        return x.detach().to(getattr(xp, dtype)) if is_torch else x.astype(dtype, copy=False)
 
     # Life -----------------------------------------------------------------------------------------------------------
 
@@ -165,16 +163,20 @@ class VaeRuntime(TilingAndSlicing, ABC):
         return f"<{type(self).__name__} {self.backend} {self.precision}{' closed' if self._closed else ''}>"
 
 
-def _is_float(x: Any, xp: Any) -> bool:
-    return bool(x.dtype.kind == "f") if xp is np else bool(x.is_floating_point())
+def on_host(x: Any) -> Array:
+    """An array of any kind as one of NumPy."""
+    if array_module(x) is np:
+        return np.asarray(x)
+    return np.asarray(x.detach().cpu().numpy() if hasattr(x, "detach") else x.get())
 
 
 def answer_in_kind(function: Callable[[Array], Array], x: Any) -> Any:
-    """Apply a NumPy function to `x`; for a torch tensor, answer with a torch tensor on the same device."""
-    if array_module(x) is np:
+    """Apply a NumPy function to `x`; for a torch tensor or CuPy array, answer with one, a tensor on the same device."""
+    xp = array_module(x)
+    if xp is np:
         return function(x)
-    torch = sys.modules["torch"]
-    return torch.from_numpy(function(x.cpu().numpy())).to(x.device)
+    result = function(on_host(x))
+    return xp.from_numpy(result).to(x.device) if hasattr(xp, "from_numpy") else xp.asarray(result)
 
 
 def check_count(name: str, value: int | None) -> None:

@@ -17,7 +17,9 @@ def load_cuda() -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise BackendUnavailable("cuda-python is not installed: pip install 'vae-export[tensorrt]'")
+    raise BackendUnavailable(
+        "cuda-python is not installed: pip install 'vae-export[tensorrt]', or 'vae-export[rtx]' for TensorRT-RTX"
+    )
 
 
 class Cuda:

@@ -3,6 +3,7 @@
     DIRECTORY/KEY/plan          the plan
     DIRECTORY/KEY/entry.json    its size and sha256, and what the key was made of
     DIRECTORY/KEY.lock          held by whoever builds it
+    DIRECTORY/timing-...        what the builder has timed, to be faster the next time
 
 A plan is code that the GPU's driver runs: a directory that others can write to is refused, and the bytes that are
 handed out are those that were hashed.
@@ -13,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ from runtimes.errors import BackendUnavailable, ConfigError
 
 MOST = 20 << 30  #: bytes that the cache may hold, unless another number is given
 DIRECTORY_VARIABLE = "VAE_EXPORT_CACHE"
+TIMING = "timing-"  #: how the names of files begin that keep what the builder has timed
 _PARTIAL = ".partial-"
+_KEY = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,18 @@ class PlanCache:
                 f"the plan cache {self.directory} can be written to by others, and plans are code: "
                 f"chmod go-w {self.directory}"
             )
-        if not os.access(self.directory, os.W_OK | os.X_OK):
+        if not os.access(self.directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             raise ConfigError(f"the plan cache {self.directory} cannot be written to")
 
     def get_or_build(self, made_of: Mapping[str, Any], build: Callable[[], bytes]) -> bytes:
         """The plan made of these; built, once, by whoever asks first, while others wait for it."""
         key = key_of(made_of)
-        with self._locked(key):
+        with ExitStack() as held:
+            try:
+                held.enter_context(self._locked(key))
+            except OSError as error:
+                self._warn(error)
+                return build()
             plan = self._read(key)
             if plan is not None:
                 return plan
@@ -87,32 +96,35 @@ class PlanCache:
             try:
                 self._write(key, plan, made_of)
             except OSError as error:
-                # It took minutes to build, and works: the disk is the only one to lose.
-                warnings.warn(
-                    f"the plan could not be kept in {self.directory}: {error.strerror or error}; the next use "
-                    "builds it again",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                self._warn(error)  # it took minutes to build, and works
         self._remove_beyond(self.most, spare=key)
         return plan
+
+    def _warn(self, error: OSError) -> None:
+        warnings.warn(
+            f"the plan cannot be kept in {self.directory}: {error.strerror or error}; the next use builds it again",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def entries(self) -> list[CachedPlan]:
         """What is there, the last used first."""
         found = []
         for path in self.directory.glob("*/entry.json"):
+            if not _KEY.fullmatch(path.parent.name):  # half-written
+                continue
             with suppress(OSError, ValueError, KeyError, TypeError):
                 entry = json.loads(path.read_bytes())
                 found.append(CachedPlan(path.parent.name, int(entry["size"]), path.stat().st_mtime, entry["made_of"]))
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     def clear(self) -> int:
-        """Remove all plans -> bytes that this freed."""
+        """Remove all plans, and nothing that is not the cache's -> bytes that this freed."""
         freed = sum(entry.size for entry in self.entries())
         for path in self.directory.iterdir():
-            if path.is_dir():
+            if _KEY.fullmatch(path.name.removeprefix(_PARTIAL).partition("-")[0]):
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.suffix == ".lock":
+            elif path.name.startswith(TIMING):
                 path.unlink(missing_ok=True)
         return freed
 
@@ -142,8 +154,7 @@ class PlanCache:
         return plan
 
     def _write(self, key: str, plan: bytes, made_of: Mapping[str, Any]) -> None:
-        for leftover in self.directory.glob(f"{_PARTIAL}{key}*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._remove_leftovers(key)
         folder = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{key}-", dir=self.directory))
         try:
             (folder / "plan").write_bytes(plan)
@@ -152,6 +163,14 @@ class PlanCache:
             os.rename(folder, self.directory / key)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_leftovers(self, mine: str) -> None:
+        """What processes that were killed had begun to write: that of keys which nobody else has locked."""
+        for path in self.directory.glob(f"{_PARTIAL}*"):
+            key = path.name.removeprefix(_PARTIAL).partition("-")[0]
+            lock = self._locked(key)
+            with suppress(TimeoutError), nullcontext() if key == mine else lock.acquire(timeout=0):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _remove_beyond(self, most: int, spare: str) -> None:
         kept = 0

@@ -1,7 +1,7 @@
-"""The posterior over latents, on arrays of any kind: NumPy arrays, or torch tensors where the caller uses torch.
+"""The posterior over latents, on arrays of any kind: NumPy's, and those of torch or CuPy where the caller uses them.
 
 One implementation serves the reference model and every backend, so that the same seed gives the same latents wherever
-the moments were computed. torch is never imported here: whoever gives a tensor has it loaded.
+the moments were computed. Neither is imported here: whoever gives an array has its library loaded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ LOGVAR_RANGE = (-30.0, 20.0)  #: as diffusers clamps it
 
 
 def array_module(array: Any) -> ModuleType:
-    """numpy, or torch for a tensor."""
-    torch = sys.modules.get("torch")
-    return torch if torch is not None and isinstance(array, torch.Tensor) else np
+    """numpy; torch for a tensor, and cupy for its arrays."""
+    for name, kind in (("torch", "Tensor"), ("cupy", "ndarray")):
+        module = sys.modules.get(name)
+        if module is not None and isinstance(array, getattr(module, kind)):
+            return module
+    return np
 
 
 class DiagonalGaussianDistribution:
@@ -62,15 +65,14 @@ class DiagonalGaussianDistribution:
         return self.mean + self.std * noise
 
     def _noise(self, generator: Any, shape: Sequence[int]) -> Any:
-        like = self.mean
+        like, xp = self.mean, array_module(self.mean)
         torch = sys.modules.get("torch")
-        if array_module(like) is np:
+        if torch is None or xp is not torch:
             if torch is not None and isinstance(generator, torch.Generator):
                 draw = torch.randn(tuple(shape), generator=generator, device=generator.device)
-                return draw.cpu().numpy().astype(like.dtype)
+                return xp.asarray(draw.cpu().numpy().astype(like.dtype))
             rng = np.random.default_rng() if generator is None else generator
-            return rng.standard_normal(tuple(shape), dtype=np.float32).astype(like.dtype)
-        assert torch is not None
+            return xp.asarray(rng.standard_normal(tuple(shape), dtype=np.float32).astype(like.dtype))
         if isinstance(generator, np.random.Generator):
             draw = torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
             return draw.to(device=like.device, dtype=like.dtype)

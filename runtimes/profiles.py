@@ -77,13 +77,13 @@ def parse_profile(text: str, factor: int) -> Profile:
 
     Without "@" the preferred sizes are the smallest batch and the largest image. `ConfigError` names what is wrong.
     """
-    ranges, _, opt = text.partition("@")
+    ranges, at, opt = text.partition("@")
     parts = ranges.split("x")
     if len(parts) != 3:
         raise ConfigError(
             f"profile {text!r} is not BATCHxHEIGHTxWIDTH, as in 1..4x512..1024x512..1024@1x1024x1024 (pixels)"
         )
-    return make_profile(*parts, opt=opt or None, factor=factor)
+    return make_profile(*parts, opt=opt if at else None, factor=factor)
 
 
 def make_profile(batch: str, height: str, width: str, *, opt: str | None, factor: int) -> Profile:

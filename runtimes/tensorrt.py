@@ -9,11 +9,11 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -24,12 +24,15 @@ from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
     ConfigError,
+    OutOfMemoryError,
+    ShapeError,
     VaeError,
+    is_out_of_memory,
 )
 from runtimes.files import written_whole
-from runtimes.plan_cache import MOST, PlanCache
+from runtimes.plan_cache import MOST, TIMING, PlanCache
 from runtimes.posterior import array_module
-from runtimes.profiles import DEFAULT, Profile, nearest, parse_profile
+from runtimes.profiles import DEFAULT, Profile, checked, nearest, parse_profile
 from runtimes.tensorrt_builder import BuildJob, Progress, build_plan
 from runtimes.tensorrt_flavours import Flavour, load_flavour, system
 
@@ -117,7 +120,7 @@ class TensorRtVae(VaeRuntime):
     def _engine_of(self, flavour: Flavour, gpu: str, profiles: Sequence[Profile | str] | None) -> Engine:
         """What an ONNX bundle is built for here."""
         factor = self.config.downscale
-        chosen = [parse_profile(p, factor) if isinstance(p, str) else p for p in profiles or [DEFAULT]]
+        chosen = [parse_profile(p, factor) if isinstance(p, str) else checked(p, factor) for p in profiles or [DEFAULT]]
         return Engine(flavour.name, flavour.version, (gpu,), system(), tuple(chosen))
 
     def _built(self, bundle: Bundle, engine: Engine, cache: PlanCache, progress: Progress) -> dict[str, bytes]:
@@ -127,7 +130,7 @@ class TensorRtVae(VaeRuntime):
             spec = self.spec[graph]
             job = job_of(engine, graph, spec, self.config.downscale)
             if engine.flavour == "tensorrt":
-                job = job.with_timing_cache(cache.directory / f"timing-{engine.version}-{engine.gpus[0]}")
+                job = job.with_timing_cache(cache.directory / f"{TIMING}{engine.version}-{engine.gpus[0]}")
             made_of = {"onnx": bundle.manifest.files[spec.file].sha256, **engine.to_dict(), "input": spec.input.name}
 
             def build(job: BuildJob = job, graph: str = graph, file: str = spec.file) -> bytes:
@@ -143,9 +146,9 @@ class TensorRtVae(VaeRuntime):
         return answer_in_kind(engine.run, x)
 
     def _close(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
-        self._engines.clear()
+        with ExitStack() as closing:  # all of them, also where one fails
+            for engine in self._engines.values():
+                closing.callback(engine.close)
 
 
 class TensorRtRtxVae(TensorRtVae):
@@ -215,11 +218,13 @@ class _Engine:
         self._runtime = flavour.trt.Runtime(flavour.logger)
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
-            raise CompatibilityError(f"{self._named} cannot load the plan of the {graph}: {flavour.complaints()}")
+            error = VaeError(f"{self._named} cannot load the plan of the {graph}: {flavour.complaints()}")
+            raise (OutOfMemoryError if is_out_of_memory(error) else CompatibilityError)(str(error))
         self._check()
         self.config = self._runtime_config()
-        self._idle: SimpleQueue[_Slot] = SimpleQueue()
+        self._idle: SimpleQueue[_Slot | None] = SimpleQueue()  #: None once it is closed
         self._slots: list[_Slot] = []
+        self._closed = False
         self._lock = threading.Lock()
 
     @property
@@ -262,10 +267,17 @@ class _Engine:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if settings.runtime_cache is not None:
             self._runtime_cache = config.create_runtime_cache()
-            with suppress(FileNotFoundError):  # the first time
-                # One of another version is not taken; kernels are compiled anew then, as without a cache.
-                self._runtime_cache.deserialize(self._cache_file(settings.runtime_cache).read_bytes())
-            config.set_runtime_cache(self._runtime_cache)
+            kept = self._cache_file(settings.runtime_cache)
+            try:
+                taken = self._runtime_cache.deserialize(kept.read_bytes())
+            except FileNotFoundError:  # the first time
+                taken = True
+            except OSError as error:
+                raise ConfigError(f"runtime_cache {kept} cannot be read: {error.strerror}") from None
+            if not taken:  # of another version: kernels are compiled anew, as without a cache
+                self.flavour.complaints()
+            if not config.set_runtime_cache(self._runtime_cache):
+                raise VaeError(f"{self._named} does not take a runtime cache: {self.flavour.complaints()}")
         return config
 
     def _cache_file(self, path: str | Path) -> Path:
@@ -274,21 +286,24 @@ class _Engine:
     @contextmanager
     def _slot(self) -> Iterator[_Slot]:
         """A slot for this thread alone; waits where all are at work."""
+        slot = self._take()
+        if slot is None:
+            self._idle.put(None)  # for the next one
+            raise VaeError("this VAE was closed; open the bundle again")
         try:
-            slot = self._idle.get_nowait()
-        except Empty:
-            with self._lock:
-                new = len(self._slots) < self.settings.contexts
-                if new:
-                    slot = _Slot(self)
-                    self._slots.append(slot)
-            if not new:
-                slot = self._idle.get()
-        self.cuda.use()  # of this thread
-        try:
+            self.cuda.use()  # of this thread
             yield slot
         finally:
             self._idle.put(slot)
+
+    def _take(self) -> _Slot | None:
+        with suppress(Empty):
+            return self._idle.get_nowait()
+        with self._lock:
+            if not self._closed and len(self._slots) < self.settings.contexts:
+                self._slots.append(_Slot(self))
+                return self._slots[-1]
+        return self._idle.get()
 
     def run(self, x: Array) -> Array:
         """An array in host memory -> one in host memory."""
@@ -305,6 +320,8 @@ class _Engine:
     def run_on_device(self, x: Any) -> Any:
         """A torch tensor or CuPy array on the GPU -> one of its kind, there."""
         xp = array_module(x)
+        if _device_index(x) != self.cuda.index:
+            raise ShapeError(f"the array is on cuda:{_device_index(x)}, and this VAE on cuda:{self.cuda.index}")
         x = x.contiguous() if hasattr(x, "contiguous") else xp.ascontiguousarray(x)
         with self._slot() as slot, slot.finished():
             prepared = slot.prepare(self._profile(x.shape), tuple(x.shape))
@@ -322,18 +339,31 @@ class _Engine:
 
     def complain(self, call: str, shape: Sequence[int]) -> VaeError:
         """TensorRT answers False and says why in its log."""
-        return VaeError(
+        error = VaeError(
             f"{self._named}: {call} failed in the {self.graph} of {list(shape)}: {self.flavour.complaints()}"
+        )
+        return (
+            OutOfMemoryError(f"{error}; enable_tiling() or enable_slicing() need less")
+            if is_out_of_memory(error)
+            else error
         )
 
     def close(self) -> None:
-        for slot in self._slots:
+        """When the calls at work have ended; those that wait are told."""
+        with self._lock:
+            self._closed = True
+        slots = [self._idle.get() for _ in self._slots]
+        self._idle.put(None)
+        for slot in slots:
+            assert slot is not None
             slot.close()
         self._slots.clear()
-        if self.config is not None and self.settings.runtime_cache is not None:
-            with written_whole(self._cache_file(self.settings.runtime_cache)) as path:
-                path.write_bytes(bytes(self._runtime_cache.serialize()))
-        del self.engine, self._runtime
+        try:
+            if self.config is not None and self.settings.runtime_cache is not None:
+                with written_whole(self._cache_file(self.settings.runtime_cache)) as path:
+                    path.write_bytes(bytes(self._runtime_cache.serialize()))
+        finally:
+            del self.config, self.engine, self._runtime
 
 
 @dataclass(frozen=True)
@@ -347,6 +377,13 @@ class _Prepared:
     scratch: int  #: its address
 
 
+class _Captured(NamedTuple):
+    """Launches that were captured, and the context that they are of."""
+
+    graph: Any
+    context: Any
+
+
 class _Slot:
     """What one call at a time works with: a stream, a context for each profile, memory, and captured launches."""
 
@@ -356,7 +393,7 @@ class _Slot:
         self.stream = self._cuda.stream()
         self._contexts: dict[int, Any] = {}
         self.input, self.output, self._scratch = (_Memory(self._cuda, self._forget_graphs) for _ in range(3))
-        self._graphs: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
 
     @contextmanager
     def finished(self) -> Iterator[None]:
@@ -370,9 +407,15 @@ class _Slot:
         self._cuda.wait(self.stream)
 
     def prepare(self, profile: int, shape: tuple[int, ...]) -> _Prepared:
+        """The profile's context, for a shape."""
+        if profile not in self._contexts:
+            # One for each profile: switching a context between profiles would throw away what it has set up.
+            self._contexts[profile] = self._new_context(profile, shape)
+        return self._told(self._contexts[profile], profile, shape)
+
+    def _told(self, context: Any, profile: int, shape: tuple[int, ...]) -> _Prepared:
         """Shapes in, shapes out, and the memory that these shapes need; in the order that TensorRT wants."""
         engine = self._engine
-        context = self._context(profile, shape)
         if not context.set_input_shape(engine.spec.input.name, shape):
             raise engine.complain(f"set_input_shape{tuple(shape)}", shape)
         unknown = context.infer_shapes()
@@ -389,17 +432,22 @@ class _Slot:
     def execute(self, prepared: _Prepared, source: int, target: int) -> None:
         """Put the work on the stream, as launches or as a captured graph of them."""
         key = (prepared.profile, prepared.shape, source, target, prepared.scratch)
-        graph = self._graphs.get(key)
-        if graph is not None:
+        captured = self._graphs.get(key)
+        if captured is not None:
             self._graphs.move_to_end(key)
-            self._cuda.launch(graph, self.stream)
+            self._cuda.launch(captured.graph, self.stream)
             return
-        engine, context = self._engine, prepared.context
+        engine = self._engine
+        capture = engine.settings.cuda_graphs and not engine.flavour.is_rtx  # RTX captures by itself
+        if capture:
+            # A graph is of its context as it was: to tell that context another shape or address would void the graph.
+            prepared = self._told(self._new_context(prepared.profile, prepared.shape), prepared.profile, prepared.shape)
+        context = prepared.context
         for spec, address in ((engine.spec.input, source), (engine.spec.output, target)):
             if not context.set_tensor_address(spec.name, address):
                 raise engine.complain(f"set_tensor_address of {spec.name}", prepared.shape)
         self._launch(prepared)
-        if engine.settings.cuda_graphs and not engine.flavour.is_rtx:  # RTX captures by itself
+        if capture:
             self._capture(key, prepared)
 
     def _launch(self, prepared: _Prepared) -> None:
@@ -412,31 +460,30 @@ class _Slot:
         self._cuda.begin_capture(self.stream)
         try:
             self._launch(prepared)
-        finally:
-            graph = self._cuda.end_capture(self.stream)
-        self._graphs[key] = graph
+        except VaeError:
+            with suppress(VaeError):  # the stream has to come out of it, and says less of why
+                self._cuda.destroy_graph(self._cuda.end_capture(self.stream))
+            raise
+        self._graphs[key] = _Captured(self._cuda.end_capture(self.stream), prepared.context)
         while len(self._graphs) > self._engine.settings.max_graphs:
-            self._cuda.destroy_graph(self._graphs.popitem(last=False)[1])
+            self._cuda.destroy_graph(self._graphs.popitem(last=False)[1].graph)
 
-    def _context(self, profile: int, shape: Sequence[int]) -> Any:
-        """One for each profile: switching a context between profiles would throw away what it has set up."""
-        if profile not in self._contexts:
-            engine, trt = self._engine, self._engine.flavour.trt
-            # STATIC memory would be that of the largest shape of all profiles, from the beginning.
-            how = engine.config or trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            context = engine.engine.create_execution_context(how)
-            if context is None:
-                raise engine.complain("create_execution_context", shape)
-            if not context.set_optimization_profile_async(profile, self.stream):
-                raise engine.complain(f"set_optimization_profile_async({profile})", shape)
-            self._cuda.wait(self.stream)
-            self._contexts[profile] = context
-        return self._contexts[profile]
+    def _new_context(self, profile: int, shape: Sequence[int]) -> Any:
+        engine, trt = self._engine, self._engine.flavour.trt
+        # STATIC memory would be that of the largest shape of all profiles, from the beginning.
+        how = engine.config or trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = engine.engine.create_execution_context(how)
+        if context is None:
+            raise engine.complain("create_execution_context", shape)
+        if not context.set_optimization_profile_async(profile, self.stream):
+            raise engine.complain(f"set_optimization_profile_async({profile})", shape)
+        self._cuda.wait(self.stream)
+        return context
 
     def _forget_graphs(self) -> None:
         """They hold addresses of memory that is gone."""
         while self._graphs:
-            self._cuda.destroy_graph(self._graphs.popitem()[1])
+            self._cuda.destroy_graph(self._graphs.popitem()[1].graph)
 
     def close(self) -> None:
         self._cuda.use()
@@ -475,6 +522,10 @@ class _Memory:
 def _on_device(x: Any) -> bool:
     """A torch tensor on the GPU, or a CuPy array, which is nowhere else."""
     return bool(getattr(x, "is_cuda", True))
+
+
+def _device_index(x: Any) -> int:
+    return int(x.device.index if hasattr(x, "data_ptr") else x.device.id)
 
 
 def _address(x: Any) -> int:

@@ -53,8 +53,11 @@ def build_plan(onnx: bytes, job: BuildJob, what: str, progress: Progress = lambd
     load_flavour(job.flavour)  # where it is missing, that is said without starting a process
     with tempfile.TemporaryDirectory(prefix="vae-export-build-") as directory:
         source, plan = Path(directory) / "model.onnx", Path(directory) / "model.plan"
-        source.write_bytes(onnx)
-        (Path(directory) / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
+        try:
+            source.write_bytes(onnx)
+            (Path(directory) / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
+        except OSError as error:
+            raise VaeError(f"the {what}: {_not_written(error)}") from None
         with _Builder(directory) as process:
             try:
                 failure = _follow(process, what, progress)
@@ -80,7 +83,8 @@ class _Builder(subprocess.Popen[str]):
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
 
@@ -101,6 +105,8 @@ def _follow(process: subprocess.Popen[str], what: str, progress: Progress) -> Ma
     for line in process.stdout:
         with suppress(ValueError):  # a line that is not ours: TensorRT's libraries may print
             report = json.loads(line)
+            if not isinstance(report, dict):
+                continue
             if "error" in report:
                 failure = report
             elif "phase" in report:
@@ -163,8 +169,9 @@ def _parser_errors(flavour: Flavour, parser: Any) -> str:
     found = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
-        node = error.node_name() or f"node {error.node()}"
-        found.append(f"{node} ({error.node_operator()}): {' '.join(str(error.desc()).split())}")
+        node = error.node_name() or (f"node {error.node()}" if error.node() >= 0 else "the graph")
+        operator = f" ({error.node_operator()})" if error.node_operator() else ""
+        found.append(f"{node}{operator}: {' '.join(str(error.desc()).split())}")
     return "; ".join(dict.fromkeys(found)) or flavour.complaints()
 
 
@@ -254,14 +261,21 @@ def main(directory: str) -> int:
     onnx = (Path(directory) / "model.onnx").read_bytes()
     try:
         plan = build(onnx, BuildJob(**given), lambda phase, done, total: tell(phase=phase, done=done, total=total))
+        (Path(directory) / "model.plan").write_bytes(plan)
     except MemoryError:
         tell(error="OutOfMemoryError", message="not enough memory to build it")
         return 1
     except VaeError as error:
         tell(error=type(error).__name__, message=str(error))
         return 1
-    (Path(directory) / "model.plan").write_bytes(plan)
+    except OSError as error:
+        tell(error="VaeError", message=_not_written(error))
+        return 1
     return 0
+
+
+def _not_written(error: OSError) -> str:
+    return f"{error.strerror or error} in {tempfile.gettempdir()}, where it is built; $TMPDIR names another place"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,10 @@ class Flavour:
 
     def complaints(self) -> str:
         """Errors since the last call, on one line; a sentence where there were none."""
-        lines = [self.log.popleft() for _ in range(len(self.log))]
+        lines = []
+        with suppress(IndexError):  # empty, perhaps since another thread took the last one
+            while True:
+                lines.append(self.log.popleft())
         return "; ".join(dict.fromkeys(lines)) or "it gave no reason"
 
 
@@ -89,4 +93,5 @@ def system() -> str:
 def _tidy(message: str) -> str:
     """On one line, without the function and place in its source."""
     text = " ".join(message.split())
-    return re.sub(r"\s*\(?In function [^)]*\)?|\[\w+\.cpp::[^\]]*\]\s*", "", text)[:1000]
+    places = r"\[\w+\.cpp::[^\]]*\]\s*|\b\w+\.cpp:\d+:? |In function \w+:? |\s*\bIn \w+ at /[^\s:)]+:\d+"
+    return re.sub(places, "", text).strip()[:1000]

@@ -1,20 +1,28 @@
 """A small model with random weights and its bundle, shared by the tests of both packages."""
 
+import contextlib
 import functools
+import gc
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from runtimes import open_vae
+from runtimes import open_vae, tensorrt_flavours
+from runtimes.profiles import parse_profile
 from vae_export import AutoencoderKL, export_bundle
+from vae_export.tensorrt_engines import plan_engine, rebuild_bundle
 
+FAKES = Path(__file__).parent / "fakes"
+FAKED = ("cuda", "tensorrt", "tensorrt_rtx", "cupy", "fake_gpu", "fake_tensorrt")  # and what is below them
 LEVELS = 4  # f = 8, as Stable Diffusion
 CI_VARIABLES = ("CI", "TF_BUILD", "JENKINS_URL")  # by which OpenVINO knows machines whose use does not count
 
@@ -51,11 +59,17 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_model, tmp_path_factory):
+def onnx_bundle(tiny_model, tmp_path_factory):
     """The path of the tiny model's ONNX bundle, exported once. Do not change it: that is what `bundle_copy` is for."""
     path = tmp_path_factory.mktemp("bundles") / "tiny"
     export_bundle(tiny_model, path, target="onnx", precision="fp32")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(onnx_bundle):
+    """The same; the tests of other backends put theirs in its place."""
+    return onnx_bundle
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +89,72 @@ def openvino_bundle(tiny_model, tmp_path_factory):
         return path
 
     return export
+
+
+@contextlib.contextmanager
+def fakes_of_nvidia(violations):
+    """In this process and those that it starts, NVIDIA's packages are those of `tests/fakes` -> the GPU.
+
+    `violations` is a file in which other processes leave the rules that they broke. Whatever real packages were loaded
+    are themselves again afterwards.
+    """
+    real = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in FAKED}
+    flavours = dict(tensorrt_flavours._loaded)
+    tensorrt_flavours._loaded.clear()
+    paths = [str(FAKES), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FAKES)
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("FAKE_GPU_VIOLATIONS", str(violations))
+        try:
+            yield importlib.import_module("fake_gpu").gpu
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] in FAKED]:
+                del sys.modules[name]
+            sys.modules.update(real)
+            tensorrt_flavours._loaded.clear()
+            tensorrt_flavours._loaded.update(flavours)
+
+
+@pytest.fixture
+def fake_gpu(tmp_path_factory, monkeypatch):
+    """The fake GPU, for one test: at its end no rule was broken, and nothing of the GPU is still in use."""
+    violations = tmp_path_factory.mktemp("fakes") / "violations"
+    with fakes_of_nvidia(violations) as gpu:
+        yield gpu
+        monkeypatch.undo()  # before the real packages are back: it may have changed the faked ones
+        if in_use(gpu):
+            gc.collect()
+        assert not in_use(gpu), "not given back to the GPU"
+        assert not gpu.violations
+        assert not violations.exists(), violations.read_text()
+
+
+def in_use(gpu):
+    return {kind: found for kind in ("blocks", "streams", "captures", "graphs") if (found := len(getattr(gpu, kind)))}
+
+
+@pytest.fixture(scope="session")
+def tensorrt_bundle(onnx_bundle, tmp_path_factory):
+    """tensorrt_bundle(target, *profiles): the path of the tiny model's bundle in fp32, of plans that the fake built.
+
+    Without profiles it is one that holds all shapes that tests use. Do not change it.
+    """
+
+    @functools.cache
+    def build(target, *profiles):
+        directory = tmp_path_factory.mktemp("tensorrt")
+        shutil.copytree(onnx_bundle, directory / "tiny")
+        with fakes_of_nvidia(directory / "violations") as gpu:
+            parsed = [parse_profile(text, 8) for text in profiles or ("1..8x8..1536x8..1536@1x64x64",)]
+            manifest = json.loads((directory / "tiny" / "manifest.json").read_bytes())
+            manifest |= {"target": target, "engine": plan_engine(target, parsed).to_dict()}
+            (directory / "tiny" / "manifest.json").write_text(json.dumps(manifest))
+            rebuild_bundle(directory / "tiny", directory / "tiny", overwrite=True)
+            assert not gpu.violations and not (directory / "violations").exists()
+        return directory / "tiny"
+
+    return build
 
 
 @pytest.fixture

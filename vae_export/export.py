@@ -13,6 +13,7 @@ import torch
 from runtimes import Bundle, open_vae
 from runtimes.bundle import ENGINE_TARGETS, GRAPHS, Engine, GraphSpec, Manifest
 from runtimes.errors import ConfigError
+from runtimes.profiles import checked
 from vae_export import __version__, onnx_graphs, openvino_ir, tensorrt_engines
 from vae_export.bundle import check_output, write_bundle
 from vae_export.checkpoint import CONFIG_FILE, is_single_file, load_model
@@ -270,6 +271,8 @@ def validate_bundle(
 
 def check_engine_memory(model: AutoencoderKL, engine: Engine, precision: str) -> list[tensorrt_engines.Estimate]:
     """Device memory for each graph and profile; `OutOfMemoryError` for one that cannot fit the GPU present."""
+    for profile in engine.profiles:
+        checked(profile, model.config.downscale)
     form = FORMS[engine.flavour, precision]
     estimates = tensorrt_engines.estimate_memory(engine, model.config, form, precision)
     fitting = tensorrt_engines.largest_fitting(model.config, form, precision)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 ALIGNMENT = 256
+POISON = 0xFF  # what memory holds that nobody has written to: NaN, as a float of any size
 
 
 class Violation(AssertionError):
@@ -31,8 +32,8 @@ class Answer:
         return self._value
 
     def __del__(self) -> None:
-        if not self._seen:
-            gpu.violations.append(f"the answer of {self._call} was not looked at")
+        if not self._seen and gpu is not None:  # None when the interpreter ends
+            gpu.violate(f"the answer of {self._call} was not looked at")
 
 
 class Gpu:
@@ -50,16 +51,36 @@ class Gpu:
         self.streams: dict[int, list[Callable[[], None]]] = {}
         self.captures: dict[int, list[Callable[[], None]]] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.deserialized = 0  # plans
+        self.contexts: list[int] = []  # the profile of each that was made
         self.launched = 0  # graphs
         self.executed = 0  # contexts
+        self.copied = {"to device": 0, "to host": 0}  # bytes
+        self.refused_graphs = False  # end of a capture fails
         self.violations: list[str] = []
+        self.devices: set[int] = set()  # that were chosen
+        self._thread = threading.local()
         self.lock = threading.RLock()
         self._next = 1
 
     def check(self, holds: bool, rule: str) -> None:
         if not holds:
-            self.violations.append(rule)
+            self.violate(rule)
             raise Violation(rule)
+
+    def violate(self, rule: str) -> None:
+        self.violations.append(rule)
+        if "FAKE_GPU_VIOLATIONS" in os.environ:  # a file, for processes of their own
+            with open(os.environ["FAKE_GPU_VIOLATIONS"], "a") as file:
+                file.write(f"{rule}\n")
+
+    def use(self, index: int) -> None:
+        self._thread.device = index
+        self.devices.add(index)
+
+    def check_device(self, call: str) -> None:
+        """Without cudaSetDevice a thread is at work on device 0, whatever was meant."""
+        self.check(hasattr(self._thread, "device"), f"{call} in a thread that has not said which device it means")
 
     def new(self) -> int:
         with self.lock:
@@ -78,6 +99,7 @@ class Gpu:
                 return None
             memory = ctypes.create_string_buffer(size + ALIGNMENT)
             address = -(-ctypes.addressof(memory) // ALIGNMENT) * ALIGNMENT
+            ctypes.memset(address, POISON, size)
             self.blocks[address] = (memory, size)
             self.largest_total = max(self.largest_total, self.used)
             return address

@@ -2,7 +2,7 @@
 
 The classes have the names of the real modules and no others (a test holds them against the lists of names), and keep
 the rules of the real ones: the order of calls, answers that say False, shapes inside of profiles, one thread a context.
-A plan here is not a plan there: nothing is said of kernels.
+A plan here is not a plan there: nothing is said of kernels. Graphs named "crash", "killed", "noisy" and "slow" are.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ import json
 import os
 import signal
 import threading
+import time
 from enum import IntEnum
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from fake_gpu import ALIGNMENT, Answer, gpu
 
 MAGIC = b"FAKEPLAN"
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+ENDS = {"crash": signal.SIGSEGV, "killed": signal.SIGKILL}  # names of graphs -> what ends the process
 
 
 def install(module: dict[str, Any], name: str, version: str) -> None:
@@ -79,8 +83,12 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             except Exception:
                 self._errors.append(ParserError("", "", "Failed to parse the ONNX model"))
                 return Answer(False, "parse")
-            if graph.name == "crash":
-                os.kill(os.getpid(), signal.SIGSEGV)
+            if graph.name in ENDS:
+                os.kill(os.getpid(), ENDS[graph.name])
+            if graph.name == "noisy":
+                print("5")  # JSON, by chance
+                os.write(1, b"a library \xff\n")
+            self._network._name = graph.name
             self._errors += [
                 ParserError(node.name, node.op_type, f"No importer registered for op: {node.op_type}")
                 for node in graph.node
@@ -123,7 +131,7 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
         def add_optimization_profile(self, profile: IOptimizationProfile) -> int:
             ordered = all(a <= b <= c for m, o, x in profile._shapes.values() for a, b, c in zip(m, o, x, strict=True))
             if not ordered or not profile._shapes:
-                return -1
+                return -1  # and no exception
             self._profiles.append(profile._shapes)
             return len(self._profiles) - 1
 
@@ -171,20 +179,23 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             if any(set(shapes) != {network._input} for shapes in config._profiles):
                 self._logger.log(ILogger.Severity.ERROR, "[builder.cpp::build::1] a profile lacks an input")
                 return None
+            if network._name == "slow":
+                time.sleep(60)
             shapes = [profile[network._input] for profile in config._profiles]
             header = json.dumps({"flavour": name, "version": version, "profiles": shapes}).encode()
             return MAGIC + len(header).to_bytes(4, "little") + header + network._data
 
     class IRuntimeCache:
         def __init__(self) -> None:
-            self._data = b""
+            self._data = b"kernels"
 
-        def deserialize(self, data: bytes) -> Answer:
-            self._data = data
-            return Answer(True, "IRuntimeCache.deserialize")
+        def deserialize(self, blob: bytes) -> Answer:
+            right = blob.startswith(b"kernels")
+            self._data = blob if right else self._data
+            return Answer(right, "IRuntimeCache.deserialize")
 
         def serialize(self) -> bytes:
-            return self._data + b"kernel"
+            return self._data + b"+1"
 
     class IRuntimeConfig:
         def __init__(self) -> None:
@@ -200,8 +211,9 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             def create_runtime_cache(self) -> IRuntimeCache:
                 return IRuntimeCache()
 
-            def set_runtime_cache(self, cache: IRuntimeCache) -> None:
+            def set_runtime_cache(self, cache: IRuntimeCache) -> Answer:
                 self._cache = cache
+                return Answer(True, "set_runtime_cache")
 
     class IExecutionContext:
         """One thread, in the order: profile, shape, infer, memory, addresses, execute."""
@@ -215,6 +227,10 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             self._memory: tuple[int, int] | None = None
             self._addresses: dict[str, int] = {}
             self._thread = 0
+            self._ran: tuple[int, ...] | None = None  # the shape of the last run outside of a capture
+
+        def _state(self) -> Any:
+            return self._profile, self._shape, self._memory, sorted(self._addresses.items())
 
         def _alone(self) -> None:
             """From set_input_shape on, the rest has to come from the same thread."""
@@ -223,6 +239,7 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
         def set_optimization_profile_async(self, index: int, stream: int) -> Answer:
             gpu.put(stream, lambda: None)
             self._profile = index if index < self._engine.num_optimization_profiles else None
+            gpu.contexts.append(index)
             return Answer(self._profile is not None, "set_optimization_profile_async")
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> Answer:
@@ -269,8 +286,18 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             sides = self._engine._input, self._engine._output
             source, target = (self._addresses.get(side.name) for side in sides)
             gpu.check(bool(source and target), "execute with an address missing")
-            shape, memory = self._shape, self._memory
-            gpu.put(stream_handle, lambda: self._engine._compute(shape, source, target, memory))
+            gpu.check_device("execute_async_v3")
+            shape, memory, state = self._shape, self._memory, self._state()
+            captured = stream_handle in gpu.captures
+            gpu.check(not captured or self._ran == shape, "the first run of a shape is captured")
+            self._ran = shape
+
+            def work() -> None:
+                same = not captured or self._state() == state
+                gpu.check(same, "a graph is launched of a context that was told something else since")
+                self._engine._compute(shape, source, target, memory)
+
+            gpu.put(stream_handle, work)
             return Answer(True, "execute_async_v3")
 
     class ICudaEngine:
@@ -287,6 +314,7 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             )
             (self._input,), (self._output,) = self._session.get_inputs(), self._session.get_outputs()
             self._logger = logger
+            self._scale: Fraction | None = None  # of height and width, from input to output
 
         num_io_tensors = 2
 
@@ -311,15 +339,14 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             return IRuntimeConfig()
 
         def _output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-            known = dict(zip((d for d in self._input.shape), shape, strict=True))
-            channels = self._output.shape[1]
-            if self._input.name == "sample":
-                return shape[0], channels, shape[2] // 8, shape[3] // 8
-            return known[self._input.shape[0]], channels, shape[2] * 8, shape[3] * 8
+            if self._scale is None:
+                smallest = np.zeros(self._profiles[0][0], TYPES[self._input.type])
+                found = self._session.run(None, {self._input.name: smallest})[0].shape
+                self._scale = Fraction(found[2], smallest.shape[2])
+            return shape[0], self._output.shape[1], int(shape[2] * self._scale), int(shape[3] * self._scale)
 
         def _compute(self, shape: tuple[int, ...], source: int, target: int, scratch: tuple[int, int]) -> None:
-            types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-            x = np.empty(shape, types[self._input.type])
+            x = np.empty(shape, TYPES[self._input.type])
             gpu.require(source, x.nbytes, "the input")
             gpu.require(*scratch, "the scratch memory")
             ctypes.memmove(x.ctypes.data, source, x.nbytes)
@@ -333,15 +360,20 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             self._logger = logger
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
-            if serialized_engine[:8] != MAGIC:
-                self._logger.log(ILogger.Severity.ERROR, "[runtime.cpp::parsePlan::314] magic tag does not match")
+            gpu.check_device("deserialize_cuda_engine")
+            gpu.deserialized += 1
+            try:
+                if serialized_engine[:8] != MAGIC:
+                    raise ValueError("magic tag does not match")
+                return ICudaEngine(serialized_engine, self._logger)
+            except Exception as error:
+                self._logger.log(ILogger.Severity.ERROR, f"[runtime.cpp::parsePlan::314] {error}")
                 return None
-            return ICudaEngine(serialized_engine, self._logger)
 
     if rtx:
 
         class ComputeCapability(IntEnum):
-            NONE, CURRENT, SM75, SM86, SM89, SM120 = 0, 1, 75, 86, 89, 120
+            NONE, CURRENT, SM75, SM80, SM86, SM89, SM120, SM121 = 0, 1, 75, 80, 86, 89, 120, 121
 
         class CudaGraphStrategy(IntEnum):
             DISABLED, WHOLE_GRAPH_CAPTURE = range(2)

@@ -40,15 +40,16 @@ def cudaGetErrorString(error):
 
 
 def cudaGetDeviceCount():
-    return (_OK, gpu.count) if gpu.count else (cudaError_t.cudaErrorInsufficientDriver, 0)
+    return (_OK, gpu.count) if gpu.count else (cudaError_t.cudaErrorInsufficientDriver, None)
 
 
-def cudaSetDevice(index):
-    return (_OK if index < gpu.count else cudaError_t.cudaErrorInvalidValue,)
+def cudaSetDevice(device):
+    gpu.use(device)
+    return (_OK if device < gpu.count else cudaError_t.cudaErrorInvalidValue,)
 
 
-def cudaDeviceGetAttribute(attribute, index):
-    return _OK, gpu.capability[attribute - cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor]
+def cudaDeviceGetAttribute(attr, device):
+    return _OK, gpu.capability[attr - cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor]
 
 
 def cudaMemGetInfo():
@@ -56,16 +57,18 @@ def cudaMemGetInfo():
 
 
 def cudaMalloc(size):
+    gpu.check_device("cudaMalloc")
     address = gpu.allocate(size)
     return (cudaError_t.cudaErrorMemoryAllocation, None) if address is None else (_OK, address)
 
 
-def cudaFree(address):
-    gpu.free(address)
+def cudaFree(devPtr):
+    gpu.free(devPtr)
     return (_OK,)
 
 
 def cudaStreamCreateWithFlags(flags):
+    gpu.check_device("cudaStreamCreateWithFlags")
     gpu.check(flags == cudaStreamNonBlocking, "a stream that waits for the default one")
     stream = gpu.new()
     gpu.streams[stream] = []
@@ -73,6 +76,7 @@ def cudaStreamCreateWithFlags(flags):
 
 
 def cudaStreamDestroy(stream):
+    gpu.check(stream in gpu.streams, f"stream {stream} is destroyed twice, or never was")
     gpu.check(not gpu.streams.pop(stream), "a stream was destroyed with work left")
     return (_OK,)
 
@@ -82,24 +86,30 @@ def cudaStreamSynchronize(stream):
     return (_OK,)
 
 
-def cudaMemcpyAsync(target, source, size, kind, stream):
+def cudaMemcpyAsync(dst, src, count, kind, stream):
+    up = kind == cudaMemcpyKind.cudaMemcpyHostToDevice
+
     def copy():
-        gpu.require(target if kind == cudaMemcpyKind.cudaMemcpyHostToDevice else source, size, "a copy")
-        ctypes.memmove(target, source, size)
+        gpu.require(dst if up else src, count, "a copy")
+        ctypes.memmove(dst, src, count)
+        gpu.copied["to device" if up else "to host"] += count
 
     gpu.put(stream, copy)
     return (_OK,)
 
 
 def cudaStreamBeginCapture(stream, mode):
+    gpu.check(mode == cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal, "a capture of what other threads do")
     gpu.check(not gpu.streams[stream], "a capture begins while work waits on the stream")
     gpu.captures[stream] = []
     return (_OK,)
 
 
 def cudaStreamEndCapture(stream):
-    graph = gpu.new()
-    gpu.graphs[graph] = gpu.captures.pop(stream)
+    graph, work = gpu.new(), gpu.captures.pop(stream, None)
+    if work is None or gpu.refused_graphs:
+        return cudaError_t.cudaErrorInvalidValue, None
+    gpu.graphs[graph] = work
     return _OK, graph
 
 
@@ -114,14 +124,15 @@ def cudaGraphDestroy(graph):
     return (_OK,)
 
 
-def cudaGraphExecDestroy(graph):
-    del gpu.graphs[graph]
+def cudaGraphExecDestroy(graphExec):
+    del gpu.graphs[graphExec]
     return (_OK,)
 
 
-def cudaGraphLaunch(graph, stream):
-    gpu.check(graph in gpu.graphs, "a graph was launched that is destroyed")
-    for work in gpu.graphs[graph]:
+def cudaGraphLaunch(graphExec, stream):
+    gpu.check_device("cudaGraphLaunch")
+    gpu.check(graphExec in gpu.graphs, "a graph was launched that is destroyed")
+    for work in gpu.graphs[graphExec]:
         gpu.put(stream, work)
     gpu.launched += 1
     return (_OK,)
