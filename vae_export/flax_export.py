@@ -7,6 +7,8 @@ and read. Batch and sizes are free, and a graph is written for all platforms at 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from vae_export.model import AutoencoderKL
 from vae_export.onnx_graphs import traced_graphs
 from vae_export.rewrite import Form
 
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+PLATFORMS = ("cpu", "cuda", "tpu")
 FORM = Form(upsample="conv")  #: the one in which flax_model is written; its attention goes by blocks of a fixed size
 #: precision -> type of parameters and activations, and JAX's precision of products: its own choice for fp32 is less on
 #: TPUs and GPUs, and what is computed is to be what the bundle says.
@@ -58,7 +60,10 @@ def export_stablehlo(
     # Said as multiples of the factor, so that every division on the way comes out even.
     batch, height, width = export.symbolic_shape("batch, latent_height, latent_width")
     shape = (batch, traced.input_shape[1], height * traced.scale, width * traced.scale)
-    exported = export.export(jax.jit(function), platforms=PLATFORMS)(params, jax.ShapeDtypeStruct(shape, jnp.float32))
+    with _nameless_sources(jax):
+        exported = export.export(jax.jit(function), platforms=PLATFORMS)(
+            params, jax.ShapeDtypeStruct(shape, jnp.float32)
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(exported.serialize())
     return GraphSpec(
@@ -70,7 +75,7 @@ def export_stablehlo(
 
 def write_params(model: AutoencoderKL, directory: Path, precision: str) -> None:
     """The parameters of both graphs, rounded to the precision, in one file."""
-    _, flax_model = _import_jax()
+    _import_jax()
     flax_params = importlib.import_module("runtimes.flax_params")
     dtype = getattr(flax_params.jnp, DTYPES[precision][0])
     tensors = {name: tensor.detach().cpu().numpy().astype(dtype) for name, tensor in model.state_dict().items()}
@@ -85,6 +90,20 @@ def check_available(io_precision: str) -> None:
     _import_jax()
 
 
+@contextmanager
+def _nameless_sources(jax: Any) -> Iterator[None]:
+    """JAX notes beside each operation the file and line that it comes from: paths of this machine."""
+    settings = {"jax_hlo_source_file_canonicalization_regex": ".*", "jax_traceback_in_locations_limit": 0}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 def _import_jax() -> tuple[Any, Any]:
     """JAX, and the model, whose module says what to install where it is missing."""
     flax_model = importlib.import_module("runtimes.flax_model")
@@ -92,5 +111,5 @@ def _import_jax() -> tuple[Any, Any]:
 
 
 def tool_versions() -> dict[str, str]:
-    jax, _ = _import_jax()
+    _import_jax()
     return {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "flax")}

@@ -78,6 +78,8 @@ def tune_bundle(
     Images of `height` x `width` pixels, batch 1. The manifest records what was timed. Raises what `export_bundle`
     raises, and `ConfigError` for a size that is not a multiple of the model's factor.
     """
+    if target == "flax":
+        raise ConfigError("flax bundles are written in one form, the fastest on the CPU: there is nothing to tune")
     check_choices(model, target, precision, "fp32")
     check_output(out, overwrite)
     factor = model.config.downscale
