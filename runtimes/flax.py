@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-# isort: split  (what JAX needs to be installed, the module above says)
+from runtimes import flax_params  # first: where JAX is missing, it says what to install
+
+# isort: split
 import re
 import threading
 from collections import OrderedDict
@@ -13,7 +15,6 @@ import jax
 import numpy as np
 from jax import export
 
-from runtimes import flax_params
 from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
 from runtimes.bundle import GRAPHS, Bundle
 from runtimes.errors import (
@@ -37,7 +38,8 @@ _REACHES_OUT = re.compile(r"custom_call(?! @shape_assertion\()|\b(?:stablehlo|mh
 class FlaxVae(VaeRuntime):
     """A flax bundle in JAX. Safe for threads.
 
-    A graph is compiled for the very shape that it is called with, some seconds each; the last `max_shapes` are kept.
+    A graph is compiled for the very shape that it is called with, some seconds each; of each graph the last
+    `max_shapes` are kept: tiles of one size have up to four, with those at the edges.
     `device` is "cpu", "gpu", "tpu", or one of several as in "gpu:1"; where it is not there, that is
     `BackendUnavailable` and no fall-back. JAX arrays are taken like any other, and answered by NumPy's; to stay on the
     device, use `runtimes.flax_model`.
@@ -57,7 +59,7 @@ class FlaxVae(VaeRuntime):
             raise CompatibilityError(str(error)) from None
         self._max_shapes = max_shapes
         self._lock = threading.Lock()
-        self._compiled: OrderedDict[tuple[str, tuple[int, ...]], Any] = OrderedDict()
+        self._compiled: dict[str, OrderedDict[tuple[int, ...], Any]] = {graph: OrderedDict() for graph in GRAPHS}
         self._graphs = {graph: self._open(bundle, graph, params) for graph in GRAPHS}
 
     @staticmethod
@@ -124,14 +126,15 @@ class FlaxVae(VaeRuntime):
 
     def _compile(self, graph: GraphName, shape: tuple[int, ...]) -> Any:
         with self._lock:  # two threads with a new shape compile it once
-            compiled = self._compiled.pop((graph, shape), None)
+            kept = self._compiled[graph]
+            compiled = kept.pop(shape, None)
             if compiled is None:
                 function, params = self._graphs[graph]
                 x = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._place)  # type: ignore[no-untyped-call]
                 compiled = jax.jit(function).lower(params, x).compile()
-            while len(self._compiled) >= self._max_shapes:
-                self._compiled.popitem(last=False)
-            self._compiled[graph, shape] = compiled  # last: the most recent
+            while len(kept) >= self._max_shapes:
+                kept.popitem(last=False)
+            kept[shape] = compiled  # last: the most recent
         return compiled
 
     def _close(self) -> None:

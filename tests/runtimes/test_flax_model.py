@@ -1,5 +1,6 @@
 """`FlaxAutoencoderKL` against the PyTorch reference and against diffusers' own, and what JAX does to functions."""
 
+import functools
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from test_model import CASES
 
 from runtimes import BackendUnavailable, ConfigError, NumericsError, ShapeError, VaeConfig
 from runtimes.errors import BundleError, CompatibilityError, IntegrityError
+from tools.make_flax_fixtures import random_params
 from vae_export import AutoencoderKL
 
 model = pytest.importorskip("runtimes.flax_model", exc_type=BackendUnavailable)
@@ -89,10 +91,11 @@ def test_results_are_those_of_the_pytorch_reference(name):
     moments = exact.encode_moments(x.double())
     z = moments[:, : vae.latent_channels].float()
 
-    @jax.jit
     def both(params, x, z):
         return encode(vae, params, x).parameters, decode(vae, params, z)
 
+    # Whole networks compile the faster, but for small ones, whose operations are shared between the configs.
+    both = jax.jit(both) if len(vae.block_out_channels) > 2 else both
     ours, sample = both(params, x.numpy(), z.numpy())
     np.testing.assert_allclose(ours.transpose(0, 3, 1, 2), moments.numpy(), rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(sample, exact.decode_latents(z.double()).numpy(), rtol=0, atol=TOLERANCE)
@@ -127,13 +130,13 @@ def test_attention_in_blocks_is_attention(monkeypatch):
 
 
 def test_attention_in_blocks_bounds_the_memory():
-    """4 times the positions: 4 times the memory, not 16 times; scores of 64 x 64 positions alone would be 64 MiB."""
+    """4 times the positions: 4 times the memory, not 16 times. All scores at once would be 1 GiB and more."""
 
     def temporary(count):
         shape = jax.ShapeDtypeStruct((1, count, 16), jnp.float32)
         return jax.jit(flax_layers.attend).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(128 * 128) < 5 * temporary(64 * 64) and temporary(128 * 128) < 128 * 2**20
+    assert temporary(128 * 128) < 5 * temporary(64 * 64) and temporary(128 * 128) < 160 * 2**20
 
 
 @pytest.mark.parametrize(("dtype", "far"), [("bfloat16", 0.25), ("float16", 0.02)])
@@ -194,16 +197,17 @@ def test_latents_are_scaled_as_the_config_says():
 
 
 def test_jit_vmap_and_grad_of_everything(loaded):
-    vae, params, arrays = loaded
-    x = arrays["x"]
+    vae, x = two_levels(), loaded[2]["x"][:, :, :8]
+    params = random_params(vae.shapes())
 
     @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params, x, key):
         posterior = encode(vae, params, x)  # returned from inside, to be used outside
         sample = decode(vae, params, posterior.sample(key), layout="NHWC")
         return ((sample - x) ** 2).mean() + 1e-3 * posterior.kl().mean(), posterior
 
-    (value, posterior), gradient = jax.value_and_grad(loss, has_aux=True)(params, x, jax.random.key(0))
+    (value, posterior), gradient = loss(params, x, jax.random.key(0))
     assert isinstance(posterior, FlaxDiagonalGaussianDistribution) and np.isfinite(value)
     assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
     # The slope along a leaf that everything passes through, against a finite difference.
@@ -213,12 +217,13 @@ def test_jit_vmap_and_grad_of_everything(loaded):
 
     def moved(by):
         changed = jax.tree.map(lambda leaf: kernel + by * direction if leaf is kernel else leaf, params)
-        return float(loss(changed, x, jax.random.key(0))[0])
+        return float(loss(changed, x, jax.random.key(0))[0][0])
 
     slope = (moved(step) - moved(-step)) / (2 * step)
     assert slope == pytest.approx(float((direction**2).sum()), rel=0.02)
-    one_by_one = jax.vmap(lambda image: decode(vae, params, encode(vae, params, image[None]).mode(), layout="NHWC")[0])
-    np.testing.assert_allclose(one_by_one(x), vae.apply({"params": params}, x).sample, rtol=0, atol=TOLERANCE)
+    through = jax.jit(lambda x: vae.apply({"params": params}, x).sample)
+    one_by_one = jax.jit(jax.vmap(lambda image: through(image[None])[0]))
+    np.testing.assert_allclose(one_by_one(x), through(x), rtol=0, atol=TOLERANCE)
 
 
 def test_the_images_buffer_may_be_donated(loaded):
@@ -259,7 +264,7 @@ def far(y):
 mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
 shards = jax.jit(jax.shard_map(through, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P("batch")))
 print(far(shards(params, x)))
-print(far(jax.pmap(through, in_axes=(None, 0))(params, x[:, None])[:, 0]) if sys.argv[2] == "pmap" else 0.0)
+print(far(jax.pmap(through, in_axes=(None, 0))(params, x[:, None])[:, 0]))
 mesh = jax.make_mesh((2, 2, 2), ("batch", "rows", "columns"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 place = NamedSharding(mesh, P("batch", None, "rows", "columns"))
 split = jax.jit(through, in_shardings=(NamedSharding(mesh, P()), place), out_shardings=place)
@@ -269,7 +274,7 @@ print(far(split(params, x)))
 
 def test_batch_and_space_are_sharded_over_eight_devices(alone, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    differences = [float(line) for line in alone(ON_A_MESH, FIXTURE, "shard_map")]
+    differences = [float(line) for line in alone(ON_A_MESH, FIXTURE)]
     assert len(differences) == 3 and max(differences) < TOLERANCE
 
 
@@ -286,7 +291,9 @@ def test_fields_and_defaults_are_those_of_the_config():
 
 
 def test_init_weights_gives_complete_random_parameters():
-    vae = two_levels(mid_block_add_attention=False, use_quant_conv=False)
+    vae = FlaxAutoencoderKL(
+        **{**SMALL, "block_out_channels": (8,)}, mid_block_add_attention=False, use_quant_conv=False
+    )
     params = vae.init_weights(jax.random.key(0))
     flax_params.check_params(params, vae.shapes(), "params")
     assert "attentions_0" not in params["encoder"]["mid_block"] and "quant_conv" not in params
@@ -392,13 +399,14 @@ BAD = {
     "nested without end": (lambda: b"\x81\xa1a" * 3000 + b"\x90", ConfigError, "msgpack|nested"),
     "a list": (lambda: flax_params.serialization.msgpack_serialize([np.zeros(3)]), ConfigError, "but a list"),
     "another model": (
-        lambda: (FIXTURES / "three-levels" / MSGPACK).read_bytes(), ConfigError, r"missing: .*; \d+ unexpected: .*down_blocks_2",
+        lambda: (FIXTURES / "three-levels" / MSGPACK).read_bytes(), ConfigError,
+        r"missing: .*resnets_2.*; \d+ unexpected: .*up_blocks_2.*; \d+ of another shape: ",
     ),
     "a missing leaf": (
         lambda: changed(lambda p: p["decoder"]["mid_block"]["attentions_0"]["query"].pop("kernel")), ConfigError,
         "1 missing: decoder/mid_block/attentions_0/query/kernel$",
     ),
-    "another shape": (lambda: changed(set_leaf(np.zeros(7, np.float32))), ConfigError, r"conv_in/bias \[7\], not \[8\]"),
+    "another shape": (lambda: changed(set_leaf(np.zeros(7, np.float32))), ConfigError, r"bias \[7\], not \[8\]"),
     "integers": (lambda: changed(set_leaf(np.zeros(8, np.int32))), ConfigError, r"conv_in/bias \(int32\)"),
     "a number": (lambda: changed(set_leaf(1.0)), ConfigError, r"conv_in/bias \(float\)"),
     "NaN": (lambda: changed(set_leaf(np.full(8, np.nan, np.float32))), NumericsError, "encoder/conv_in/bias"),
@@ -430,8 +438,8 @@ def test_a_directory_that_is_no_checkpoint_is_named(tmp_path, tiny_bundle):
     (path / MSGPACK).unlink()
     with pytest.raises(ConfigError, match=f"{SAFETENSORS} does not exist, nor is there {MSGPACK}"):
         FlaxAutoencoderKL.from_pretrained(path)
-    with pytest.raises(ConfigError, match="layers_per_block"):
-        FlaxAutoencoderKL.from_pretrained(copied(tmp_path / "b", config={"layers_per_block": 64, "norm_num_groups": 8}))
+    with pytest.raises(ConfigError, match=r"32 missing: decoder/.*resnets_3"):
+        FlaxAutoencoderKL.from_pretrained(copied(tmp_path / "b", config={"layers_per_block": 3}))
 
 
 def test_a_place_that_cannot_be_written_is_named_and_parameters_are_checked_first(loaded, tmp_path):
