@@ -9,6 +9,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -27,6 +28,11 @@ from runtimes.errors import (
     VaeError,
     is_out_of_memory,
 )
+
+try:
+    import flatbuffers  # noqa: F401  (jax.export reads and writes its files with it, but does not require it)
+except ImportError:
+    raise BackendUnavailable("flatbuffers is not installed: pip install 'vae-export[flax]'") from None
 
 _DEVICE = re.compile(r"(cpu|gpu|tpu)(?::(\d+))?")
 _ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError)  #: what JAX and XLA raise
@@ -59,7 +65,9 @@ class FlaxVae(VaeRuntime):
             raise CompatibilityError(str(error)) from None
         self._max_shapes = max_shapes
         self._lock = threading.Lock()
-        self._compiled: dict[str, OrderedDict[tuple[int, ...], Any]] = {graph: OrderedDict() for graph in GRAPHS}
+        self._compiled: dict[str, OrderedDict[tuple[int, ...], Future[Any]]] = {
+            graph: OrderedDict() for graph in GRAPHS
+        }
         self._graphs = {graph: self._open(bundle, graph, params) for graph in GRAPHS}
 
     @staticmethod
@@ -125,17 +133,23 @@ class FlaxVae(VaeRuntime):
             raise VaeError(f"JAX failed in the {graph} of {list(x.shape)}: {_reason(error)}") from None
 
     def _compile(self, graph: GraphName, shape: tuple[int, ...]) -> Any:
-        with self._lock:  # two threads with a new shape compile it once
-            kept = self._compiled[graph]
-            compiled = kept.pop(shape, None)
-            if compiled is None:
-                function, params = self._graphs[graph]
-                x = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._place)  # type: ignore[no-untyped-call]
-                compiled = jax.jit(function).lower(params, x).compile()
+        kept = self._compiled[graph]
+        with self._lock:
+            found = kept.pop(shape, None)
+            future: Future[Any] = found or Future()
             while len(kept) >= self._max_shapes:
                 kept.popitem(last=False)
-            kept[shape] = compiled  # last: the most recent
-        return compiled
+            kept[shape] = future  # last: the most recent
+        if found is None:  # outside of the lock: threads with another shape need not wait
+            try:
+                function, params = self._graphs[graph]
+                x = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._place)  # type: ignore[no-untyped-call]
+                future.set_result(jax.jit(function).lower(params, x).compile())
+            except BaseException as error:  # whatever it is, those that wait for it are to have it
+                with self._lock:
+                    kept.pop(shape, None)
+                future.set_exception(error)
+        return future.result()
 
     def _close(self) -> None:
         self._graphs.clear()

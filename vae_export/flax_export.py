@@ -105,7 +105,8 @@ def _nameless_sources(jax: Any) -> Iterator[None]:
 
 
 def _import_jax() -> tuple[Any, Any]:
-    """JAX, and the model, whose module says what to install where it is missing."""
+    """JAX, and the model; this and the runtime say what to install where it is missing."""
+    importlib.import_module("runtimes.flax")
     flax_model = importlib.import_module("runtimes.flax_model")
     return importlib.import_module("jax"), flax_model
 

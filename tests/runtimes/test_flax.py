@@ -314,14 +314,14 @@ print(*sys.modules)
     assert not {"runtimes.flax_model", "runtimes.flax_layers"} & set(after.split())
 
 
-@pytest.mark.parametrize("missing", ["jax", "flax"])
+@pytest.mark.parametrize("missing", ["jax", "flax", "flatbuffers"])
 def test_where_jax_is_missing_the_error_says_what_to_install(alone, tiny_bundle, missing):
     program = f"""
 import sys, runtimes
 sys.modules["{missing}"] = None
 try: runtimes.open_vae(sys.argv[1])
 except runtimes.BackendUnavailable as error: print(error)
-try: import runtimes.flax_model
+try: import runtimes.flax
 except runtimes.BackendUnavailable as error: print(error)
 """
     assert all("pip install 'vae-export[flax]'" in line for line in alone(program, tiny_bundle))
