@@ -210,6 +210,7 @@ ARTIFACTS: dict[str, Callable[[AutoencoderKL, Path], None]] = {
     "ours-onnx-fp32": partial(write_ours, target="onnx", precision="fp32"),
     "ours-openvino-fp32": partial(write_ours, target="openvino", precision="fp32"),
     "ours-openvino-bf16": partial(write_ours, target="openvino", precision="bf16"),
+    "ours-flax-fp32": partial(write_ours, target="flax", precision="fp32"),
     "ours-openvino-int8": partial(write_ours, target="openvino", precision="int8"),
 }
 #: what rows import; imported before the clock of loading starts
@@ -241,6 +242,7 @@ ROWS = (
     Row("openvino reshaped", "fp32", False, "plain-openvino", ("openvino",), reshaped),
     Row("ours onnxruntime", "fp32", True, "ours-onnx-fp32", (*OURS, "onnxruntime"), open_ours),
     Row("ours openvino", "fp32", True, "ours-openvino-fp32", (*OURS, "openvino"), open_ours),
+    Row("ours flax", "fp32", True, "ours-flax-fp32", (*OURS, "jax"), open_ours),
     Row("torch channels_last", "bf16", False, "diffusers-bf16", TORCH, channels_last),
     Row("torch.compile", "bf16", False, "diffusers-bf16", TORCH, compiled),
     Row("openvino plain", "bf16", False, "plain-openvino", ("openvino",), open_plain_openvino),

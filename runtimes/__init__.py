@@ -53,6 +53,7 @@ __all__ = [
 BACKENDS = {
     "onnxruntime": "runtimes.onnxruntime:OnnxRuntimeVae",
     "openvino": "runtimes.openvino:OpenVinoVae",
+    "flax": "runtimes.flax:FlaxVae",
     "tensorrt": "runtimes.tensorrt:TensorRtVae",
     "tensorrt-rtx": "runtimes.tensorrt:TensorRtRtxVae",
 }
@@ -60,6 +61,7 @@ BACKENDS = {
 BACKENDS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "onnx": ("onnxruntime", "tensorrt", "tensorrt-rtx"),
     "openvino": ("openvino",),
+    "flax": ("flax",),
     "tensorrt": ("tensorrt",),
     "tensorrt-rtx": ("tensorrt-rtx",),
 }

@@ -157,6 +157,24 @@ def tensorrt_bundle(onnx_bundle, tmp_path_factory):
     return build
 
 
+@pytest.fixture(scope="session")
+def flax_bundle(tiny_model, tmp_path_factory):
+    """flax_bundle(precision): the path of the tiny model's flax bundle, exported when it is first asked for.
+
+    Not validated: that compiles a dozen shapes. `test_flax_export` does it once.
+    """
+    if importlib.util.find_spec("flax") is None:
+        pytest.skip("pip install 'vae-export[flax]'")
+
+    @functools.cache
+    def export(precision):
+        path = tmp_path_factory.mktemp("flax") / precision
+        export_bundle(tiny_model, path, target="flax", precision=precision, run_validation=False)
+        return path
+
+    return export
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle, tmp_path):
     """bundle_copy(edit, files): a copy to tamper with.

@@ -16,7 +16,7 @@ from runtimes import BackendUnavailable
 
 REPOSITORY = Path(__file__).parent.parent
 DESIGNED_EXTRAS = {"export", "cpu", "gpu", "rtx", "openvino", "int8", "flax", "ray", "report", "dev"}
-IMPLEMENTED_EXTRAS = {"export", "cpu", "gpu", "rtx", "openvino", "int8", "report", "dev"}
+IMPLEMENTED_EXTRAS = {"export", "cpu", "gpu", "rtx", "openvino", "int8", "flax", "report", "dev"}
 
 ROUNDTRIP = """
 import importlib.util, sys

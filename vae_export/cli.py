@@ -59,7 +59,8 @@ BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_def
 Device = Annotated[
     Optional[str],
     typer.Option(
-        help="cpu, cuda or cuda:N; gpu or npu for OpenVINO.  [default: cpu; cuda for TensorRT]", show_default=False
+        help="cpu, cuda or cuda:N; gpu or npu for OpenVINO, gpu or tpu for JAX.  [default: cpu; cuda for TensorRT]",
+        show_default=False,
     ),
 ]
 Backend = Annotated[Optional[str], typer.Option(help="Another backend than the bundle's default.")]
@@ -88,7 +89,7 @@ def export(
     context: typer.Context,
     to: Annotated[
         Optional[str],
-        typer.Option("--to", help="What to build: onnx, openvino, tensorrt or tensorrt-rtx.", show_default=False),
+        typer.Option("--to", help="What to build: onnx, openvino, flax, tensorrt or tensorrt-rtx.", show_default=False),
     ] = None,
     model: Model = None,
     out_dir: Annotated[
@@ -164,7 +165,7 @@ def export(
     if context.invoked_subcommand is not None:
         return
     if to is None:
-        raise typer.BadParameter("give what to build: --to onnx, openvino, tensorrt or tensorrt-rtx")
+        raise typer.BadParameter("give what to build: --to onnx, openvino, flax, tensorrt or tensorrt-rtx")
     exporter = _import_exporter()
     with progress_bar() as progress:
         progress(f"Loading {model or 'the embedded model'}", 0, 1)

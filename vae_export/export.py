@@ -14,7 +14,7 @@ from runtimes import Bundle, open_vae
 from runtimes.bundle import ENGINE_TARGETS, GRAPHS, Engine, GraphSpec, Manifest
 from runtimes.errors import ConfigError
 from runtimes.profiles import checked
-from vae_export import __version__, onnx_graphs, openvino_ir, tensorrt_engines
+from vae_export import __version__, flax_export, onnx_graphs, openvino_ir, tensorrt_engines
 from vae_export.bundle import check_output, write_bundle
 from vae_export.checkpoint import CONFIG_FILE, is_single_file, load_model
 from vae_export.hub import Hub
@@ -51,11 +51,13 @@ __all__ = [
 TARGETS = {
     "onnx": "model.onnx",
     "openvino": "openvino_model.xml",
+    "flax": "model.stablehlo",
     "tensorrt": tensorrt_engines.ONNX_FILE,
     "tensorrt-rtx": tensorrt_engines.ONNX_FILE,
 }
 PRECISIONS = tuple(THRESHOLDS)
 IO_PRECISIONS = ("fp32", "same")
+WRITERS = {"openvino": openvino_ir.export_ir, "flax": flax_export.export_stablehlo}  #: the others write ONNX
 
 #: (target, precision) -> the form of its graphs: the fastest on the CPU that it was measured on; see docs/speed.md.
 FORMS = {
@@ -68,6 +70,7 @@ FORMS = {
     ("openvino", "fp16"): Form(upsample="deconv"),
     ("openvino", "bf16"): Form(upsample="deconv", norm="rows", last_block="lean"),
     ("openvino", "int8"): Form(upsample="deconv", norm="rows", last_block="lean"),
+    **dict.fromkeys((("flax", "fp32"), ("flax", "bf16")), flax_export.FORM),
     # Not timed, for want of a GPU: four convolutions of a quarter each build in all precisions, and norms by rows say
     # which digits they keep, whatever runs them; `tune` on a GPU finds out what is the fastest there.
     **{
@@ -102,6 +105,7 @@ def export_bundle(
 
     In fp16 and bf16 the activations are first rescaled by powers of two, exactly, so that they cannot overflow
     (`rescale_activations`); how large they get is measured on the photographs in `calibrate`, or on the embedded ones.
+    Not so for flax: bf16 has the range of fp32, and its parameters stay those of the checkpoint, for JAX to train on.
     The precision is fp32 unless given, and fp16 for TensorRT. Inputs and outputs stay float32 unless `io_precision` is
     "same". `forms` chooses, for each graph, among its exact rewrites; without it, `FORMS` has what was the fastest
     where it was measured. `tuning` is a record of how they were chosen, for the manifest. `engine` says for which GPUs
@@ -124,7 +128,7 @@ def export_bundle(
     forms = forms or dict.fromkeys(GRAPHS, FORMS[target, precision])
     exact: AutoencoderKL = model
     rewrites: list[Mapping[str, Any]] = []
-    if precision in HALVES and rescale:
+    if precision in HALVES and rescale and target != "flax":
         exact, record = rescaled(model, calibrate, progress)
         rewrites.append(record)
     rewrites += _form_records(forms)
@@ -145,13 +149,15 @@ def export_bundle(
                 spec, record = _write_int8(model, graph, path, forms[graph], calibration[graph], cases)
                 rewrites.append(record)
             else:
-                write = openvino_ir.export_ir if target == "openvino" else onnx_graphs.export_onnx
+                write = WRITERS.get(target, onnx_graphs.export_onnx)
                 spec = write(exact, graph, path, precision=precision, io_precision=io_precision, form=forms[graph])
             if engine is not None:
                 factor = model.config.downscale
                 spec = tensorrt_engines.build_graph(engine, graph, spec, path, factor, progress)
             graphs[graph] = replace(spec, file=f"{path.parent.name}/{spec.file}")
             (path.parent / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
+        if target == "flax":
+            flax_export.write_params(model, writer.directory, precision)
         (writer.directory / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
         manifest = Manifest(
             version=__version__,
@@ -295,6 +301,8 @@ def check_choices(model: AutoencoderKL, target: str, precision: str, io_precisio
         raise ConfigError("NumPy has no bfloat16: a bf16 bundle takes and gives float32 (--io-precision fp32)")
     if target == "openvino":
         openvino_ir.check_available(precision, io_precision)
+    if target == "flax":
+        flax_export.check_available(io_precision)
     if model.config.scaling_factor is None:
         raise ConfigError(
             "the checkpoint does not say its scaling_factor, and a bundle without one could not turn latents into "
@@ -329,7 +337,8 @@ def _tool_versions(target: str, engine: Engine | None) -> dict[str, str]:
     tools = {"python": platform.python_version(), **onnx_graphs.tool_versions()}
     if engine is not None:
         tools |= tensorrt_engines.tool_versions(engine)
-    return tools | openvino_ir.tool_versions() if target == "openvino" else tools
+    own = {"openvino": openvino_ir.tool_versions, "flax": flax_export.tool_versions}.get(target, dict)
+    return tools | own()
 
 
 def not_runnable_here(target: str, precision: str) -> str | None:

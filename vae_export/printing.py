@@ -214,7 +214,7 @@ def plot_ranges(found: MeasuredRanges, path: Path) -> None:
 
 
 PACKAGES = (
-    "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "jax",
+    "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "jax", "flax",
     "torch", "onnx", "onnxscript", "safetensors", "huggingface_hub", "diffusers",
 )  # fmt: skip
 

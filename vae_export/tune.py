@@ -85,6 +85,8 @@ def tune_bundle(
     raises, and `ConfigError` for a size that is not a multiple of the model's factor.
     """
     precision = DEFAULT_PRECISION.get(target, "fp32") if precision is None else precision
+    if target == "flax":
+        raise ConfigError("flax bundles are written in one form, the fastest on the CPU: there is nothing to tune")
     check_choices(model, target, precision, "fp32")
     check_output(out, overwrite)
     factor = model.config.downscale
