@@ -175,7 +175,7 @@ def export(
             shift_factor=shift_factor,
             hub=exporter.Hub(revision=revision),
         )
-        precision = precision or exporter.DEFAULT_PRECISION.get(to, "fp32")
+        precision = exporter.DEFAULT_PRECISION.get(to, "fp32") if precision is None else precision
         path = out_dir or Path(f"vae-{to}-{precision}")
         engine = None
         if to in ENGINE_TARGETS or any((height, width, batch, opt, profile, gpu)):

@@ -113,7 +113,7 @@ def export_bundle(
     Raises `ConfigError` for a model that cannot be exported, `NumericsError` (with the numbers) where the graphs are
     too far from the model or overflow, `BundleError` where `out` exists or cannot be written.
     """
-    precision = precision or DEFAULT_PRECISION.get(target, "fp32")
+    precision = DEFAULT_PRECISION.get(target, "fp32") if precision is None else precision
     check_choices(model, target, precision, io_precision)
     check_output(out, overwrite)
     if target in ENGINE_TARGETS:
