@@ -229,8 +229,10 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             self._thread = 0
             self._ran: tuple[int, ...] | None = None  # the shape of the last run outside of a capture
 
-        def _state(self) -> Any:
-            return self._profile, self._shape, self._memory, sorted(self._addresses.items())
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in ("_profile", "_shape", "_memory", "_addresses") and getattr(self, name, None) != value:
+                super().__setattr__("_version", getattr(self, "_version", 0) + 1)  # it was told something else
+            super().__setattr__(name, value)
 
         def _alone(self) -> None:
             """From set_input_shape on, the rest has to come from the same thread."""
@@ -275,7 +277,7 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             self._memory = memory, size
 
         def set_tensor_address(self, name: str, memory: int) -> Answer:
-            self._addresses[name] = memory
+            self._addresses = {**self._addresses, name: memory}
             known = name in (self._engine._input.name, self._engine._output.name)
             return Answer(known and memory != 0, "set_tensor_address")
 
@@ -287,14 +289,16 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
             source, target = (self._addresses.get(side.name) for side in sides)
             gpu.check(bool(source and target), "execute with an address missing")
             gpu.check_device("execute_async_v3")
-            shape, memory, state = self._shape, self._memory, self._state()
+            shape, memory, version = self._shape, self._memory, self._version
             captured = stream_handle in gpu.captures
             gpu.check(not captured or self._ran == shape, "the first run of a shape is captured")
             self._ran = shape
 
             def work() -> None:
-                same = not captured or self._state() == state
-                gpu.check(same, "a graph is launched of a context that was told something else since")
+                gpu.check(
+                    not captured or self._version == version,
+                    "a graph is launched of a context that was told something else since",
+                )
                 self._engine._compute(shape, source, target, memory)
 
             gpu.put(stream_handle, work)
