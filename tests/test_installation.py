@@ -15,8 +15,21 @@ import vae_export
 from runtimes import BackendUnavailable
 
 REPOSITORY = Path(__file__).parent.parent
-DESIGNED_EXTRAS = {"export", "cpu", "gpu", "rtx", "openvino", "int8", "flax", "ray", "report", "dev"}
-IMPLEMENTED_EXTRAS = {"export", "cpu", "gpu", "rtx", "openvino", "int8", "report", "dev"}
+DESIGNED_EXTRAS = {
+    "export",
+    "cpu",
+    "gpu",
+    "tensorrt",
+    "rtx",
+    "openvino",
+    "int8",
+    "diffusers",
+    "flax",
+    "ray",
+    "report",
+    "dev",
+}
+IMPLEMENTED_EXTRAS = {"export", "cpu", "gpu", "rtx", "openvino", "int8", "diffusers", "report", "dev"}
 
 ROUNDTRIP = """
 import importlib.util, sys
