@@ -5,8 +5,9 @@ A backend is a subclass with `_run` and `_close`, over arrays that have already 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from runtimes.bundle import Bundle, GraphSpec
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError, NumericsError, ShapeError, VaeError
 from runtimes.images import Images, as_uint8_batch, to_float, to_uint8
+from runtimes.layout import as_pixels, channels_first, channels_first_floats, channels_last
 from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
 from runtimes.posterior import DiagonalGaussianDistribution, array_module
 from runtimes.tiling import TilingAndSlicing
@@ -42,6 +44,10 @@ class VaeRuntime(TilingAndSlicing, ABC):
         self.spec: Mapping[str, GraphSpec] = bundle.manifest.graphs
         self.precision = bundle.manifest.precision
         self.check_finite = check_finite
+        if check_finite and self.spec["decoder"].output.dtype == "uint8":
+            raise ConfigError(
+                "check_finite finds no NaN in pixels, which is what this bundle's decoder gives (--io uint8)"
+            )
         self._closed = False
         self._set_up_tiling()
 
@@ -61,16 +67,20 @@ class VaeRuntime(TilingAndSlicing, ABC):
         """Images, float [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, C, H/f, W/f].
 
         H and W must be multiples of f (`ShapeError` names the size to pad to). Any float dtype is taken; moments come
-        in the graph's output dtype.
+        in the graph's output dtype. A bundle exported with `--io uint8` takes uint8 [B, H, W, 3] instead.
         """
-        x = self._checked(x, "images", self.config.in_channels, multiple_of=self.config.downscale)
+        if self.spec["encoder"].input.dtype == "uint8":
+            x = self._checked_pixels(x)
+        else:
+            x = self._checked(x, "images", self.config.in_channels, multiple_of=self.config.downscale)
         posterior = DiagonalGaussianDistribution(self._apply("encoder", x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: Any, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Any]:
         """Raw (unscaled) latents, float [B, latent_channels, h, w] -> images [B, out_channels, f*h, f*w], not clipped.
 
-        `generator` is accepted, as in diffusers, and not used: decoding is deterministic.
+        A bundle exported with `--io uint8` gives uint8 [B, f*h, f*w, 3] instead. `generator` is accepted, as in
+        diffusers, and not used: decoding is deterministic.
         """
         z = self._checked(z, "latents", self.config.latent_channels, multiple_of=1)
         sample = self._apply("decoder", z)
@@ -81,11 +91,13 @@ class VaeRuntime(TilingAndSlicing, ABC):
     def images_to_latents(self, images: Images, generator: Any = None) -> Array:
         """uint8 [B, H, W, 3] or [H, W, 3], PIL images or paths -> latents as a diffusion model takes them.
 
+        Of images and files orientation is applied and transparency laid over white: see `runtimes.images.load_image`.
         The latents are scaled and shifted: the posterior's mode, or a draw from it where a generator is given.
         `ConfigError` where the checkpoint did not say its scaling_factor.
         """
         scale = self._latent_scale()
-        posterior = self.encode(to_float(as_uint8_batch(images)))[0]
+        pixels = as_uint8_batch(images)
+        posterior = self.encode(pixels if self.spec["encoder"].input.dtype == "uint8" else to_float(pixels))[0]
         z = posterior.mode() if generator is None else posterior.sample(generator)
         multiply, add = scale
         return np.asarray((z - add) * multiply, dtype=np.float32)
@@ -97,7 +109,13 @@ class VaeRuntime(TilingAndSlicing, ABC):
         """
         multiply, add = self._latent_scale()
         raw = self._checked(latents, "latents", self.config.latent_channels, multiple_of=1)
-        sample = self.decode((on_host(raw) / multiply + add).astype(np.float32))[0]
+        raw = on_host(raw)
+        if self.spec["decoder"].output.dtype == "uint8" and not np.isfinite(raw).all():
+            raise NumericsError("the latents hold NaN or infinity: no image")  # pixels would not show it
+        sample = self.decode((raw / multiply + add).astype(np.float32))[0]
+        if sample.dtype == np.uint8:
+            pixels: npt.NDArray[np.uint8] = sample
+            return pixels
         if not np.isfinite(sample).all():
             raise NumericsError(f"the decoder of this {self.precision} bundle gave NaN or infinity: no image")
         return to_uint8(sample)
@@ -113,10 +131,27 @@ class VaeRuntime(TilingAndSlicing, ABC):
         return multiply, add
 
     def _apply(self, graph: GraphName, x: Any) -> Any:
-        result = self._in_parts(lambda part: self._run(graph, part), x, graph)
+        spec = self.spec[graph]
+        run: Callable[[Any], Any] = functools.partial(self._run, graph)
+        if spec.input.dtype == "uint8":
+            result = self._in_parts(lambda part: run(channels_last(part)), channels_first(x), graph)
+        elif spec.output.dtype == "uint8":
+            # Blended as floats: each blending of pixels would lose what is below a whole step.
+            as_tile = channels_first_floats if self.use_tiling else channels_first
+            result = as_pixels(self._in_parts(lambda part: as_tile(run(part)), x, graph))
+        else:
+            result = self._in_parts(run, x, graph)
         if self.check_finite and not bool(array_module(result).isfinite(result).all()):
             raise NumericsError(f"the {graph} of this {self.precision} bundle gave NaN or infinity")
         return result
+
+    def _output_shape(self, graph: GraphName, shape: Sequence[int]) -> tuple[int, ...]:
+        """What a graph makes of an input of this shape."""
+        source, target, factor = self.spec[graph].input, self.spec[graph].output, self.config.downscale
+        _, height, width = (shape[axis] for axis in source.axes)
+        sides = [side // factor if graph == "encoder" else side * factor for side in (height, width)]
+        sizes = dict(zip(target.axes, (int(target.shape[target.axes[0]]), *sides), strict=True))
+        return (shape[0], *(sizes[axis] for axis in (1, 2, 3)))
 
     # Checking at the edge -------------------------------------------------------------------------------------------
 
@@ -135,13 +170,21 @@ class VaeRuntime(TilingAndSlicing, ABC):
             raise ShapeError(f"{what} are floating point, not {x.dtype}; uint8 images go to images_to_latents")
         if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
             raise ShapeError(f"{what} are [B, {channels}, height, width], not {list(x.shape)}")
-        for axis, name in ((2, "height"), (3, "width")):
-            size = x.shape[axis]
-            if size % multiple_of:
-                padded = size + -size % multiple_of
-                raise ShapeError(f"{name} {size} is not a multiple of {multiple_of}; pad to {padded}")
+        _check_sides(x.shape[2:], multiple_of)
         dtype = self.spec["encoder" if what == "images" else "decoder"].input.dtype
         return x.detach().to(getattr(xp, dtype)) if is_torch else x.astype(dtype, copy=False)
+
+    def _checked_pixels(self, x: Any) -> Any:
+        """`x` as uint8 [B, H, W, 3] for a graph that takes that."""
+        if self._closed:
+            raise VaeError("this VAE was closed; open the bundle again")
+        x = x.detach() if hasattr(x, "detach") else np.asarray(x)
+        if str(x.dtype).removeprefix("torch.") != "uint8" or x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape:
+            raise ShapeError(
+                f"this bundle takes uint8 images [B, height, width, 3] (--io uint8), not {x.dtype} {list(x.shape)}"
+            )
+        _check_sides(x.shape[1:3], self.config.downscale)
+        return x
 
     # Life -----------------------------------------------------------------------------------------------------------
 
@@ -168,6 +211,14 @@ def on_host(x: Any) -> Array:
     if array_module(x) is np:
         return np.asarray(x)
     return np.asarray(x.detach().cpu().numpy() if hasattr(x, "detach") else x.get())
+
+
+def _check_sides(sides: Sequence[int], multiple_of: int) -> None:
+    """`ShapeError` unless height and width are multiples."""
+    for name, size in zip(("height", "width"), sides, strict=True):
+        if size % multiple_of:
+            padded = size + -size % multiple_of
+            raise ShapeError(f"{name} {size} is not a multiple of {multiple_of}; pad to {padded}")
 
 
 def answer_in_kind(function: Callable[[Array], Array], x: Any) -> Any:

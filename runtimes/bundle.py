@@ -35,7 +35,7 @@ MANIFEST_KEYS = (
 )
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 GRAPHS = ("encoder", "decoder")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "uint8")
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
 _GPU = re.compile(r"sm\d{2,3}")
@@ -53,8 +53,13 @@ class TensorSpec:
     """An input or output of a graph. Dimensions are numbers, or names where they are free."""
 
     name: str
-    dtype: str  #: as NumPy calls it: float32, float16, ...
+    dtype: str  #: as NumPy calls it: float32, float16, ...; uint8 for pixels
     shape: tuple[int | str, ...]
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        """Where channels, height and width are: pixels have their channels last, as images are stored."""
+        return (3, 1, 2) if self.dtype == "uint8" else (1, 2, 3)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Images: uint8 arrays, PIL images and files to and from the arrays that the VAE works on.
 
+Arrays are RGB as they are; what has transparency, a palette, one channel or an orientation comes as a PIL image or a
+file, which say so: see `load_image`.
+
 The conversion and its rounding are those of diffusers' VaeImageProcessor: x = u / 127.5 - 1, and back
 u = round(255 * clip(x / 2 + 0.5, 0, 1)), halves to even.
 """
@@ -7,27 +10,45 @@ u = round(255 * clip(x / 2 + 0.5, 0, 1)), halves to even.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from runtimes.errors import ShapeError
 from runtimes.files import written_whole
 
 Images: TypeAlias = Any
-"""uint8 [B, H, W, 3] or [H, W, 3], a PIL image, a path, or a list of PIL images or paths."""
+"""uint8 [B, H, W, 3] or [H, W, 3], a PIL image, a path, or a list of PIL images, paths or arrays [H, W, 3]."""
+
+#: EXIF orientation -> what makes the stored pixels upright; 1, or anything else, is upright already
+ORIENTATION, UPRIGHT = (
+    0x0112,
+    {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    },
+)
 
 
 def load_image(source: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
     """A photograph as uint8 [H, W, 3].
 
     EXIF orientation is applied. Transparent pixels are laid over white; grey, palette and CMYK become RGB; 16-bit grey
-    keeps its high byte. Raises `ShapeError` for what is not an image, is cut short, or has more pixels than Pillow's
-    limit against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
+    keeps its high byte. Colours are taken as sRGB: a profile in the file is not applied. Of several frames it is the
+    first.
+
+    Raises `ShapeError` for what is not an image, is cut short, has grey values of 32 bits or floats (nobody knows which
+    of them is white), or more pixels than Pillow's limit against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     if not isinstance(source, (str, os.PathLike, Image.Image)):
         raise ShapeError(f"an image is an array, a PIL image or a path, not {type(source).__name__}")
@@ -49,7 +70,9 @@ def load_image(source: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
         raise ShapeError(f"{source} is not an image in a format that Pillow reads") from None
     except FileNotFoundError:
         raise ShapeError(f"{source} does not exist") from None
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:  # RuntimeError: a broken AVIF
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error) as error:
+        # All of these come out of Pillow for broken files: RuntimeError for an AVIF, the last two for tags of the wrong
+        # type in a TIFF or EXIF.
         raise ShapeError(f"{source} cannot be read as an image: {error}") from None
 
 
@@ -66,20 +89,36 @@ def as_uint8_batch(images: Images) -> npt.NDArray[np.uint8]:
     if isinstance(images, Sequence):
         if not images:
             raise ShapeError("an empty list of images")
-        arrays = [image if isinstance(image, np.ndarray) else load_image(image) for image in images]
+        arrays = [image if _is_array(image) else load_image(image) for image in images]
+        arrays = [_on_host(array) for array in arrays]
+        for array in arrays:
+            if array.ndim != 3:
+                raise ShapeError(f"images of a list are [H, W, 3], not {list(array.shape)}; {_AS_PIL}")
         sizes = {array.shape for array in arrays}
         if len(sizes) > 1:
             shown = ", ".join(str(list(size)) for size in sorted(sizes)[:5])
             raise ShapeError(f"images of one batch must be of one size; these are {shown}")
         images = np.stack(arrays)
-    array = np.asarray(images)
+    array = _on_host(images)
     if array.dtype != np.uint8:
         raise ShapeError(f"images are uint8 in 0..255, not {array.dtype}; for float arrays in [-1, 1] use encode")
     if array.ndim == 3:
         array = array[None]
     if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
-        raise ShapeError(f"images are [B, H, W, 3] or [H, W, 3], not {list(array.shape)}")
+        raise ShapeError(f"images are [B, H, W, 3] or [H, W, 3], not {list(array.shape)}; {_AS_PIL}")
     return array
+
+
+_AS_PIL = "what is grey or has transparency is given as PIL.Image.fromarray(array)"
+
+
+def _is_array(image: Any) -> bool:
+    return hasattr(image, "__array__") and not isinstance(image, Image.Image)
+
+
+def _on_host(array: Any) -> npt.NDArray[Any]:
+    """NumPy's view of an array, or of a torch tensor wherever it is."""
+    return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
 def to_float(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -119,11 +158,17 @@ def crop_to_multiple(pixels: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[
 
 
 def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
-    image = ImageOps.exif_transpose(image)
+    # Not ImageOps.exif_transpose: it writes all tags anew, and fails where any of them is broken.
+    upright = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    if upright is not None:
+        image = image.transpose(upright)
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        # Pillow would clip these at 255.
-        high_byte = np.clip(np.asarray(image).astype(np.int64) // 256, 0, 255).astype(np.uint8)
-        return np.stack([high_byte] * 3, axis=-1)
+        values = np.asarray(image).astype(np.int64)  # Pillow would clip these at 255
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"grey values from {values.min()} to {values.max()}, where 16 bits have 0 to 65535")
+        return np.stack([(values // 256).astype(np.uint8)] * 3, axis=-1)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, of which nobody knows which value is white")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"))

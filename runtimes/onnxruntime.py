@@ -21,7 +21,12 @@ except ImportError:
     ) from None
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
+_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "uint8": "tensor(uint8)",
+}
 _STATE = ort.capi.onnxruntime_pybind11_state
 #: what a session raises while it runs: they have no common base but Exception. The arena's lack of memory is a Fail.
 _RUN_ERRORS = (_STATE.Fail, _STATE.RuntimeException, _STATE.InvalidArgument, _STATE.EPFail, _STATE.NotImplemented)
@@ -113,9 +118,7 @@ class OnnxRuntimeVae(VaeRuntime):
         """A torch tensor on the GPU: bound where it is, the answer allocated beside it."""
         torch, spec = array_module(x), self.spec[graph]
         x = x.contiguous()
-        factor, channels = self.config.downscale, spec.output.shape[1]
-        scale = (1 / factor) if graph == "encoder" else factor
-        shape = (x.shape[0], channels, int(x.shape[2] * scale), int(x.shape[3] * scale))
+        shape = self._output_shape(graph, x.shape)
         result = torch.empty(shape, dtype=getattr(torch, spec.output.dtype), device=x.device)
         binding = self._sessions[graph].io_binding()
         for bind, tensor, info in (

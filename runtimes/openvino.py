@@ -35,7 +35,7 @@ except ImportError:
     raise BackendUnavailable("OpenVINO is not installed: pip install 'vae-export[openvino]'") from None
 
 _ERRORS = (RuntimeError, MemoryError)  #: what OpenVINO raises
-_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}
 
 
 class OpenVinoVae(VaeRuntime):

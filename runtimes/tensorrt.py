@@ -160,8 +160,14 @@ class TensorRtRtxVae(TensorRtVae):
 
 def job_of(engine: Engine, graph: str, spec: GraphSpec, factor: int) -> BuildJob:
     """What the builder has to know of a graph."""
-    channels = int(spec.input.shape[1])
-    shapes = tuple(tuple(profile.shapes(graph, channels, factor)) for profile in engine.profiles)
+    where = (0, *spec.input.axes)
+    channels = int(spec.input.shape[where[1]])
+    # A profile's shapes are batch, channels, height, width: each to its place.
+    order = [where.index(axis) for axis in range(4)]
+    shapes = tuple(
+        tuple(tuple(shape[n] for n in order) for shape in profile.shapes(graph, channels, factor))
+        for profile in engine.profiles
+    )
     gpus = engine.gpus if engine.flavour == "tensorrt-rtx" else ()
     return BuildJob(engine.flavour, spec.input.name, shapes, gpus)  # type: ignore[arg-type]
 
@@ -234,7 +240,7 @@ class _Engine:
     def _check(self) -> None:
         """The plan has the input, the output and the profiles that the manifest says."""
         trt, engine = self.flavour.trt, self.engine
-        types = {"float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF}
+        types = {"float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF, "uint8": trt.DataType.UINT8}
         found = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         sides = ((self.spec.input, trt.TensorIOMode.INPUT), (self.spec.output, trt.TensorIOMode.OUTPUT))
         right = set(found) == {said.name for said, _ in sides} and all(
@@ -331,8 +337,8 @@ class _Engine:
         return result
 
     def _profile(self, shape: Sequence[int]) -> int:
-        batch, _, height, width = shape
-        return nearest(self.profiles, batch, height * self._pixels, width * self._pixels)
+        height, width = (shape[axis] for axis in self.spec.input.axes[1:])
+        return nearest(self.profiles, shape[0], height * self._pixels, width * self._pixels)
 
     def _what(self, x: Array) -> str:
         return f"the {self.graph} of {list(x.shape)}"

@@ -15,8 +15,11 @@ import vae_export
 from runtimes import BackendUnavailable
 
 REPOSITORY = Path(__file__).parent.parent
-DESIGNED_EXTRAS = {"export", "cpu", "gpu", "tensorrt", "rtx", "openvino", "int8", "flax", "ray", "report", "dev"}
-IMPLEMENTED_EXTRAS = {"export", "cpu", "gpu", "tensorrt", "rtx", "openvino", "int8", "flax", "report", "dev"}
+DESIGNED_EXTRAS = {
+    *("export", "cpu", "gpu", "tensorrt", "rtx", "openvino", "int8"),
+    *("diffusers", "flax", "ray", "report", "dev"),
+}
+IMPLEMENTED_EXTRAS = DESIGNED_EXTRAS - {"ray"}
 
 ROUNDTRIP = """
 import importlib.util, sys

@@ -102,6 +102,9 @@ def export(
         ),
     ] = None,
     io_precision: Annotated[str, typer.Option(help="Of inputs and outputs: fp32, or same as the precision.")] = "fp32",
+    io: Annotated[
+        str, typer.Option("--io", help="Of images: float [B, 3, H, W] in [-1, 1], or uint8 [B, H, W, 3].")
+    ] = "float",
     calibrate: Calibrate = None,
     no_rescale: Annotated[
         bool,
@@ -181,7 +184,7 @@ def export(
         path = out_dir or Path(f"vae-{to}-{precision}")
         engine = None
         if to in ENGINE_TARGETS or any((height, width, batch, opt, profile, gpu)):
-            exporter.check_choices(loaded, to, precision, io_precision)
+            exporter.check_choices(loaded, to, precision, io_precision, io)
             profiles = _profiles(loaded.config.downscale, height, width, batch, opt, profile or [])
             engine = exporter.plan_engine(to, profiles, [part.strip() for part in gpu.split(",")] if gpu else [])
             for line in exporter.memory_lines(exporter.check_engine_memory(loaded, engine, precision)):
@@ -192,6 +195,7 @@ def export(
             target=to,
             precision=precision,
             io_precision=io_precision,
+            io=io,
             rescale=not no_rescale,
             calibrate=calibrate,
             engine=engine,

@@ -33,6 +33,8 @@ from vae_export.validate import (
     opened_bundle,
     reference_cases,
     simulated,
+    thresholds_of,
+    through_pixels,
     worst_photo,
 )
 
@@ -58,6 +60,7 @@ TARGETS = {
 PRECISIONS = tuple(THRESHOLDS)
 IO_PRECISIONS = ("fp32", "same")
 WRITERS = {"openvino": openvino_ir.export_ir, "flax": flax_export.export_stablehlo}  #: the others write ONNX
+IOS = ("float", "uint8")
 
 #: (target, precision) -> the form of its graphs: the fastest on the CPU that it was measured on; see docs/speed.md.
 FORMS = {
@@ -92,6 +95,7 @@ def export_bundle(
     target: str = "onnx",
     precision: str | None = None,
     io_precision: str = "fp32",
+    io: str = "float",
     rescale: bool = True,
     calibrate: Path | None = None,
     forms: Mapping[str, Form] | None = None,
@@ -107,7 +111,8 @@ def export_bundle(
     (`rescale_activations`); how large they get is measured on the photographs in `calibrate`, or on the embedded ones.
     Not so for flax: bf16 has the range of fp32, and its parameters stay those of the checkpoint, for JAX to train on.
     The precision is fp32 unless given, and fp16 for TensorRT. Inputs and outputs stay float32 unless `io_precision` is
-    "same". `forms` chooses, for each graph, among its exact rewrites; without it, `FORMS` has what was the fastest
+    "same"; with `io="uint8"` images are pixels, uint8 [B, H, W, 3], converted inside of the graphs (latents are as
+    before). `forms` chooses, for each graph, among its exact rewrites; without it, `FORMS` has what was the fastest
     where it was measured. `tuning` is a record of how they were chosen, for the manifest. `engine` says for which GPUs
     and shapes TensorRT builds (`plan_engine`).
 
@@ -118,7 +123,7 @@ def export_bundle(
     too far from the model or overflow, `BundleError` where `out` exists or cannot be written.
     """
     precision = DEFAULT_PRECISION.get(target, "fp32") if precision is None else precision
-    check_choices(model, target, precision, io_precision)
+    check_choices(model, target, precision, io_precision, io)
     check_output(out, overwrite)
     if target in ENGINE_TARGETS:
         engine = engine or tensorrt_engines.plan_engine(target)
@@ -133,12 +138,14 @@ def export_bundle(
         rewrites.append(record)
     rewrites += _form_records(forms)
     rewrites += [tuning] if tuning else []
-    cases = reference_cases(model, progress, shapes_of(engine, model)) if run_validation else []
+    cases = reference_cases(model, progress, shapes_of(engine, model), io) if run_validation else []
     measurements: list[Measurement] = []
     if cases and precision in HALVES:
         # Before the graphs: cheaper, and its message names the layer that overflows.
         rewritten = rewrite(exact, forms["decoder"]._replace(attention_blocks=1))
-        measurements += compare(cases, f"simulated {precision}", simulated(rewritten, precision), precision, progress)
+        half = simulated(rewritten, precision)
+        half = through_pixels(half) if io == "uint8" else half
+        measurements += compare(cases, f"simulated {precision}", half, precision, progress)
     calibration = int8_calibration(model, calibrate, progress) if precision == "int8" else {}
     with write_bundle(out, overwrite=overwrite) as writer:
         graphs = {}
@@ -150,7 +157,10 @@ def export_bundle(
                 rewrites.append(record)
             else:
                 write = WRITERS.get(target, onnx_graphs.export_onnx)
-                spec = write(exact, graph, path, precision=precision, io_precision=io_precision, form=forms[graph])
+                options = {"precision": precision, "io_precision": io_precision, "form": forms[graph]}
+                if target != "flax":
+                    options["io"] = io
+                spec = write(exact, graph, path, **options)
             if engine is not None:
                 factor = model.config.downscale
                 spec = tensorrt_engines.build_graph(engine, graph, spec, path, factor, progress)
@@ -185,7 +195,7 @@ def export_bundle(
             if why_not is None:
                 with open_vae(writer.directory) as vae:
                     measurements += compare(cases, vae.backend, opened_bundle(vae), precision, progress)
-            writer.write_manifest(replace(manifest, validation=_record(why_not, precision, measurements)))
+            writer.write_manifest(replace(manifest, validation=_record(why_not, precision, io, measurements)))
         return writer.finish()
 
 
@@ -271,7 +281,8 @@ def validate_bundle(
             "name the right model with --model"
         )
     with open_vae(path, device=device) as vae:
-        cases = reference_cases(model, progress, shapes_of(manifest.engine, model))
+        io = "uint8" if manifest.graphs["encoder"].input.dtype == "uint8" else "float"
+        cases = reference_cases(model, progress, shapes_of(manifest.engine, model), io)
         return compare(cases, vae.backend, opened_bundle(vae), manifest.precision, progress)
 
 
@@ -286,11 +297,13 @@ def check_engine_memory(model: AutoencoderKL, engine: Engine, precision: str) ->
     return estimates
 
 
-def check_choices(model: AutoencoderKL, target: str, precision: str, io_precision: str) -> None:
+def check_choices(model: AutoencoderKL, target: str, precision: str, io_precision: str, io: str = "float") -> None:
+    """`ConfigError` for what cannot be exported, before any work."""
     for name, value, known in (
         ("target", target, TARGETS),
         ("precision", precision, PRECISIONS),
         ("io precision", io_precision, IO_PRECISIONS),
+        ("io", io, IOS),
     ):
         if value not in known:
             raise ConfigError(f"{name} {value!r} is not known; known are {', '.join(known)}")
@@ -299,6 +312,15 @@ def check_choices(model: AutoencoderKL, target: str, precision: str, io_precisio
         raise ConfigError(f"{target} bundles are made in {', '.join(made)}, not in {precision}")
     if precision == "bf16" and io_precision == "same":
         raise ConfigError("NumPy has no bfloat16: a bf16 bundle takes and gives float32 (--io-precision fp32)")
+    if io == "uint8" and target == "flax":
+        raise ConfigError("flax bundles take and give floats (--io float)")
+    if io == "uint8" and precision == "int8":
+        raise ConfigError(
+            "int8 bundles take and give float32 images (--io float): their ranges are calibrated on those"
+        )
+    if io == "uint8" and (model.config.in_channels, model.config.out_channels) != (3, 3):
+        channels = f"{model.config.in_channels} channels in and {model.config.out_channels} out"
+        raise ConfigError(f"pixels have 3 channels (--io uint8), and the model has {channels}")
     if target == "openvino":
         openvino_ir.check_available(precision, io_precision)
     if target == "flax":
@@ -362,12 +384,14 @@ def shapes_of(engine: Engine | None, model: AutoencoderKL) -> Sequence[tuple[int
     return shapes
 
 
-def _record(why_not: str | None, precision: str, measurements: list[Measurement]) -> dict[str, Any]:
+def _record(why_not: str | None, precision: str, io: str, measurements: list[Measurement]) -> dict[str, Any]:
     """What the manifest says of the validation."""
     record: dict[str, Any] = {"verdict": "passed", "reference": "AutoencoderKL of vae-export in PyTorch, fp32"}
     if why_not is not None:
         record["not_run"] = why_not
     record["thresholds"] = THRESHOLDS[precision]._asdict()
+    if io == "uint8":
+        record["thresholds_of_pixels"] = thresholds_of(precision, pixels=True)._asdict()
     record["measurements"] = [measurement.to_dict() for measurement in measurements]
     return record
 

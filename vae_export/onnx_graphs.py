@@ -32,7 +32,7 @@ LARGEST = 2**31 - (64 << 20)  #: bytes of weights in one protobuf file, with roo
 TRACE_BATCH, TRACE_HEIGHT, TRACE_WIDTH = 2, 6, 10  #: in latents
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.uint8: "uint8"}
 
 
 NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._guards")
@@ -41,46 +41,70 @@ NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._
 class EncoderGraph(nn.Module):
     """sample [B, 3, H, W] -> latent_parameters [B, 2*C, H/f, W/f]."""
 
-    def __init__(self, model: AutoencoderKL) -> None:
+    def __init__(self, model: AutoencoderKL, io_dtype: torch.dtype) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.io_dtype = model, io_dtype
 
     def forward(self, sample: Tensor) -> Tensor:
-        return self.model.encode_moments(sample.to(self.model.dtype)).to(sample.dtype)
+        return self.model.encode_moments(sample.to(self.model.dtype)).to(self.io_dtype)
 
 
 class DecoderGraph(nn.Module):
     """latent_sample [B, C, h, w] -> sample [B, 3, f*h, f*w]."""
 
-    def __init__(self, model: AutoencoderKL) -> None:
+    def __init__(self, model: AutoencoderKL, io_dtype: torch.dtype) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.io_dtype = model, io_dtype
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        return self.model.decode_latents(latent_sample.to(self.model.dtype)).to(latent_sample.dtype)
+        return self.model.decode_latents(latent_sample.to(self.model.dtype)).to(self.io_dtype)
+
+
+# Pixels are converted in fp32, as `runtimes.images` does it (and diffusers' VaeImageProcessor). TensorRT has uint8 at
+# its inputs and outputs alone, and there a cast must touch it: a transposition of uint8 does not build.
+
+
+class PixelEncoderGraph(EncoderGraph):
+    """sample uint8 [B, H, W, 3] -> latent_parameters [B, 2*C, H/f, W/f]."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return super().forward(sample.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1.0)
+
+
+class PixelDecoderGraph(DecoderGraph):
+    """latent_sample [B, C, h, w] -> sample uint8 [B, f*h, f*w, 3]."""
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        unit = (super().forward(latent_sample).to(torch.float32) / 2 + 0.5).clamp(0.0, 1.0)
+        return (unit * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
 
 
 class TracedGraph(NamedTuple):
-    """A graph to trace: module, names and shape of its input and output (a text is a free dimension)."""
+    """A graph to trace: module, names, types and shapes of its input and output (a text is a free dimension)."""
 
     module: nn.Module
     input_name: str
+    input_dtype: torch.dtype
     input_shape: tuple[int | str, ...]
     output_name: str
+    output_dtype: torch.dtype
     output_shape: tuple[int | str, ...]
-    scale: int  #: pixels of the input per latent
 
 
-def traced_graphs(model: AutoencoderKL) -> dict[str, TracedGraph]:
-    config, factor = model.config, model.config.downscale
+def traced_graphs(model: AutoencoderKL, io_dtype: torch.dtype, io: str) -> dict[str, TracedGraph]:
+    config = model.config
     latent = ("batch", config.latent_channels, "latent_height", "latent_width")
     moments = ("batch", 2 * config.latent_channels, "latent_height", "latent_width")
     images_in, images_out = (
-        ("batch", channels, "height", "width") for channels in (config.in_channels, config.out_channels)
+        ("batch", "height", "width", channels) if io == "uint8" else ("batch", channels, "height", "width")
+        for channels in (config.in_channels, config.out_channels)
     )
+    images = torch.uint8 if io == "uint8" else io_dtype
+    encoder = (PixelEncoderGraph if io == "uint8" else EncoderGraph)(model, io_dtype)
+    decoder = (PixelDecoderGraph if io == "uint8" else DecoderGraph)(model, io_dtype)
     return {
-        "encoder": TracedGraph(EncoderGraph(model), "sample", images_in, "latent_parameters", moments, factor),
-        "decoder": TracedGraph(DecoderGraph(model), "latent_sample", latent, "sample", images_out, 1),
+        "encoder": TracedGraph(encoder, "sample", images, images_in, "latent_parameters", io_dtype, moments),
+        "decoder": TracedGraph(decoder, "latent_sample", io_dtype, latent, "sample", images, images_out),
     }
 
 
@@ -91,40 +115,44 @@ def export_onnx(
     *,
     precision: str = "fp32",
     io_precision: str = "fp32",
+    io: str = "float",
     form: Form = PLAIN,
 ) -> GraphSpec:
     """Write one graph (`encoder` or `decoder`) of the model as a single ONNX file, checked by onnx.checker.
 
     `form` says which of its equivalent forms the graph is written in. Weights and activations are of `precision`; input
-    and output are float32, or with `io_precision="same"` of `precision` too.
+    and output are float32, or with `io_precision="same"` of `precision` too. With `io="uint8"` images are pixels, uint8
+    [B, H, W, 3], and the conversion is a part of the graph.
 
     Raises `ConfigError` where the weights do not fit a protobuf file (2 GB).
     """
     rewritten = rewrite(model, form).to(DTYPES[precision])
     io_dtype = DTYPES[precision if io_precision == "same" else "fp32"]
-    traced = traced_graphs(rewritten)[graph]
+    traced = traced_graphs(rewritten, io_dtype, io)[graph]
     part = rewritten.encoder if graph == "encoder" else rewritten.decoder
     size = sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
     if size > LARGEST:
         raise ConfigError(
             f"the {graph} has {size / 2**30:.1f} GiB of weights, and one ONNX file holds 2 GiB; export it in fp16"
         )
-    proto = _trace(traced, io_dtype)
+    proto = _trace(traced, model.config.downscale)
     _tidy(proto, graph, traced)
     onnx.checker.check_model(proto, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.SerializeToString(deterministic=True))
     return GraphSpec(
         file=path.name,
-        input=TensorSpec(traced.input_name, _NAMES[io_dtype], traced.input_shape),
-        output=TensorSpec(traced.output_name, _NAMES[io_dtype], traced.output_shape),
+        input=TensorSpec(traced.input_name, _NAMES[traced.input_dtype], traced.input_shape),
+        output=TensorSpec(traced.output_name, _NAMES[traced.output_dtype], traced.output_shape),
     )
 
 
-def _trace(traced: TracedGraph, io_dtype: torch.dtype) -> onnx.ModelProto:
-    size = (TRACE_HEIGHT * traced.scale, TRACE_WIDTH * traced.scale)
-    example = torch.zeros(TRACE_BATCH, int(traced.input_shape[1]), *size, dtype=io_dtype)
-    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+def _trace(traced: TracedGraph, factor: int) -> onnx.ModelProto:
+    sizes = {"batch": TRACE_BATCH, "latent_height": TRACE_HEIGHT, "latent_width": TRACE_WIDTH}
+    sizes |= {"height": TRACE_HEIGHT * factor, "width": TRACE_WIDTH * factor}
+    shape = [sizes[size] if isinstance(size, str) else size for size in traced.input_shape]
+    example = torch.zeros(shape, dtype=traced.input_dtype)
+    free = {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(traced.input_shape) if isinstance(size, str)}
     with _quiet():
         program = torch.onnx.export(
             traced.module.eval(),

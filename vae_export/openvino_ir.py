@@ -37,14 +37,15 @@ def export_ir(
     *,
     precision: str = "fp32",
     io_precision: str = "fp32",
+    io: str = "float",
     form: Form = PLAIN,
 ) -> GraphSpec:
     """Write one graph (`encoder` or `decoder`) as IR: `path` (.xml), and the weights beside it (.bin).
 
-    Names, shapes and types of input and output are those of the ONNX graphs, float32 at any precision.
+    Names, shapes and types of input and output are those of the ONNX graphs, float32 (or pixels) at any precision.
     """
     check_available(precision, io_precision)
-    ir, spec = read_graph(model, graph, precision, form)
+    ir, spec = read_graph(model, graph, precision, form, io)
     save_ir(ir, path, precision)
     return replace(spec, file=path.name)
 
@@ -83,12 +84,14 @@ def check_available(precision: str, io_precision: str) -> None:
         import_nncf()
 
 
-def read_graph(model: AutoencoderKL, graph: str, precision: str, form: Form) -> tuple[openvino.Model, GraphSpec]:
+def read_graph(
+    model: AutoencoderKL, graph: str, precision: str, form: Form, io: str = "float"
+) -> tuple[openvino.Model, GraphSpec]:
     """A graph as an OpenVINO model in memory, and its input and output."""
     openvino = import_openvino()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
-        spec = export_onnx(model, graph, path, precision=TYPED_AS[precision], form=form)
+        spec = export_onnx(model, graph, path, precision=TYPED_AS[precision], io=io, form=form)
         # Not openvino.convert_model: it does the same for a file, and reports each use to its makers.
         ir = openvino.Core().read_model(path.read_bytes())
     return ir, spec

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +18,12 @@ import torch
 
 from runtimes import VaeRuntime
 from runtimes.errors import NumericsError
-from runtimes.images import to_uint8
+from runtimes.images import to_float, to_uint8
 from vae_export.model import AutoencoderKL
 from vae_export.photos import middle_of, photographs
 from vae_export.ranges import SimulatedHalf
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]  #: float32, or uint8 where graphs take and give pixels
 Candidate = Callable[[str, Array], Array]  #: (graph, input) -> output, as the reference computes it in fp32
 Progress = Callable[[str, int, int], None]  #: (what is being done, steps done, steps in all)
 
@@ -49,6 +50,11 @@ THRESHOLDS = {
     "bf16": Thresholds(psnr_db=30.0, uint8_steps=64, noise_psnr_db=30.0),
     "int8": Thresholds(psnr_db=40.0, uint8_steps=64, noise_psnr_db=35.0),
 }
+
+
+# Pixels are rounded on either side: where a value lies between two of them, the least difference makes a step, the
+# smallest there is. 60 dB are one such pixel of fifteen; a share of 3e-4 is what differences of 1e-6 lead to.
+PIXELS_PSNR_DB = 60.0
 
 
 @dataclass(frozen=True)
@@ -80,17 +86,24 @@ class Case(NamedTuple):
 
 
 def reference_cases(
-    model: AutoencoderKL, progress: Progress = lambda *_: None, shapes: Sequence[tuple[int, int, int]] | None = None
+    model: AutoencoderKL,
+    progress: Progress = lambda *_: None,
+    shapes: Sequence[tuple[int, int, int]] | None = None,
+    io: str = "float",
 ) -> list[Case]:
-    """Inputs for both graphs with the outputs of the model in fp32.
+    """Inputs for both graphs with the outputs of the model in fp32; with `io="uint8"`, images are pixels.
 
     `shapes`, batch, height and width in latents, for graphs that do not take any: see `inputs`.
     """
     given = list(inputs(model, shapes))
+    reference: Candidate = partial(_reference, model)
+    if io == "uint8":
+        given = [(graph, name, to_uint8(x) if graph == "encoder" else x) for graph, name, x in given]
+        reference = through_pixels(reference)
     cases = []
     for done, (graph, name, array) in enumerate(given):
         progress(f"Computing the reference of {graph} on {name}", done, len(given))
-        cases.append(Case(graph, name, array, _reference(model, graph, array)))
+        cases.append(Case(graph, name, array, reference(graph, array)))
     return cases
 
 
@@ -101,20 +114,41 @@ def compare(
 
     The error carries all measurements, the good ones too.
     """
-    thresholds = THRESHOLDS[precision]
     measurements = []
+    missed = []
     for done, case in enumerate(cases):
         progress(f"Validating {case.graph} by {by} on {case.input}", done, len(cases))
-        measurements.append(_measure(by, case, candidate(case.graph, case.array), thresholds))
+        thresholds = thresholds_of(precision, pixels=case.expected.dtype == np.uint8)
+        measurement = _measure(by, case, candidate(case.graph, case.array), thresholds)
+        measurements.append(measurement)
+        if not measurement.passed:
+            missed.append(_described(measurement, thresholds))
     progress("Validated", len(cases), len(cases))
-    missed = [m for m in measurements if not m.passed]
     if missed:
         raise NumericsError(
             f"{len(missed)} of {len(measurements)} comparisons with the reference failed at {precision}; the first: "
-            f"{_described(missed[0], thresholds)}",
+            f"{missed[0]}",
             [m.to_dict() for m in measurements],
         )
     return measurements
+
+
+def thresholds_of(precision: str, *, pixels: bool) -> Thresholds:
+    """What a graph of a precision must keep to, where its output are pixels too."""
+    bars = THRESHOLDS[precision]
+    if not pixels:
+        return bars
+    photo, noise = (min(bar, PIXELS_PSNR_DB) for bar in (bars.psnr_db, bars.noise_psnr_db))
+    return bars._replace(psnr_db=photo, noise_psnr_db=noise)
+
+
+def through_pixels(candidate: Candidate) -> Candidate:
+    """A candidate on floats as one on pixels: uint8 [B, H, W, 3] into the encoder and out of the decoder."""
+
+    def run(graph: str, array: Array) -> Array:
+        return candidate(graph, to_float(array)) if graph == "encoder" else to_uint8(candidate(graph, array))
+
+    return run
 
 
 def worst_photo(cases: Sequence[Case], graph: str, precision: str) -> Callable[[Callable[[Array], Array]], float]:
@@ -219,6 +253,8 @@ def _reference(model: AutoencoderKL, graph: str, array: Array) -> Array:
 
 def _measure(by: str, case: Case, actual: Array, thresholds: Thresholds) -> Measurement:
     expected = case.expected
+    if expected.dtype == np.uint8:
+        actual, expected = to_float(actual), to_float(expected)
     finite = bool(np.isfinite(actual).all())
     difference = np.abs(actual.astype(np.float64) - expected) if finite else np.zeros(1)
     mean_square = float(np.mean(difference**2))

@@ -43,7 +43,7 @@ def install(module: dict[str, Any], name: str, version: str) -> None:
         STRONGLY_TYPED = 1
 
     class DataType(IntEnum):
-        FLOAT, HALF, BF16 = 0, 1, 7
+        FLOAT, HALF, UINT8, BF16 = 0, 1, 5, 7
 
     class TensorIOMode(IntEnum):
         NONE, INPUT, OUTPUT = range(3)

@@ -103,6 +103,33 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     assert np.array_equal(load_image(saved(tmp_path / "a.png", PHOTO, exif=exif)), UPRIGHT[orientation](PIXELS))
 
 
+@pytest.mark.parametrize("tag", [b"\x01\x54", b"\x01\x00", b"\x01\x1a"])  # a short, a long and a rational by right
+def test_orientation_is_applied_whatever_other_tags_hold(tmp_path, tag):
+    """Cameras and editors write tags of the wrong type: here a text, in the place of a number."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    path = saved(tmp_path / "a.jpg", PHOTO, exif=exif)
+    expected = load_image(path)
+    assert expected.shape == (40, 24, 3)
+    sound = path.read_bytes()
+    path.write_bytes(sound.replace(b"\x01\x0e\x00\x02", tag + b"\x00\x02"))
+    assert path.read_bytes() != sound and np.array_equal(load_image(path), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (Image.fromarray(GREY.astype(np.float32)), "floating-point pixels"),
+        (Image.fromarray(GREY.astype(np.int32) * 65536), "grey values from"),
+        (Image.fromarray(GREY.astype(np.int32) - 1), "grey values from -1 to"),
+    ],
+)
+def test_grey_values_of_no_known_range_are_refused(tmp_path, image, says):
+    for source in (image, saved(tmp_path / "a.tif", image)):
+        with pytest.raises(ShapeError, match=says):
+            load_image(source)
+
+
 UNREADABLE = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("not a photograph\n" * 100),
@@ -136,9 +163,10 @@ def test_a_decompression_bomb_is_refused_by_name(tmp_path, monkeypatch, limit, o
 
 def test_a_batch_may_be_given_in_many_ways(tmp_path):
     path = saved(tmp_path / "a.png", PHOTO)
-    for one in (PIXELS, PIXELS[None], path, str(path), PHOTO, [path], (PHOTO,), [PIXELS]):
+    tensor = torch.from_numpy(PIXELS)
+    for one in (PIXELS, PIXELS[None], path, str(path), PHOTO, [path], (PHOTO,), [PIXELS], tensor, [tensor]):
         assert np.array_equal(as_uint8_batch(one), PIXELS[None])
-    assert as_uint8_batch([path, PHOTO, PIXELS]).shape == (3, 24, 40, 3)
+    assert as_uint8_batch([path, PHOTO, PIXELS, tensor]).shape == (4, 24, 40, 3)
 
 
 @pytest.mark.parametrize(
@@ -146,14 +174,16 @@ def test_a_batch_may_be_given_in_many_ways(tmp_path):
     [
         (PIXELS.astype(np.float32), "uint8 in 0..255, not float32"),
         ([PIXELS, PIXELS.astype(np.int64)], "uint8 in 0..255, not int64"),
-        (GREY, "not [24, 40]"),
+        (GREY, "not [24, 40]; what is grey or has transparency is given as PIL.Image.fromarray(array)"),
+        ([GREY[:, :3], GREY[:, :3]], "images of a list are [H, W, 3], not [24, 3]"),
+        ([PIXELS[None]], "images of a list are [H, W, 3], not [1, 24, 40, 3]"),
         (np.dstack([PIXELS, GREY]), "not [1, 24, 40, 4]"),
         (PIXELS[None, None], "not [1, 1, 24, 40, 3]"),
         (PIXELS[:0], "not [1, 0, 40, 3]"),
         (PIXELS[None][:0], "not [0, 24, 40, 3]"),
         ([], "empty list"),
         ([PIXELS, PHOTO.crop((0, 0, 40, 16))], "of one size; these are [16, 40, 3], [24, 40, 3]"),
-        ([PIXELS[0, 0], PIXELS[0]], "of one size"),
+        ([PIXELS[0, 0], PIXELS[0]], "not [3]"),
         (None, "not object"),
         ([1, 2], "not int"),
         ([[PIXELS]], "not list"),

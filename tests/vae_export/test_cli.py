@@ -312,6 +312,15 @@ def test_encoded_images_are_decoded_again(run, tiny_bundle, files):
     assert Path("image.png").read_bytes() == Path("y-1.png").read_bytes() == Path("y-2.png").read_bytes()
 
 
+def test_pixels_are_exported_and_used(run, tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    command = ("--to", "onnx", "--io", "uint8", "--model", tmp_path / "model", "--no-validate", "--out", "pixels")
+    graphs = run(*command, "--json").json["manifest"]["graphs"]
+    assert graphs["encoder"]["input"]["dtype"] == graphs["decoder"]["output"]["dtype"] == "uint8"
+    assert run("roundtrip", "pixels", PHOTO, "--crop", "--json").json["psnr_db"] > 0
+    run(*command, "--io", "uint16").check_refusal(ConfigError, "io 'uint16' is not known; known are float, uint8")
+
+
 def test_seed_makes_a_draw_reproducible(run, tiny_bundle, files):
     for name, options in {"mode": [], "a": ["--seed=1"], "b": ["--seed=1"], "c": ["--seed=2"]}.items():
         assert run("encode", tiny_bundle, files / "photo.png", "--out", f"{name}.npy", *options).code == 0

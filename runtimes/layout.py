@@ -1,0 +1,33 @@
+"""Pixels, uint8 [B, H, W, 3], among arrays that have their channels first: arrays of any kind, NumPy's or torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from runtimes.posterior import array_module
+
+
+def channels_first(x: Any) -> Any:
+    """[B, H, W, C] -> [B, C, H, W], without a copy."""
+    return array_module(x).moveaxis(x, 3, 1)
+
+
+def channels_last(x: Any) -> Any:
+    """[B, C, H, W] -> [B, H, W, C], without a copy."""
+    return array_module(x).moveaxis(x, 1, 3)
+
+
+def channels_first_floats(x: Any) -> Any:
+    """uint8 [B, H, W, C] -> float32 [B, C, H, W] in 0..255, to blend tiles in."""
+    xp, x = array_module(x), channels_first(x)
+    return x.astype(np.float32) if xp is np else x.to(xp.float32)
+
+
+def as_pixels(x: Any) -> Any:
+    """[B, C, H, W] in 0..255, of floats (rounded, halves to even) or uint8 -> uint8 [B, H, W, C]."""
+    xp, x = array_module(x), channels_last(x)
+    if xp is np:
+        return np.ascontiguousarray(x if x.dtype == np.uint8 else np.round(x).astype(np.uint8))
+    return (x if x.dtype == xp.uint8 else xp.round(x).to(xp.uint8)).contiguous()
