@@ -157,7 +157,7 @@ def export_bundle(
                 rewrites.append(record)
             else:
                 write = WRITERS.get(target, onnx_graphs.export_onnx)
-                options = {"precision": precision, "io_precision": io_precision, "form": forms[graph]}
+                options: dict[str, Any] = {"precision": precision, "io_precision": io_precision, "form": forms[graph]}
                 if target != "flax":
                     options["io"] = io
                 spec = write(exact, graph, path, **options)

@@ -15,6 +15,7 @@ from typing import Any
 from runtimes.bundle import GraphSpec, TensorSpec
 from runtimes.errors import ConfigError
 from vae_export.model import AutoencoderKL
+from vae_export.onnx_graphs import DTYPES as ONNX_DTYPES
 from vae_export.onnx_graphs import traced_graphs
 from vae_export.rewrite import Form
 
@@ -56,10 +57,11 @@ def export_stablehlo(
     function, own = (encoder, "quant_conv") if graph == "encoder" else (decoder, "post_quant_conv")
     used = {name: tree for name, tree in vae.shapes().items() if name in (graph, own)}
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), used)
-    traced = traced_graphs(model)[graph]
+    traced = traced_graphs(model, ONNX_DTYPES["fp32"], "float")[graph]
+    scale = model.config.downscale if graph == "encoder" else 1  #: pixels of the input per latent
     # Said as multiples of the factor, so that every division on the way comes out even.
     batch, height, width = export.symbolic_shape("batch, latent_height, latent_width")
-    shape = (batch, traced.input_shape[1], height * traced.scale, width * traced.scale)
+    shape = (batch, traced.input_shape[1], height * scale, width * scale)
     with _nameless_sources(jax):
         exported = export.export(jax.jit(function), platforms=PLATFORMS)(
             params, jax.ShapeDtypeStruct(shape, jnp.float32)
