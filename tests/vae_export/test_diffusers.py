@@ -1,5 +1,9 @@
 """A bundle in pipelines of diffusers: the pictures are those of the original VAE, whatever a pipeline does to it."""
 
+import os
+import re
+import subprocess
+import sys
 import time
 import warnings
 from types import SimpleNamespace
@@ -163,6 +167,29 @@ def test_saving_is_refused_in_words(ours, tmp_path):
         DiffusersVae.from_pretrained(tmp_path)
 
 
+def test_a_pipeline_is_saved_without_it_and_loaded_with_it(original, ours, tmp_path):
+    pipe = tiny_pipeline("stable-diffusion", ours)
+    expected = pictures(pipe, "stable-diffusion")
+    pipe.vae = None
+    pipe.save_pretrained(tmp_path / "without")
+    tiny_pipeline("stable-diffusion", original).save_pretrained(tmp_path / "with")
+    for directory in ("with", "without"):
+        loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / directory, vae=ours)
+        loaded.set_progress_bar_config(disable=True)
+        assert loaded.vae is ours
+        assert np.array_equal(pictures(loaded, "stable-diffusion"), expected)
+
+
+def test_moving_a_pipeline_moves_what_can_be_moved(original, ours):
+    pipe = tiny_pipeline("stable-diffusion", ours)
+    assert pipe.to("cpu").device == torch.device("cpu") and pipe.to(torch.float16).dtype == torch.float16
+    assert ours.dtype == torch.float16
+    moved = pictures(pipe.to(torch.float32), "stable-diffusion")
+    assert_alike(moved, pictures(tiny_pipeline("stable-diffusion", original), "stable-diffusion"))
+    with pytest.raises(ConfigError, match=f"runs in {ours.runtime.backend} on cpu"):
+        pipe.to("meta")
+
+
 # The VAE ------------------------------------------------------------------------------------------------------------
 
 
@@ -322,3 +349,15 @@ except Exception as error: print(type(error).__name__, error)
 """
     (said,) = alone(program)
     assert said == f"{BackendUnavailable.__name__} diffusers is not installed: pip install 'vae-export[diffusers]'"
+
+
+@pytest.mark.slow  # it exports the embedded model, with all its comparisons
+def test_the_example_runs_offline(tmp_path, pytestconfig):
+    script = pytestconfig.rootpath / "examples" / "diffusers_pipeline.py"
+    command = [sys.executable, script, "--out", tmp_path, "--target", "openvino", "--pipeline", "flux"]
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"largest difference: (\d+) of 255", done.stdout)
+    assert int(found[1]) <= 2 and {"original.png", "openvino.png"} <= set(os.listdir(tmp_path))
