@@ -161,10 +161,15 @@ def tensorrt_bundle(onnx_bundle, tmp_path_factory):
 def flax_bundle(tiny_model, tmp_path_factory):
     """flax_bundle(precision): the path of the tiny model's flax bundle, exported when it is first asked for.
 
-    Not validated: that compiles a dozen shapes. `test_flax_export` does it once.
+    Not validated: that compiles a dozen shapes. `test_flax_export` does it once. What is compiled for one test is kept
+    on disk for the others.
     """
     if importlib.util.find_spec("flax") is None:
         pytest.skip("pip install 'vae-export[flax]'")
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
     @functools.cache
     def export(precision):
