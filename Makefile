@@ -12,10 +12,10 @@ READY := .venv/ready
 
 .PHONY: demo test lint slow gpu-check bench train clean
 
+# pytriton without its dependencies, which nothing else here agrees with: tests ask its tritonserver to read what we write.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	# Not by its dependencies, which no other package here agrees with: a server that tests ask to read what we write.
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
 	touch $(READY)
 

@@ -49,7 +49,7 @@ __all__ = [
     "validate_bundle",
 ]
 
-#: and the file that a graph is written to; TensorRT's plan is built from it, beside it
+#: target -> the file that a graph is written to; TensorRT's plan is built from it, beside it
 TARGETS = {
     "onnx": "model.onnx",
     "openvino": "openvino_model.xml",

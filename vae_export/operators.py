@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto
 from onnxscript import opset22 as op
 from torch import Tensor
+from torch.nn import functional as F
 
 FLOAT, FLOAT16 = 1, 10  #: onnx.TensorProto's numbers
 
@@ -91,7 +92,8 @@ def row_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -
     centred = values - of_channels(rounded)
     row_norms = torch.linalg.vector_norm(centred, dim=3, keepdim=True).float()
     variance = ((row_norms * row_norms).sum(2) / (height * width)).reshape(grouped).mean(2, keepdim=True)
-    variance = variance - (mean - rounded.float()) ** 2
+    # Where a group is constant, rounding may leave less than nothing.
+    variance = F.relu(variance - (mean - rounded.float()) ** 2)
     scale = (weight.float().reshape(1, *grouped[1:]) / torch.sqrt(variance + eps)).reshape(batch, channels, 1, 1)
     shift = bias.float().reshape(1, channels, 1, 1) - of_channels(mean) * scale
     return (x.float() * scale + shift).to(x.dtype)
@@ -136,7 +138,7 @@ def _row_norm(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
     row_norms = fp32_row(op.ReduceL2(centred, _ints(3), keepdims=1))
     variance = group_mean(op.Div(op.ReduceSum(op.Mul(row_norms, row_norms), _ints(2), keepdims=1), area))
     if rest is not None:
-        variance = op.Sub(variance, op.Mul(rest, rest))
+        variance = op.Relu(op.Sub(variance, op.Mul(rest, rest)))
     mean = of_channels(mean)
     deviation = op.Sqrt(op.Add(variance, op.Constant(value_float=eps)))
     scale = op.Div(op.Reshape(fp32(weight), _ints(1, groups, -1)), deviation)

@@ -356,6 +356,14 @@ def test_attention_in_blocks_means_the_same_in_onnx():
 
 
 @pytest.mark.filterwarnings("ignore")  # of the exporter's own; `export_onnx` silences them
+@pytest.mark.parametrize("value", [100352.0, -3e5, 1e30])
+def test_a_constant_map_however_large_is_normalised_to_the_bias(value):
+    """Less than nothing may be left of its variance, by rounding: no root of that."""
+    x = torch.full((1, 16, 7, 11), value, dtype=torch.bfloat16)
+    weight, bias = torch.ones(16, dtype=torch.bfloat16), torch.full((16,), 0.5, dtype=torch.bfloat16)
+    assert row_norm(x, weight, bias, 8, 1e-6).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_norms_by_rows_mean_the_same_in_onnx(dtype):
     module = Rows(dtype)
