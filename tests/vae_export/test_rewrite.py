@@ -364,6 +364,7 @@ def test_a_constant_map_however_large_is_normalised_to_the_bias(value):
     assert row_norm(x, weight, bias, 8, 1e-6).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of the exporter, when it is the first to be asked
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_norms_by_rows_mean_the_same_in_onnx(dtype):
     module = Rows(dtype)
