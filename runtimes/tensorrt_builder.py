@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -185,14 +185,19 @@ def _add_profiles(flavour: Flavour, builder: Any, config: Any, job: BuildJob) ->
             raise ConfigError(f"{_named(flavour)} does not take the profile {listed}: {flavour.complaints()}")
 
 
+def check_gpus(flavour: Flavour, gpus: Sequence[str]) -> None:
+    """`ConfigError` for a GPU that TensorRT-RTX does not build for, with those that it does."""
+    known = [name.lower() for name in dir(flavour.trt.ComputeCapability) if name.startswith("SM")]
+    for gpu in gpus:
+        if gpu not in known:
+            raise ConfigError(f"{_named(flavour)} does not build for {gpu!r}, only for {', '.join(known)}")
+
+
 def _choose_gpus(flavour: Flavour, config: Any, gpus: tuple[str, ...]) -> None:
-    known = flavour.trt.ComputeCapability
+    check_gpus(flavour, gpus)
     config.num_compute_capabilities = len(gpus)
     for index, gpu in enumerate(gpus):
-        capability = getattr(known, gpu.upper(), None)
-        if capability is None or gpu.upper() in ("NONE", "CURRENT"):
-            takes = ", ".join(sorted(name.lower() for name in vars(known) if name.startswith("SM")))
-            raise ConfigError(f"{_named(flavour)} does not build for {gpu!r}, only for {takes}")
+        capability = getattr(flavour.trt.ComputeCapability, gpu.upper())
         if not config.set_compute_capability(capability, index):
             raise ConfigError(f"{_named(flavour)} does not build for {gpu}: {flavour.complaints()}")
 

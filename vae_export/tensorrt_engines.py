@@ -15,7 +15,7 @@ from runtimes.cuda import Cuda
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError
 from runtimes.profiles import DEFAULT, Profile
 from runtimes.tensorrt import job_of
-from runtimes.tensorrt_builder import Progress, build_plan
+from runtimes.tensorrt_builder import Progress, build_plan, check_gpus
 from runtimes.tensorrt_flavours import load_flavour, system
 from vae_export.bundle import check_output, write_bundle
 
@@ -59,10 +59,8 @@ def plan_engine(target: str, profiles: Sequence[Profile] = (), gpus: Sequence[st
                 "--to tensorrt builds and times kernels on the GPU that will run them, and none can be used here; "
                 "--to tensorrt-rtx builds for GeForce and RTX cards without one"
             )
-    known = [name.lower() for name in dir(getattr(flavour.trt, "ComputeCapability", None)) if name.startswith("SM")]
-    for gpu in gpus:
-        if gpu not in known:
-            raise ConfigError(f"{target} {flavour.version} does not build for {gpu!r}, only for {', '.join(known)}")
+    elif gpus:
+        check_gpus(flavour, gpus)
     chosen = tuple(gpus) or (() if present is None else (present.compute_capability(),))
     return Engine(target, flavour.version, chosen, system(), tuple(profiles) or (DEFAULT,))
 
