@@ -15,7 +15,7 @@ import pytest
 import runtimes
 
 API = json.loads((Path(__file__).parents[1] / "data" / "tensorrt_api.json").read_text())
-MODULES = sorted(Path(runtimes.__file__).parent.glob("tensorrt*.py"))
+MODULES = sorted(Path(runtimes.__file__).parent.glob("tensorrt_*.py"))
 CUDA = Path(runtimes.__file__).parent / "cuda.py"
 
 
@@ -71,6 +71,10 @@ def rtx_alone(source):
 def test_the_walk_finds_what_is_used():
     found = names_in("known = flavour.trt.Known\nknown.SM89\nself.flavour.trt.A.B.C\ntrt.__version__\nx.y = trt.D")
     assert found == {"Known", "Known.SM89", "A", "A.B", "A.B.C", "D"}
+
+
+def test_the_runtime_itself_leaves_tensorrt_to_those_modules():
+    assert not names_in((MODULES[0].parent / "tensorrt.py").read_text())
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
