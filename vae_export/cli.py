@@ -6,7 +6,6 @@ Exit codes: 0 success, 1 a bug in this program, 2 wrong usage, 4 and up the erro
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -25,28 +24,23 @@ from runtimes.bundle import ENGINE_TARGETS
 from runtimes.errors import BackendUnavailable, NumericsError, ShapeError, VaeError
 from runtimes.files import written_whole
 from runtimes.images import compare_side_by_side, crop_to_multiple, load_image, psnr, save_image
-from runtimes.plan_cache import PlanCache
-from runtimes.profiles import DEFAULT, Profile, make_profile, parse_profile
 from vae_export import __version__
+from vae_export.cli_engines import Batch, Gpus, Pixels, Preferred, Profiles, engines, profiles_of
+from vae_export.cli_options import AsJson, Backend, BundlePath, Calibrate, Crop, Device, Model, Overwrite, Subfolder
 from vae_export.printing import (
     bundle_table,
-    cache_table,
     diagnose,
     doctor_table,
     err,
-    out,
     plot_ranges,
+    print_export,
+    print_result,
     progress_bar,
     ranges_table,
-    rewrites_text,
     say,
     tuning_table,
     validation_table,
 )
-from vae_export.tensorrt_engines import rebuild_bundle
-from vae_export.triton import write_repository
-
-_ENGINES = "TensorRT"
 
 app = typer.Typer(
     help="Export the image VAE of latent diffusion models, verified, and run it.",
@@ -55,31 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)]
-Device = Annotated[
-    Optional[str],
-    typer.Option(
-        help="cpu, cuda or cuda:N; gpu or npu for OpenVINO, gpu or tpu for JAX.  [default: cpu; cuda for TensorRT]",
-        show_default=False,
-    ),
-]
-Backend = Annotated[Optional[str], typer.Option(help="Another backend than the bundle's default.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
-Model = Annotated[
-    Optional[str],
-    typer.Option(
-        help="A diffusers directory, a Hub id, the URL of a file on the Hub, or a .safetensors file.",
-        show_default=False,
-    ),
-]
-Subfolder = Annotated[
-    Optional[str], typer.Option(help="Where in the directory or repository the VAE is: vae.", show_default=False)
-]
-Calibrate = Annotated[
-    Optional[Path],
-    typer.Option(help="Photographs to measure activations on.  [default: the embedded ones]", show_default=False),
-]
-Crop = Annotated[bool, typer.Option("--crop", help="Cut an image's sides to multiples of the VAE's factor.")]
+app.add_typer(engines)
 
 _stopped_by: list[int] = []  #: signals that asked this process to end
 
@@ -93,12 +63,12 @@ def export(
     ] = None,
     model: Model = None,
     out_dir: Annotated[
-        Optional[Path], typer.Option("--out", help="The bundle. [default: vae-TARGET-PRECISION]")
+        Optional[Path], typer.Option("--out", help="The bundle. (default: vae-TARGET-PRECISION)")
     ] = None,
     precision: Annotated[
         Optional[str],
         typer.Option(
-            help="fp32, fp16 or bf16; int8 for OpenVINO.  [default: fp32; fp16 for TensorRT]", show_default=False
+            help="fp32, fp16 or bf16; int8 for OpenVINO. (default: fp32; fp16 for TensorRT)", show_default=False
         ),
     ] = None,
     io_precision: Annotated[str, typer.Option(help="Of inputs and outputs: fp32, or same as the precision.")] = "fp32",
@@ -117,42 +87,16 @@ def export(
     ] = None,
     scaling_factor: Annotated[Optional[float], typer.Option(help="Where the checkpoint does not say it.")] = None,
     shift_factor: Annotated[Optional[float], typer.Option(help="Where the checkpoint does not say it.")] = None,
-    height: Annotated[
-        Optional[str], typer.Option(help="TensorRT: pixels, as 1024 or 512..1024.", rich_help_panel=_ENGINES)
-    ] = None,
-    width: Annotated[
-        Optional[str], typer.Option(help="TensorRT: pixels, as 1024 or 512..1024.", rich_help_panel=_ENGINES)
-    ] = None,
-    batch: Annotated[
-        Optional[str], typer.Option(help="TensorRT: images a call, as 1 or 1..4.", rich_help_panel=_ENGINES)
-    ] = None,
-    opt: Annotated[
-        Optional[str],
-        typer.Option(
-            help="TensorRT: BATCHxHEIGHTxWIDTH to be the fastest at.  [default: smallest batch, largest image]",
-            show_default=False,
-            rich_help_panel=_ENGINES,
-        ),
-    ] = None,
-    profile: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            help="TensorRT: all of these in one, and more than once: 1..4x512..1024x512..1024@1x1024x1024.",
-            rich_help_panel=_ENGINES,
-        ),
-    ] = None,
-    gpu: Annotated[
-        Optional[str],
-        typer.Option(
-            help="TensorRT-RTX: which GPUs, as sm89,sm120.  [default: the one here, or all that it takes]",
-            show_default=False,
-            rich_help_panel=_ENGINES,
-        ),
-    ] = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    batch: Batch = None,
+    opt: Preferred = None,
+    profile: Profiles = None,
+    gpu: Gpus = None,
     no_validate: Annotated[
         bool, typer.Option("--no-validate", help="Do not compare with the reference; recorded.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, in one step.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
@@ -185,7 +129,7 @@ def export(
         engine = None
         if to in ENGINE_TARGETS or any((height, width, batch, opt, profile, gpu)):
             exporter.check_choices(loaded, to, precision, io_precision, io)
-            profiles = _profiles(loaded.config.downscale, height, width, batch, opt, profile or [])
+            profiles = profiles_of(loaded.config.downscale, height, width, batch, opt, profile or [])
             engine = exporter.plan_engine(to, profiles, [part.strip() for part in gpu.split(",")] if gpu else [])
             for line in exporter.memory_lines(exporter.check_engine_memory(loaded, engine, precision)):
                 say(line, err)
@@ -203,7 +147,7 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
-    _print_export(path, bundle, as_json)
+    print_export(path, bundle, as_json)
 
 
 @app.command()
@@ -221,72 +165,11 @@ def validate(
         measurements = [
             m.to_dict() for m in exporter.validate_bundle(bundle, reference, device=device, progress=progress)
         ]
-    _print(
+    print_result(
         {"bundle": str(bundle), "verdict": "passed", "measurements": measurements},
         validation_table(measurements),
         as_json,
     )
-
-
-@app.command()
-def rebuild(
-    bundle: BundlePath,
-    out_dir: Annotated[
-        Optional[Path], typer.Option("--out", help="The new bundle.  [default: in the place of the old]")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, in one step.")] = False,
-) -> None:
-    """Build the plans of a TensorRT bundle again, for this machine, from the graphs in it."""
-    with progress_bar() as progress:
-        made = rebuild_bundle(bundle, out_dir or bundle, overwrite=overwrite or out_dir is None, progress=progress)
-    _print_export(made.path, made, False)
-
-
-@app.command()
-def triton(
-    bundle: BundlePath,
-    out_dir: Annotated[Path, typer.Option("--out", help="The model repository.")] = Path("model_repository"),
-    instances: Annotated[int, typer.Option(help="Of each model, on each GPU.")] = 1,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Serve an ONNX bundle on the CPU.")] = False,
-    max_batch: Annotated[
-        Optional[int],
-        typer.Option(help="Images a batch.  [default: 8, or what the plan was built for]", show_default=False),
-    ] = None,
-    queue_delay: Annotated[int, typer.Option(help="Microseconds to wait for others of the same shape.")] = 2000,
-) -> None:
-    """Write a model repository for the Triton Inference Server from an ONNX or TensorRT bundle."""
-    models = write_repository(
-        bundle, out_dir, instances=instances, cpu=cpu, max_batch=max_batch, queue_delay_us=queue_delay
-    )
-    for name, folder in models.items():
-        say(f"{name}: {folder}")
-    say(f"tritonserver --model-repository={out_dir}")
-
-
-cache = typer.Typer(help="The plans that TensorRT built on this machine for ONNX bundles.", no_args_is_help=True)
-app.add_typer(cache, name="cache")
-
-CacheDirectory = Annotated[
-    Optional[Path],
-    typer.Option("--dir", help="Another cache than the default: what was given as cache_dir.", show_default=False),
-]
-
-
-@cache.command("list")
-def cache_list(directory: CacheDirectory = None, as_json: AsJson = False) -> None:
-    """Show the plans, the last used first."""
-    found = PlanCache(directory)
-    entries = found.entries()
-    data = {"directory": str(found.directory), "plans": [dataclasses.asdict(entry) for entry in entries]}
-    _print(data, cache_table(found.directory, entries), as_json)
-
-
-@cache.command("clear")
-def cache_clear(directory: CacheDirectory = None) -> None:
-    """Remove all plans; they are built again when they are needed."""
-    found = PlanCache(directory)
-    count, freed = len(found.entries()), found.clear()
-    say(f"{count} plans, {freed / 2**20:.0f} MiB, removed from {found.directory}")
 
 
 @app.command()
@@ -296,16 +179,16 @@ def tune(
         str, typer.Option("--to", help="What to build: onnx or openvino; tensorrt or tensorrt-rtx on a GPU.")
     ] = "onnx",
     out_dir: Annotated[
-        Optional[Path], typer.Option("--out", help="The bundle. [default: vae-TARGET-PRECISION-tuned]")
+        Optional[Path], typer.Option("--out", help="The bundle. (default: vae-TARGET-PRECISION-tuned)")
     ] = None,
     precision: Annotated[
-        Optional[str], typer.Option(help="fp32, fp16 or bf16.  [default: fp32; fp16 for TensorRT]", show_default=False)
+        Optional[str], typer.Option(help="fp32, fp16 or bf16. (default: fp32; fp16 for TensorRT)", show_default=False)
     ] = None,
     height: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
     width: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each form.")] = 3,
     subfolder: Subfolder = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, in one step.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Time the exact forms of the graphs on this machine, and export a verified bundle in the fastest."""
@@ -328,7 +211,7 @@ def tune(
             progress=progress,
         )
     found = {"bundle": str(path), "trials": [trial.to_dict() for trial in tuned.trials]}
-    _print(found, tuning_table(tuned, str(path)), as_json)
+    print_result(found, tuning_table(tuned, str(path)), as_json)
 
 
 @app.command()
@@ -336,7 +219,7 @@ def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
     """Check a bundle's files against their hashes and show what is in it."""
     opened = Bundle(bundle)
     opened.verify()
-    _print(json.loads(opened.manifest.to_json()), bundle_table(str(bundle), opened.manifest), as_json)
+    print_result(json.loads(opened.manifest.to_json()), bundle_table(str(bundle), opened.manifest), as_json)
 
 
 @app.command()
@@ -362,7 +245,7 @@ def roundtrip(
         restored = vae.latents_to_images(latents)[0]
     save_image(compare_side_by_side(original, restored), out_file)
     decibels, shape = psnr(original, restored), list(latents.shape)
-    _print(
+    print_result(
         {
             "image": str(image),
             "picture": str(out_file),
@@ -434,31 +317,17 @@ def ranges(
         loaded = exporter.load_model(model, subfolder=subfolder)
         found = exporter.measure_ranges(loaded, calibrate, progress)
     plot_ranges(found, out_file)
-    _print(found.to_dict(), ranges_table(found, out_file), as_json)
+    print_result(found.to_dict(), ranges_table(found, out_file), as_json)
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what is installed, which backends work here, and why the others do not."""
     found = diagnose()
-    _print(found, doctor_table(found), as_json)
+    print_result(found, doctor_table(found), as_json)
 
 
 # Helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _profiles(
-    factor: int, height: str | None, width: str | None, batch: str | None, opt: str | None, profiles: list[str]
-) -> list[Profile]:
-    """What an engine is built for, from either way of saying it."""
-    if not profiles and not any((height, width, batch, opt)):
-        return []
-    if not profiles:
-        size = height or width or str(DEFAULT.height)
-        return [make_profile(batch or "1", height or size, width or size, opt=opt, factor=factor)]
-    if any((height, width, batch, opt)):
-        raise typer.BadParameter("--profile says all sizes: give it, or --height, --width, --batch and --opt")
-    return [parse_profile(text, factor) for text in profiles]
 
 
 def _import_exporter() -> Any:
@@ -468,30 +337,6 @@ def _import_exporter() -> Any:
     except ModuleNotFoundError as error:
         raise BackendUnavailable(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'") from None
     return export
-
-
-def _print(data: Any, table: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(data, indent=2))
-    elif isinstance(table, str):
-        say(table)
-    else:
-        out.print(table)
-
-
-def _print_export(path: Path, bundle: Bundle, as_json: bool) -> None:
-    manifest = bundle.manifest
-    if as_json:
-        print(json.dumps({"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}, indent=2))
-        return
-    if "measurements" in manifest.validation:
-        out.print(validation_table(manifest.validation["measurements"]))
-    else:
-        say("not validated: the graphs were not compared with the model", err)
-    for line in rewrites_text(manifest.rewrites):
-        say(line)
-    size = sum(entry.size for entry in manifest.files.values()) / 1e6
-    say(f"{path}: {manifest.target} {manifest.precision}, {size:.1f} MB")
 
 
 def _load_latents(path: Path) -> Any:

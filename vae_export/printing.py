@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from runtimes import BACKENDS
+from runtimes import BACKENDS, Bundle
 from runtimes.bundle import Manifest
 from runtimes.errors import BackendUnavailable
 from runtimes.files import written_whole
@@ -41,6 +42,32 @@ def say(text: str, console: Console = out) -> None:
 def printable(text: object) -> str:
     """The text on one line, without the escape sequences that a bundle or file of a stranger could hold."""
     return "".join(character if character.isprintable() else " " for character in str(text))
+
+
+def print_result(data: Any, table: Any, as_json: bool) -> None:
+    """As JSON for programs, or as a table or line for people."""
+    if as_json:
+        print(json.dumps(data, indent=2))
+    elif isinstance(table, str):
+        say(table)
+    else:
+        out.print(table)
+
+
+def print_export(path: Path, bundle: Bundle, as_json: bool) -> None:
+    """What was exported, and how far it is from the reference."""
+    manifest = bundle.manifest
+    if as_json:
+        print(json.dumps({"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}, indent=2))
+        return
+    if "measurements" in manifest.validation:
+        out.print(validation_table(manifest.validation["measurements"]))
+    else:
+        say("not validated: the graphs were not compared with the model", err)
+    for line in rewrites_text(manifest.rewrites):
+        say(line)
+    size = sum(entry.size for entry in manifest.files.values()) / 1e6
+    say(f"{path}: {manifest.target} {manifest.precision}, {size:.1f} MB")
 
 
 @contextmanager
