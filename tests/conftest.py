@@ -18,8 +18,9 @@ import torch
 
 from runtimes import open_vae, tensorrt_flavours
 from runtimes.profiles import parse_profile
-from vae_export import AutoencoderKL, export_bundle
+from vae_export import AutoencoderKL, export, export_bundle
 from vae_export.tensorrt_engines import plan_engine, rebuild_bundle
+from vae_export.validate import Case
 
 FAKES = Path(__file__).parent / "fakes"
 FAKED = ("cuda", "tensorrt", "tensorrt_rtx", "cupy", "fake_gpu", "fake_tensorrt")  # and what is below them
@@ -178,6 +179,21 @@ def flax_bundle(tiny_model, tmp_path_factory):
         return path
 
     return export
+
+
+@pytest.fixture
+def few_cases(monkeypatch):
+    """Validation with one input for each graph: its choice of inputs is tested with the ONNX bundles."""
+    x, z = torch.full((1, 3, 24, 16), 0.5), torch.randn(1, 4, 3, 2, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def reference_cases(model, *_):
+        return [
+            Case("encoder", "grey", x.numpy(), model.encode_moments(x).numpy()),
+            Case("decoder", "noise", z.numpy(), model.decode_latents(z).numpy()),
+        ]
+
+    monkeypatch.setattr(export, "reference_cases", reference_cases)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import test_onnxruntime as shared
 import torch
+from test_bundle import DAMAGE, assert_damage_is_found
 from test_independence import BANNED
 from test_onnxruntime import (  # noqa: F401  (tests that hold for this backend as they are)
     TOLERANCE,
@@ -171,23 +172,10 @@ def test_the_parsers_get_the_very_bytes_that_were_hashed(tiny_bundle, parsed):
     assert parsed == [(tiny_bundle / name).read_bytes() for name in FILES]
 
 
-DAMAGE = {
-    "a bit flipped": lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:],
-    "cut short": lambda data: data[:-1],
-    "longer": lambda data: data + b"\n",
-    "empty": lambda data: b"",
-}
-
-
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_before_a_byte_of_it_is_parsed(bundle_copy, parsed, name, damage):
-    path = bundle_copy()
-    damaged = DAMAGE[damage]((path / name).read_bytes())
-    (path / name).write_bytes(damaged)
-    with pytest.raises(IntegrityError, match=re.escape(name)):
-        open_vae(path)
-    assert damaged not in parsed
+    assert_damage_is_found(bundle_copy, parsed, name, damage)
 
 
 def test_parameters_that_the_manifest_does_not_list_are_not_read(bundle_copy, parsed):

@@ -8,13 +8,12 @@ import pytest
 import torch
 from test_export import TABLE, tree
 
-import vae_export.export
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError
 from runtimes.bundle import GRAPHS, GraphSpec, TensorSpec
 from vae_export import AutoencoderKL, export_bundle, flax_export, validate_bundle
 from vae_export.rewrite import PLAIN
 from vae_export.tune import tune_bundle
-from vae_export.validate import THRESHOLDS, Case
+from vae_export.validate import THRESHOLDS
 
 flax_params = pytest.importorskip("runtimes.flax_params", exc_type=BackendUnavailable)
 
@@ -36,21 +35,6 @@ def graph(request):
 @pytest.fixture(params=PRECISIONS)
 def bundle(request, flax_bundle):
     return flax_bundle(request.param)
-
-
-@pytest.fixture
-def few_cases(monkeypatch):
-    """Validation with one input for each graph: its choice of inputs is tested with the ONNX bundles."""
-    x, z = torch.full((1, 3, 24, 16), 0.5), torch.randn(1, 4, 3, 2, generator=torch.Generator().manual_seed(0))
-
-    @torch.no_grad()
-    def reference_cases(model, *_):
-        return [
-            Case("encoder", "grey", x.numpy(), model.encode_moments(x).numpy()),
-            Case("decoder", "noise", z.numpy(), model.decode_latents(z).numpy()),
-        ]
-
-    monkeypatch.setattr(vae_export.export, "reference_cases", reference_cases)
 
 
 # What is in a bundle ----------------------------------------------------------------------------------------------

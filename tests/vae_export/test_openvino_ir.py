@@ -10,13 +10,12 @@ import pytest
 import torch
 from test_export import TABLE, tree
 
-import vae_export.export
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError
 from runtimes.bundle import GRAPHS, GraphSpec, TensorSpec
 from vae_export import AutoencoderKL, export_bundle, openvino_ir, validate_bundle
 from vae_export.export import FORMS
 from vae_export.openvino_ir import export_ir
-from vae_export.validate import THRESHOLDS, Case
+from vae_export.validate import THRESHOLDS
 
 try:
     ov = openvino_ir.import_openvino()
@@ -190,21 +189,6 @@ def without_openvino(monkeypatch):
     """An installation without it, as far as an import can tell."""
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.delitem(sys.modules, "runtimes.openvino", raising=False)
-
-
-@pytest.fixture
-def few_cases(monkeypatch):
-    """Validation with one input for each graph: its choice of inputs is tested with the ONNX bundles."""
-    x, z = torch.full((1, 3, 24, 16), 0.5), torch.randn(1, 4, 3, 2, generator=torch.Generator().manual_seed(0))
-
-    @torch.no_grad()
-    def reference_cases(model, *_):
-        return [
-            Case("encoder", "grey", x.numpy(), model.encode_moments(x).numpy()),
-            Case("decoder", "noise", z.numpy(), model.decode_latents(z).numpy()),
-        ]
-
-    monkeypatch.setattr(vae_export.export, "reference_cases", reference_cases)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
