@@ -121,9 +121,8 @@ class FlaxVae(VaeRuntime):
         _, params = self._graphs[graph]
         try:
             compiled = self._compile(graph, x.shape)
-            return np.array(
-                compiled(params, jax.device_put(x, self._place))
-            )  # a copy: JAX's own is not to be written to
+            result = compiled(params, jax.device_put(x, self._place))
+            return np.array(result)  # a copy: JAX's own is not to be written to
         except _ERRORS as error:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(

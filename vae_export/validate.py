@@ -209,18 +209,16 @@ def inputs(
     """
     config, factor = model.config, model.config.downscale
     rng = np.random.default_rng(0)
-    photo_batch, flat_size = 1, (8, 12)
-    photo_size = PHOTO_SIZE
     if shapes is None:
+        photo_shape, flat_shape = (1, *PHOTO_SIZE), (1, 8, 12)
         # At one latent a norm with one channel a group has no variance (PyTorch refuses it), and with two a noisy one.
         smallest = 1 if min(config.block_out_channels[-2:]) > 2 * config.norm_num_groups else 2
         shapes = ((1, smallest, smallest), (1, 8, 12), (3, 5, 7))
     else:
-        photo_batch, *size = shapes[0]
-        photo_size = flat_size = (size[0], size[1])
-    height, width = (side * factor for side in photo_size)
+        photo_shape = flat_shape = shapes[0]
+    batch, height, width = photo_shape[0], photo_shape[1] * factor, photo_shape[2] * factor
     photos = {
-        p.stem: np.repeat(middle_of(p, height, width, config.in_channels).numpy(), photo_batch, 0)
+        p.stem: np.repeat(middle_of(p, height, width, config.in_channels).numpy(), batch, axis=0)
         for p in photographs()[:3]
     }
     for name, photo in photos.items():
@@ -229,8 +227,8 @@ def inputs(
         noise = rng.uniform(-1, 1, (b, config.in_channels, h * factor, w * factor))
         yield "encoder", "noise", noise.astype(np.float32)
     # A picture of one colour has next to no variance in its first maps: norms that subtract squares end there.
-    flat = (photo_batch, config.in_channels, *(side * factor for side in flat_size))
-    yield "encoder", "black", np.full(flat, -1, np.float32)
+    b, h, w = flat_shape
+    yield "encoder", "black", np.full((b, config.in_channels, h * factor, w * factor), -1, np.float32)
     multiply, add = (np.reshape(values, (1, -1, 1, 1)) for values in config.latent_affine())
     for name, photo in photos.items():
         yield "decoder", f"{PHOTO} {name}", _reference(model, "encoder", photo)[:, : config.latent_channels]

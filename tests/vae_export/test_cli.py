@@ -1,6 +1,5 @@
 """The command line: what it prints and where, its exit codes, and what it leaves when it is interrupted."""
 
-import functools
 import json
 import os
 import re
@@ -123,10 +122,10 @@ def test_embedded_model_is_exported_verified_and_validated_again(run, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_export_stops_soon_and_leaves_nothing(tmp_path, number, code):
-    command = [COMMAND, "--to", "onnx", "--out", "new/b"]
     # A shell has its background jobs ignore Ctrl-C, and what they start too: the tests may be one of them.
-    heeded = functools.partial(signal.signal, number, signal.SIG_DFL)
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heeded) as process:
+    heed = "import os, signal as s, sys; s.signal(int(sys.argv[1]), s.SIG_DFL); os.execv(sys.argv[2], sys.argv[2:])"
+    command = [sys.executable, "-c", heed, str(number), COMMAND, "--to", "onnx", "--out", "new/b"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("new/.b.partial-*")):  # until it is exporting
             assert process.poll() is None and time.monotonic() < deadline
