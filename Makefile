@@ -1,5 +1,6 @@
 # make demo    set up, export the embedded model, and picture what it does to a photograph
-# make test    set up and run the tests
+# make test    set up and run the tests, but for those below
+# make engines the tests that build engines with TensorRT-RTX; they need no GPU
 # make lint    style and types
 # make slow    the tests with real-size models
 # make gpu-check  the tests on this machine's NVIDIA GPU; what they said is in out/gpu-check.txt
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint slow gpu-check bench train clean
+.PHONY: demo test engines lint slow gpu-check bench train clean
 
 # pytriton without its dependencies, which nothing else here agrees with: tests ask its tritonserver to read what we write.
 $(READY): pyproject.toml constraints.txt
@@ -25,7 +26,10 @@ demo: $(READY)
 	$(BIN)/vae-export roundtrip out/tiny vae_export/assets/photos/coffee.jpg --out out/roundtrip.png
 
 test: $(READY)
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow and not engines"
+
+engines: $(READY)
+	$(BIN)/pytest -q -m "engines and not slow"
 
 slow: $(READY)
 	$(BIN)/pytest -q -s -m slow

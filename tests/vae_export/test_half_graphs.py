@@ -12,9 +12,7 @@ from onnx import TensorProto, helper
 from runtimes import ConfigError, open_vae
 from tools.blow_up import blown_up, gains
 from vae_export import export_bundle
-from vae_export.export import FORMS
 from vae_export.onnx_graphs import OPSET, export_onnx
-from vae_export.rewrite import PLAIN
 
 
 @pytest.fixture(scope="module")
@@ -83,30 +81,3 @@ def test_the_runtime_honours_an_eps_as_small_as_rescaling_makes_it(exponent):
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     expected = torch.nn.functional.group_norm(torch.from_numpy(x).double(), 4, eps=eps).numpy()
     assert np.abs(session.run(None, {"x": x})[0] - expected).max() < 1e-5
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("graph", ["encoder", "decoder"])
-@pytest.mark.parametrize("form", ["plain", "of ONNX bundles"])
-def test_tensorrt_rtx_builds_the_graphs_strongly_typed(graph, precision, form, tiny_model, tmp_path):
-    """The real builder, which needs no GPU; running the engine does.
-
-    Not every form: its builder has no transposed convolution in bf16, for one.
-    """
-    trt = pytest.importorskip("tensorrt_rtx", reason="pip install 'vae-export[rtx]'")
-    path = tmp_path / "model.onnx"
-    form = PLAIN if form == "plain" else FORMS["onnx", precision]
-    spec = export_onnx(tiny_model, graph, path, precision=precision, form=form)
-    logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse(path.read_bytes()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    assert config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    profile = builder.create_optimization_profile()
-    channels, scale = spec.input.shape[1], 8 if graph == "encoder" else 1
-    profile.set_shape(spec.input.name, *((b, channels, s * scale, s * scale) for b, s in ((1, 4), (1, 16), (2, 32))))
-    assert config.add_optimization_profile(profile) == 0
-    assert builder.build_serialized_network(network, config) is not None

@@ -117,6 +117,7 @@ def test_manifest_and_graph_say_uint8_and_a_cast_touches_it(bundles, graph):
     assert set(touching) - {"Shape"} == {"Cast"}
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("graph", TABLE)
 def test_tensorrt_rtx_builds_them(graph, precision, tiny_model, tmp_path):

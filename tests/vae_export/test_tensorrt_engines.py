@@ -37,11 +37,14 @@ try:
 except BackendUnavailable as reason:
     pytest.skip(str(reason), allow_module_level=True)
 
+pytestmark = pytest.mark.engines
+
 GPUS = ("sm86", "sm89", "sm120")
 PROFILE = "1..2x64..128x64..128"
 #: what ONNX and TensorRT bundles hold, and every other form in half precision, which `tune` may choose
 BUILT = {(form, precision) for (target, precision), form in FORMS.items() if target in ("onnx", "tensorrt-rtx")}
-BUILT |= {(form, "fp16") for form in (Form(), *FORMS.values(), Form(upsample="deconv", norm="rows", last_block="lean"))}
+BUILT |= {(Form(), precision) for precision in ("fp32", "fp16", "bf16")}
+BUILT |= {(form, "fp16") for form in (*FORMS.values(), Form(upsample="deconv", norm="rows", last_block="lean"))}
 
 
 def named(part):
