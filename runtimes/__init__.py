@@ -67,10 +67,21 @@ BACKENDS_OF_TARGET: dict[str, tuple[str, ...]] = {
 }
 
 
-def open_vae(path: str | Path, *, backend: str | None = None, device: str | None = None, **options: Any) -> VaeRuntime:
+def open_vae(
+    path: str | Path,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    tiling: str | None = None,
+    memory_budget: int | str | None = None,
+    **options: Any,
+) -> VaeRuntime:
     """Open a bundle. The backend follows from the bundle's target; `backend` chooses another that can open it.
 
     `device` is "cpu" unless given, and "cuda" for TensorRT, which runs nowhere else.
+
+    `tiling`, "blended" or "seamless", is that of `VaeRuntime.enable_tiling`; `memory_budget`, such as "2GiB", that of
+    `VaeRuntime.memory_budget`.
 
     `options` are those of the backend's class; all take `check_finite=True`, which turns NaN and infinity in a result
     into `NumericsError`.
@@ -94,4 +105,11 @@ def open_vae(path: str | Path, *, backend: str | None = None, device: str | None
         options["device"] = device
     runtime = getattr(importlib.import_module(module), name)(bundle, **options)
     assert isinstance(runtime, VaeRuntime)
+    try:
+        if tiling is not None:
+            runtime.enable_tiling(tiling)
+        runtime.memory_budget = memory_budget
+    except VaeError:
+        runtime.close()
+        raise
     return runtime

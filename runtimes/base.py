@@ -6,21 +6,24 @@ A backend is a subclass with `_run` and `_close`, over arrays that have already 
 from __future__ import annotations
 
 import functools
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.bundle import Bundle, GraphSpec
+from runtimes.bundle import Bundle, GraphSpec, Step
 from runtimes.config import VaeConfig
-from runtimes.errors import ConfigError, NumericsError, ShapeError, VaeError
+from runtimes.errors import ConfigError, NumericsError, OutOfMemoryError, ShapeError, VaeError
 from runtimes.images import Images, as_uint8_batch, to_float, to_uint8
-from runtimes.layout import as_pixels, channels_first, channels_first_floats, channels_last
+from runtimes.layout import as_pixels, channels_first, channels_first_floats, channels_last, padded
+from runtimes.memory import Rate, call_bytes, parse_bytes, rate_of
 from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
 from runtimes.posterior import DiagonalGaussianDistribution, array_module
+from runtimes.seamless import largest_maps, run_seamless
 from runtimes.tiling import TilingAndSlicing
 
 Array = npt.NDArray[Any]
@@ -37,6 +40,8 @@ class VaeRuntime(TilingAndSlicing, ABC):
     """
 
     backend: ClassVar[str]
+    runs_steps: ClassVar[bool] = False  #: whether it has what seamless tiling needs
+    device: str
 
     def __init__(self, bundle: Bundle, *, check_finite: bool = False) -> None:
         self.manifest = bundle.manifest
@@ -48,8 +53,12 @@ class VaeRuntime(TilingAndSlicing, ABC):
             raise ConfigError(
                 "check_finite finds no NaN in pixels, which is what this bundle's decoder gives (--io uint8)"
             )
+        self._bundle = bundle
         self._closed = False
         self._set_up_tiling()
+        self._budget: tuple[int, Rate] | None = None
+        self._opened: set[str] = set()  #: graphs whose steps are
+        self._opening = threading.Lock()
 
     # What a backend provides ----------------------------------------------------------------------------------------
 
@@ -61,49 +70,67 @@ class VaeRuntime(TilingAndSlicing, ABC):
     def _close(self) -> None:
         """Release sessions and memory; called once."""
 
+    def _open_steps(self, steps: Sequence[Step]) -> None:
+        """Load the steps of one graph for seamless tiling, for `_run_step`; called once, before the first of them."""
+        raise NotImplementedError  # unless runs_steps
+
+    def _run_step(self, step: Step, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        """Run one of them on arrays in host memory."""
+        raise NotImplementedError  # unless runs_steps
+
     # Encoding and decoding ------------------------------------------------------------------------------------------
 
-    def encode(self, x: Any, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(
+        self, x: Any, return_dict: bool = True, *, pad: bool = False
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Images, float [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, C, H/f, W/f].
 
-        H and W must be multiples of f (`ShapeError` names the size to pad to). Any float dtype is taken; moments come
-        in the graph's output dtype. A bundle exported with `--io uint8` takes uint8 [B, H, W, 3] instead.
+        H and W must be multiples of f (`ShapeError` names the size to pad to); with `pad` the image is continued by its
+        mirror image on the right and bottom, and `decode(z, size=(H, W))` cuts that off again. Any float dtype is
+        taken; moments come in the graph's output dtype. A bundle exported with `--io uint8` takes uint8 [B, H, W, 3]
+        instead.
         """
         if self.spec["encoder"].input.dtype == "uint8":
-            x = self._checked_pixels(x)
+            x = self._checked_pixels(x, pad=pad)
         else:
-            x = self._checked(x, "images", self.config.in_channels, multiple_of=self.config.downscale)
+            x = self._checked(x, "images", self.config.in_channels, multiple_of=self.config.downscale, pad=pad)
         posterior = DiagonalGaussianDistribution(self._apply("encoder", x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(self, z: Any, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Any]:
+    def decode(
+        self, z: Any, return_dict: bool = True, generator: Any = None, *, size: tuple[int, int] | None = None
+    ) -> DecoderOutput | tuple[Any]:
         """Raw (unscaled) latents, float [B, latent_channels, h, w] -> images [B, out_channels, f*h, f*w], not clipped.
 
-        A bundle exported with `--io uint8` gives uint8 [B, f*h, f*w, 3] instead. `generator` is accepted, as in
-        diffusers, and not used: decoding is deterministic.
+        `size`, height and width in pixels, is what is kept of them, from the top left corner. A bundle exported with
+        `--io uint8` gives uint8 [B, f*h, f*w, 3] instead. `generator` is accepted, as in diffusers, and not used:
+        decoding is deterministic.
         """
         z = self._checked(z, "latents", self.config.latent_channels, multiple_of=1)
+        rows, columns = self._kept(size, z.shape)
         sample = self._apply("decoder", z)
+        sample = sample[:, rows, columns] if self.spec["decoder"].output.axes[0] == 3 else sample[:, :, rows, columns]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     # Images and scaled latents --------------------------------------------------------------------------------------
 
-    def images_to_latents(self, images: Images, generator: Any = None) -> Array:
+    def images_to_latents(self, images: Images, generator: Any = None, *, pad: bool = False) -> Array:
         """uint8 [B, H, W, 3] or [H, W, 3], PIL images or paths -> latents as a diffusion model takes them.
 
         Of images and files orientation is applied and transparency laid over white: see `runtimes.images.load_image`.
         The latents are scaled and shifted: the posterior's mode, or a draw from it where a generator is given.
-        `ConfigError` where the checkpoint did not say its scaling_factor.
+        `pad`: see `encode`. `ConfigError` where the checkpoint did not say its scaling_factor.
         """
         scale = self._latent_scale()
         pixels = as_uint8_batch(images)
-        posterior = self.encode(pixels if self.spec["encoder"].input.dtype == "uint8" else to_float(pixels))[0]
+        given = pixels if self.spec["encoder"].input.dtype == "uint8" else to_float(pixels)
+        posterior = self.encode(given, pad=pad)[0]
         z = posterior.mode() if generator is None else posterior.sample(generator)
         multiply, add = scale
         return np.asarray((z - add) * multiply, dtype=np.float32)
 
-    def latents_to_images(self, latents: Any) -> npt.NDArray[np.uint8]:
-        """Scaled latents [B, latent_channels, h, w] -> uint8 [B, f*h, f*w, 3].
+    def latents_to_images(self, latents: Any, *, size: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
+        """Scaled latents [B, latent_channels, h, w] -> uint8 [B, f*h, f*w, 3], or the `size` of it (see `decode`).
 
         NaN and infinity have no colour: they raise `NumericsError`, with or without `check_finite`.
         """
@@ -112,7 +139,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
         raw = on_host(raw)
         if self.spec["decoder"].output.dtype == "uint8" and not np.isfinite(raw).all():
             raise NumericsError("the latents hold NaN or infinity: no image")  # pixels would not show it
-        sample = self.decode((raw / multiply + add).astype(np.float32))[0]
+        sample = self.decode((raw / multiply + add).astype(np.float32), size=size)[0]
         if sample.dtype == np.uint8:
             pixels: npt.NDArray[np.uint8] = sample
             return pixels
@@ -145,6 +172,108 @@ class VaeRuntime(TilingAndSlicing, ABC):
             raise NumericsError(f"the {graph} of this {self.precision} bundle gave NaN or infinity")
         return result
 
+    # Tiling ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes that a call may use, beyond what the opened bundle holds and the arrays that come and go; or None.
+
+        Set to a number or a text such as "2GiB": what fits is computed untiled, and what does not in the largest tiles
+        that do (of the kind that `enable_tiling` chose, blended unless it was called). How much a call needs is a
+        model, measured for each backend and precision: see `runtimes.memory`. `ConfigError` where there is none.
+        """
+        return None if self._budget is None else self._budget[0]
+
+    @memory_budget.setter
+    def memory_budget(self, value: int | str | None) -> None:
+        self._budget = (
+            None if value is None else (parse_bytes(value), rate_of(self.backend, self.device, self.precision))
+        )
+
+    def _may_tile(self) -> bool:
+        return self.use_tiling or self._budget is not None
+
+    def _tile_sides(self, graph: str, shape: Sequence[int]) -> Iterator[int | None]:
+        if self._budget is None:
+            yield from super()._tile_sides(graph, shape)
+            return
+        budget, rate = self._budget
+        factor = self.config.downscale
+        height, width = shape[-2:] if graph == "encoder" else (shape[-2] * factor, shape[-1] * factor)
+        whole = max(height, width) // factor
+        needed = call_bytes(rate, self.config, graph, shape[0], height, width)
+        if needed <= budget:
+            yield None
+            yield from self._halves(graph, whole)
+            return
+        for side in self._possible_sides(graph, whole - 1):
+            pixels = side * factor
+            if self.tiling == "seamless":
+                needed = self._seamless_bytes(rate, graph, shape, height, width, pixels)
+            else:
+                needed = call_bytes(rate, self.config, graph, shape[0], pixels, pixels)
+            if needed <= budget:
+                yield side
+                yield from self._halves(graph, side)
+                return
+        raise OutOfMemoryError(
+            f"memory_budget of {budget} bytes: the {graph} on {width}x{height} pixels needs about {needed} even in the "
+            f"smallest {self.tiling} tiles"
+        )
+
+    def _seamless_bytes(
+        self, rate: Rate, graph: str, shape: Sequence[int], height: int, width: int, pixels: int
+    ) -> int:
+        """Of a call in seamless tiles: what lies between the steps, beside what runs on a tile, or on the whole."""
+        assert self.manifest.tileable is not None
+        positions = (height // self.config.downscale) * (width // self.config.downscale)
+        whole = positions * self.config.block_out_channels[-1] * rate.step + rate.whole_score * positions**2
+        tile = pixels**2 * self.config.block_out_channels[0] * rate.step
+        return int(max(whole, tile)) + largest_maps(
+            self.manifest.tileable[graph], shape[-2], shape[-1], self.config.downscale
+        )
+
+    def _prepare_seamless(self) -> None:
+        if not self.runs_steps:
+            raise ConfigError(f'tiling="seamless" does not run in {self.backend} yet; enable_tiling("blended") does')
+        if self.manifest.tileable is None:
+            raise ConfigError(
+                'this bundle is not cut for tiling="seamless": export it again with --tileable, or use '
+                'enable_tiling("blended")'
+            )
+
+    def _tiled(self, function: Callable[[Any], Any], x: Any, graph: str, side: int) -> Any:
+        if self.tiling != "seamless":
+            return super()._tiled(function, x, graph, side)
+        return answer_in_kind(lambda array: self._seamless(graph, array, side), x)
+
+    def _seamless(self, graph: str, x: Array, side: int) -> Array:
+        """As `_in_parts` has it: images have their channels first here, and pixels are floats behind the decoder."""
+        assert self.manifest.tileable is not None
+        steps = self.manifest.tileable[graph]
+        with self._opening:
+            if graph not in self._opened:
+                self._open_steps(steps)
+                self._opened.add(graph)
+        if x.dtype == np.uint8:
+            x = x / np.float32(127.5) - np.float32(1)
+        parts = [
+            run_seamless(
+                steps,
+                self._run_step,
+                x[i : i + 1].astype(np.float32, copy=False),
+                factor=self.config.downscale,
+                groups=self.config.norm_num_groups,
+                tile_values=(side * self.config.downscale) ** 2 * self.config.block_out_channels[0],
+                on_tile=self.on_tile,
+            )
+            for i in range(len(x))
+        ]
+        result = np.concatenate(parts)
+        if self.spec[graph].output.dtype == "uint8":
+            return np.clip(result / 2 + 0.5, 0, 1) * 255
+        return result.astype(self.spec[graph].output.dtype, copy=False)
+
     def _output_shape(self, graph: GraphName, shape: Sequence[int]) -> tuple[int, ...]:
         """What a graph makes of an input of this shape."""
         source, target, factor = self.spec[graph].input, self.spec[graph].output, self.config.downscale
@@ -155,7 +284,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
 
     # Checking at the edge -------------------------------------------------------------------------------------------
 
-    def _checked(self, x: Any, what: str, channels: int, *, multiple_of: int) -> Any:
+    def _checked(self, x: Any, what: str, channels: int, *, multiple_of: int, pad: bool = False) -> Any:
         """`x` as an array in the graph's input dtype; `ShapeError` names the value and the rule."""
         if self._closed:
             raise VaeError("this VAE was closed; open the bundle again")
@@ -170,11 +299,12 @@ class VaeRuntime(TilingAndSlicing, ABC):
             raise ShapeError(f"{what} are floating point, not {x.dtype}; uint8 images go to images_to_latents")
         if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
             raise ShapeError(f"{what} are [B, {channels}, height, width], not {list(x.shape)}")
+        x = padded(x, (2, 3), multiple_of) if pad else x
         _check_sides(x.shape[2:], multiple_of)
         dtype = self.spec["encoder" if what == "images" else "decoder"].input.dtype
         return x.detach().to(getattr(xp, dtype)) if is_torch else x.astype(dtype, copy=False)
 
-    def _checked_pixels(self, x: Any) -> Any:
+    def _checked_pixels(self, x: Any, *, pad: bool) -> Any:
         """`x` as uint8 [B, H, W, 3] for a graph that takes that."""
         if self._closed:
             raise VaeError("this VAE was closed; open the bundle again")
@@ -183,8 +313,17 @@ class VaeRuntime(TilingAndSlicing, ABC):
             raise ShapeError(
                 f"this bundle takes uint8 images [B, height, width, 3] (--io uint8), not {x.dtype} {list(x.shape)}"
             )
+        x = padded(x, (1, 2), self.config.downscale) if pad else x
         _check_sides(x.shape[1:3], self.config.downscale)
         return x
+
+    def _kept(self, size: tuple[int, int] | None, shape: Sequence[int]) -> tuple[slice, slice]:
+        """The rows and columns of an image from latents of this shape that `size` keeps."""
+        height, width = (side * self.config.downscale for side in shape[2:])
+        kept_height, kept_width = (height, width) if size is None else size
+        if not (0 < kept_height <= height and 0 < kept_width <= width):
+            raise ShapeError(f"size {kept_width}x{kept_height} is not a part of the image, {width}x{height}")
+        return slice(kept_height), slice(kept_width)
 
     # Life -----------------------------------------------------------------------------------------------------------
 
@@ -217,8 +356,8 @@ def _check_sides(sides: Sequence[int], multiple_of: int) -> None:
     """`ShapeError` unless height and width are multiples."""
     for name, size in zip(("height", "width"), sides, strict=True):
         if size % multiple_of:
-            padded = size + -size % multiple_of
-            raise ShapeError(f"{name} {size} is not a multiple of {multiple_of}; pad to {padded}")
+            full = size + -size % multiple_of
+            raise ShapeError(f"{name} {size} is not a multiple of {multiple_of}; pad to {full} (pad=True)")
 
 
 def answer_in_kind(function: Callable[[Array], Array], x: Any) -> Any:

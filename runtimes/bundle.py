@@ -27,6 +27,7 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MANIFEST_LIMIT = 4 << 20  #: bytes; a manifest with long validation tables has some 50 KB
 FILE_LIMIT = 16 << 30  #: bytes; no VAE comes near
+MOST_CHANNELS = 1 << 16
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx", "openvino", "flax")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 MANIFEST_KEYS = (
@@ -36,6 +37,9 @@ MANIFEST_KEYS = (
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 GRAPHS = ("encoder", "decoder")
 DTYPES = ("float32", "float16", "bfloat16", "uint8")
+#: the kinds of steps of seamless tiling, and the order in which they come: a letter for each
+STEP_KINDS = {"whole": "w", "in": "i", "conv1": "a", "conv2": "b", "up": "u", "down": "d", "out": "o"}
+STEP_ORDER = {"encoder": re.compile(r"i((ab)|d)*w"), "decoder": re.compile(r"w((ab)|u)*o")}
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
 _GPU = re.compile(r"sm\d{2,3}")
@@ -69,6 +73,15 @@ class GraphSpec:
     file: str
     input: TensorSpec
     output: TensorSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a graph that seamless tiling runs by itself: see `runtimes.seamless`."""
+
+    kind: str  #: one of STEP_KINDS
+    file: str
+    channels: int  #: of what it gives
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,7 @@ class Manifest:
     tools: Mapping[str, str] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine | None = None  #: of TensorRT bundles
+    tileable: Mapping[str, tuple[Step, ...]] | None = None  #: graph -> its steps, in bundles for seamless tiling
 
     def to_json(self) -> str:
         data = {
@@ -128,6 +142,7 @@ class Manifest:
             "rewrites": list(self.rewrites),
             "tools": dict(self.tools),
             **({} if self.engine is None else {"engine": self.engine.to_dict()}),
+            **({} if self.tileable is None else {"tileable": _steps_to_dict(self.tileable)}),
             "validation": dict(self.validation),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
         }
@@ -146,6 +161,7 @@ class Manifest:
                 + ("upgrade vae-export" if schema > SCHEMA_VERSION else "export the model again")
             )
         keys = MANIFEST_KEYS + (("engine",) if data.get("target") in ENGINE_TARGETS else ())
+        keys += ("tileable",) if "tileable" in data else ()
         fields = _exactly(data, "manifest", keys)
         files = {_file_name(n): _file_entry(n, e) for n, e in _object(fields["files"], "files").items()}
         _reject_case_twins(files)
@@ -172,6 +188,7 @@ class Manifest:
             tools={name: _text(tool, "tools") for name, tool in _object(fields["tools"], "tools").items()},
             validation=_object(fields["validation"], "validation"),
             engine=Engine.from_dict(fields["engine"], config.downscale) if "engine" in fields else None,
+            tileable=_steps(fields["tileable"], files) if "tileable" in fields else None,
         )
 
 
@@ -342,6 +359,29 @@ def _graph(name: str, value: Any, files: Mapping[str, FileEntry]) -> GraphSpec:
     if _text(graph["file"], "file") not in files:
         raise IntegrityError(f"{MANIFEST_FILE}: the {name} graph {graph['file']!r} is not among the listed files")
     return GraphSpec(graph["file"], _tensor(name, graph["input"]), _tensor(name, graph["output"]))
+
+
+def _steps(value: Any, files: Mapping[str, FileEntry]) -> dict[str, tuple[Step, ...]]:
+    found = {}
+    for graph, steps in _exactly(_object(value, "tileable"), "tileable", GRAPHS).items():
+        if not isinstance(steps, list):
+            raise IntegrityError(f"{MANIFEST_FILE}: the tileable {graph} is not a list of steps")
+        parsed = []
+        for step in steps:
+            step = _exactly(_object(step, "a step"), "a step", ("kind", "file", "channels"))
+            if _text(step["file"], "file") not in files:
+                raise IntegrityError(f"{MANIFEST_FILE}: the step {step['file']!r} is not among the listed files")
+            if not _is_int(step["channels"]) or not 0 < step["channels"] <= MOST_CHANNELS:
+                raise IntegrityError(f"{MANIFEST_FILE}: a step has {step['channels']!r} channels")
+            parsed.append(Step(_choice(step["kind"], "kind", tuple(STEP_KINDS)), step["file"], step["channels"]))
+        if not STEP_ORDER[graph].fullmatch("".join(STEP_KINDS[step.kind] for step in parsed)):
+            raise IntegrityError(f"{MANIFEST_FILE}: the steps of the tileable {graph} are not in an order that runs")
+        found[graph] = tuple(parsed)
+    return found
+
+
+def _steps_to_dict(steps: Mapping[str, tuple[Step, ...]]) -> dict[str, Any]:
+    return {graph: [asdict(step) for step in of_graph] for graph, of_graph in steps.items()}
 
 
 def _tensor(name: str, value: Any) -> TensorSpec:

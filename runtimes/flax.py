@@ -109,10 +109,10 @@ class FlaxVae(VaeRuntime):
         own = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), own, expected)
         return exported.call, jax.device_put(own, self._place)
 
-    def _checked(self, x: Any, what: str, channels: int, *, multiple_of: int) -> Any:
+    def _checked(self, x: Any, what: str, channels: int, *, multiple_of: int, pad: bool = False) -> Any:
         if isinstance(x, jax.Array):  # wherever it is: DLPack would give NumPy those on the CPU alone
             x = np.asarray(x.astype(np.float32) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x)
-        return super()._checked(x, what, channels, multiple_of=multiple_of)
+        return super()._checked(x, what, channels, multiple_of=multiple_of, pad=pad)
 
     def _run(self, graph: GraphName, x: Any) -> Any:
         return answer_in_kind(lambda array: self._call(graph, np.ascontiguousarray(array)), x)

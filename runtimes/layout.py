@@ -25,6 +25,17 @@ def channels_first_floats(x: Any) -> Any:
     return x.astype(np.float32) if xp is np else x.to(xp.float32)
 
 
+def padded(x: Any, axes: tuple[int, int], multiple: int) -> Any:
+    """`x` with the mirror image of its end added to each of these axes, up to the next multiple."""
+    xp = array_module(x)
+    for axis in axes:
+        size = x.shape[axis]
+        if size % multiple:
+            mirrored = xp.asarray(np.pad(np.arange(size), (0, -size % multiple), "reflect"))
+            x = x.index_select(axis, mirrored.to(x.device)) if hasattr(x, "index_select") else x.take(mirrored, axis)
+    return x
+
+
 def as_pixels(x: Any) -> Any:
     """[B, C, H, W] in 0..255, of floats (rounded, halves to even) or uint8 -> uint8 [B, H, W, C]."""
     xp, x = array_module(x), channels_last(x)

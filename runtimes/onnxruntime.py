@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
-from runtimes.bundle import GRAPHS, Bundle
+from runtimes.bundle import GRAPHS, Bundle, Step
 from runtimes.errors import BackendUnavailable, CompatibilityError, OutOfMemoryError, VaeError, is_out_of_memory
 from runtimes.posterior import array_module
 
@@ -41,6 +42,7 @@ class OnnxRuntimeVae(VaeRuntime):
     """
 
     backend = "onnxruntime"
+    runs_steps = True
 
     def __init__(
         self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None, check_finite: bool = False
@@ -49,7 +51,9 @@ class OnnxRuntimeVae(VaeRuntime):
         check_count("threads", threads)
         self.device = device
         self._kind, self._index = _parse_device(device)
+        self._threads = threads
         self._sessions = {graph: self._open(bundle, graph, threads) for graph in GRAPHS}
+        self._steps: dict[str, Any] = {}
 
     @staticmethod
     def check_devices() -> dict[str, str]:
@@ -59,6 +63,17 @@ class OnnxRuntimeVae(VaeRuntime):
         return {device: "works" if name in available else gpu for device, name in _PROVIDERS.items()}
 
     def _open(self, bundle: Bundle, graph: str, threads: int | None) -> Any:
+        spec = bundle.manifest.graphs[graph]
+        session = self._load(bundle, spec.file, threads)
+        for said, found in ((spec.input, session.get_inputs()), (spec.output, session.get_outputs())):
+            if [(tensor.name, tensor.type) for tensor in found] != [(said.name, _TYPES.get(said.dtype))]:
+                raise CompatibilityError(
+                    f"{spec.file} has {', '.join(f'{t.name} of {t.type}' for t in found)} where the manifest says "
+                    f"{said.name} of {said.dtype}"
+                )
+        return session
+
+    def _load(self, bundle: Bundle, file: str, threads: int | None, *, arena: bool = True) -> Any:
         provider = _PROVIDERS[self._kind]
         if provider not in ort.get_available_providers():
             raise BackendUnavailable(
@@ -72,15 +87,15 @@ class OnnxRuntimeVae(VaeRuntime):
         # It would plan one block for all of a call's tensors when a size comes again, and allocate that beside the
         # arena, which keeps what the first call took: 1.5 times the memory, for nothing gained in time.
         options.enable_mem_pattern = False
+        options.enable_cpu_mem_arena = arena
         if threads is not None:
             options.intra_op_num_threads = threads
         settings = {"device_id": self._index} if self._kind == "cuda" else {}
-        spec = bundle.manifest.graphs[graph]
-        data = bundle.read(spec.file)
+        data = bundle.read(file)
         try:
             session = ort.InferenceSession(data, options, providers=[(provider, settings)])
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
-            message = f"ONNX Runtime {ort.__version__} cannot load {spec.file}: {_reason(error)}"
+            message = f"ONNX Runtime {ort.__version__} cannot load {file}: {_reason(error)}"
             raise CompatibilityError(message) from None
         if session.get_providers()[0] != provider:
             # ONNX Runtime only warns, and goes on with the CPU, where the provider's libraries do not load.
@@ -88,13 +103,27 @@ class OnnxRuntimeVae(VaeRuntime):
                 f"{provider} did not load for device {self.device!r}: its CUDA or cuDNN libraries are missing or of "
                 "another version; `vae-export doctor` says more"
             )
-        for said, found in ((spec.input, session.get_inputs()), (spec.output, session.get_outputs())):
-            if [(tensor.name, tensor.type) for tensor in found] != [(said.name, _TYPES.get(said.dtype))]:
-                raise CompatibilityError(
-                    f"{spec.file} has {', '.join(f'{t.name} of {t.type}' for t in found)} where the manifest says "
-                    f"{said.name} of {said.dtype}"
-                )
         return session
+
+    def _open_steps(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            # Tiles are few and large: without an arena they are as fast, and nothing is kept for the next step, which
+            # has a session of its own. What runs on the whole is slower without, and its arena is given back.
+            arena = step.kind == "whole"
+            self._steps[step.file] = self._load(self._bundle, step.file, self._threads, arena=arena)
+
+    def _run_step(self, step: Step, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        options = ort.RunOptions()
+        if self._kind == "cpu" and step.kind == "whole":
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        try:
+            result: Sequence[Array] = self._steps[step.file].run(None, dict(inputs), options)
+            return result
+        except (*_RUN_ERRORS, MemoryError) as error:
+            shape = list(next(iter(inputs.values())).shape)
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(f"a tile of {shape} does not fit the memory of {self.device}") from None
+            raise VaeError(f"ONNX Runtime failed in {step.file} of {shape}: {_reason(error)}") from None
 
     def _run(self, graph: GraphName, x: Any) -> Any:
         try:
@@ -140,6 +169,7 @@ class OnnxRuntimeVae(VaeRuntime):
 
     def _close(self) -> None:
         self._sessions.clear()
+        self._steps.clear()
 
 
 def _parse_device(device: str) -> tuple[str, int]:

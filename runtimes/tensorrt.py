@@ -6,7 +6,7 @@ Works with `tensorrt` and `tensorrt_rtx` through cuda-python; torch is not neede
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -137,6 +137,38 @@ class TensorRtVae(VaeRuntime):
         if array_module(x) is not np and on_device(x):
             return engine.runon_device(x)
         return answer_in_kind(engine.run, x)
+
+    def _tile_sides(self, graph: str, shape: Sequence[int]) -> Iterator[int | None]:
+        """As far as a profile holds them; what is too large for all profiles is cut into the largest that one holds."""
+        factor = self.config.downscale
+        height, width = shape[-2:] if graph == "encoder" else (shape[-2] * factor, shape[-1] * factor)
+        largest = max(height, width) // factor
+        for side in super()._tile_sides(graph, shape):
+            size = (height, width) if side is None else (side * factor, side * factor)
+            if any(profile.holds(shape[0], *size) for profile in self.profiles):
+                yield side
+                continue
+            inside = (
+                s for s in self._possible_sides(graph, min(side or largest, largest)) if self._holding(s, shape[0])
+            )
+            found = next(inside, side)  # none: the engine says which profiles there are
+            yield found
+            if found is not None:
+                yield from (half for half in self._halves(graph, found) if self._holding(half, shape[0]))
+            return
+
+    def _holding(self, side: int, batch: int) -> list[Profile]:
+        """The profiles that hold square tiles with this side in latents."""
+        pixels = side * self.config.downscale
+        return [profile for profile in self.profiles if profile.holds(batch, pixels, pixels)]
+
+    def _smallest_tile(self, graph: str, side: int) -> int:
+        """Tiles at the edges are no smaller than what the profile takes."""
+        least = min(
+            (max(p.height.min, p.width.min) for p in self.profiles if side * self.config.downscale in p.height),
+            default=1,
+        )
+        return least if graph == "encoder" else -(-least // self.config.downscale)
 
     def _close(self) -> None:
         with ExitStack() as closing:  # all of them, also where one fails

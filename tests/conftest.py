@@ -68,6 +68,14 @@ def onnx_bundle(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tileable_bundle(tmp_path_factory):
+    """The path of the embedded model's ONNX bundle for seamless tiling. Do not change it."""
+    path = tmp_path_factory.mktemp("bundles") / "tileable"
+    export_bundle(export.load_model(), path, tileable=True)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(onnx_bundle):
     """The same; the tests of other backends put theirs in its place."""
     return onnx_bundle

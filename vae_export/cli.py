@@ -7,26 +7,21 @@ Exit codes: 0 success, 1 a bug in this program, 2 wrong usage, 4 and up the erro
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
-import tokenize
-import zipfile
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
-import numpy as np
 import typer
 
-from runtimes import Bundle, open_vae
+from runtimes import Bundle
 from runtimes.bundle import ENGINE_TARGETS
-from runtimes.errors import BackendUnavailable, NumericsError, ShapeError, VaeError
-from runtimes.files import written_whole
-from runtimes.images import compare_side_by_side, crop_to_multiple, load_image, psnr, save_image
+from runtimes.errors import BackendUnavailable, NumericsError, VaeError
 from vae_export import __version__
 from vae_export.cli_engines import Batch, Gpus, Pixels, Preferred, Profiles, engines, profiles_of
-from vae_export.cli_options import AsJson, Backend, BundlePath, Calibrate, Crop, Device, Model, Overwrite, Subfolder
+from vae_export.cli_images import images
+from vae_export.cli_options import AsJson, BundlePath, Calibrate, Device, Model, Overwrite, Subfolder
 from vae_export.printing import (
     bundle_table,
     diagnose,
@@ -49,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(images)
 app.add_typer(engines)
 
 _stopped_by: list[int] = []  #: signals that asked this process to end
@@ -93,6 +89,9 @@ def export(
     opt: Preferred = None,
     profile: Profiles = None,
     gpu: Gpus = None,
+    tileable: Annotated[
+        bool, typer.Option("--tileable", help="Add what seamless tiling needs; twice the size.")
+    ] = False,
     no_validate: Annotated[
         bool, typer.Option("--no-validate", help="Do not compare with the reference; recorded.")
     ] = False,
@@ -143,6 +142,7 @@ def export(
             rescale=not no_rescale,
             calibrate=calibrate,
             engine=engine,
+            tileable=tileable,
             run_validation=not no_validate,
             overwrite=overwrite,
             progress=progress,
@@ -223,87 +223,6 @@ def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def roundtrip(
-    bundle: BundlePath,
-    image: Annotated[Path, typer.Argument(help="A photograph.", show_default=False)],
-    out_file: Annotated[
-        Path, typer.Option("--out", help="The picture: original, reconstruction, difference x 8.")
-    ] = Path("roundtrip.png"),
-    crop: Crop = False,
-    device: Device = None,
-    backend: Backend = None,
-    as_json: AsJson = False,
-) -> None:
-    """Encode and decode an image, and picture what that does to it."""
-    original = load_image(image)
-    with open_vae(bundle, device=device, backend=backend) as vae, progress_bar() as progress:
-        if crop:
-            original = crop_to_multiple(original, vae.config.downscale)
-        progress("Encoding", 0, 2)
-        latents = vae.images_to_latents(original)
-        progress("Decoding", 1, 2)
-        restored = vae.latents_to_images(latents)[0]
-    save_image(compare_side_by_side(original, restored), out_file)
-    decibels, shape = psnr(original, restored), list(latents.shape)
-    print_result(
-        {
-            "image": str(image),
-            "picture": str(out_file),
-            "latents": shape,
-            "psnr_db": round(decibels, 2) if math.isfinite(decibels) else None,  # None: equal; JSON has no infinity
-        },
-        f"{image}: PSNR {decibels:.2f} dB through latents {shape}; picture in {out_file}",
-        as_json,
-    )
-
-
-@app.command()
-def encode(
-    bundle: BundlePath,
-    images: Annotated[list[Path], typer.Argument(help="Images, all of one size.", show_default=False)],
-    out_file: Annotated[Path, typer.Option("--out", help="Scaled latents, float32 [B, C, h, w].")] = Path(
-        "latents.npy"
-    ),
-    seed: Annotated[
-        Optional[int], typer.Option(min=0, help="Draw from the posterior with this seed instead of taking its mode.")
-    ] = None,
-    crop: Crop = False,
-    device: Device = None,
-    backend: Backend = None,
-) -> None:
-    """Turn images into latents, scaled as a diffusion model takes them."""
-    pixels = [load_image(image) for image in images]
-    with open_vae(bundle, device=device, backend=backend) as vae, progress_bar() as progress:
-        if crop:
-            pixels = [crop_to_multiple(image, vae.config.downscale) for image in pixels]
-        progress("Encoding", 0, 1)
-        latents = vae.images_to_latents(pixels, None if seed is None else np.random.default_rng(seed))
-    _save_latents(latents, out_file)
-    say(f"{len(images)} images -> latents {list(latents.shape)} in {out_file}")
-
-
-@app.command()
-def decode(
-    bundle: BundlePath,
-    latents: Annotated[Path, typer.Argument(help="Scaled latents, .npy [B, C, h, w].", show_default=False)],
-    out_file: Annotated[Path, typer.Option("--out", help="The image; for several, NAME-1.png, NAME-2.png, ...")] = Path(
-        "image.png"
-    ),
-    device: Device = None,
-    backend: Backend = None,
-) -> None:
-    """Turn scaled latents back into images."""
-    array = _load_latents(latents)
-    with open_vae(bundle, device=device, backend=backend) as vae, progress_bar() as progress:
-        progress("Decoding", 0, 1)
-        images = vae.latents_to_images(array)
-    for number, pixels in enumerate(images, start=1):
-        path = out_file if len(images) == 1 else out_file.with_stem(f"{out_file.stem}-{number}")
-        save_image(pixels, path)
-        say(f"{path} {pixels.shape[1]}x{pixels.shape[0]}")
-
-
-@app.command()
 def ranges(
     model: Annotated[Optional[str], typer.Argument(help="As --model of the export.", show_default=False)] = None,
     out_file: Annotated[Path, typer.Option("--out", help="The plot.")] = Path("ranges.png"),
@@ -337,25 +256,6 @@ def _import_exporter() -> Any:
     except ModuleNotFoundError as error:
         raise BackendUnavailable(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'") from None
     return export
-
-
-def _load_latents(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            array = np.load(file, allow_pickle=False)
-    except OSError as error:
-        raise ShapeError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError, SyntaxError, MemoryError, tokenize.TokenError, zipfile.BadZipFile) as error:
-        # What NumPy raises for garbage; MemoryError for a header that promises more than any file holds.
-        raise ShapeError(f"{path} is not a .npy file of latents: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise ShapeError(f"{path} holds several arrays; latents are one array in a .npy file")
-    return array
-
-
-def _save_latents(latents: Any, path: Path) -> None:
-    with written_whole(path) as partial, partial.open("wb") as file:
-        np.save(file, latents)
 
 
 def main() -> NoReturn:

@@ -32,4 +32,16 @@ Calibrate = Annotated[
     typer.Option(help="Photographs to measure activations on. (default: the embedded ones)", show_default=False),
 ]
 Crop = Annotated[bool, typer.Option("--crop", help="Cut an image's sides to multiples of the VAE's factor.")]
+Pad = Annotated[
+    bool,
+    typer.Option("--pad", help="Continue an image by its mirror image up to such a multiple, and cut that off again."),
+]
+Tiling = Annotated[
+    Optional[str],
+    typer.Option(help="Work in tiles: blended as in diffusers, or seamless (--tileable bundles).", show_default=False),
+]
+Tile = Annotated[Optional[int], typer.Option(help="Side of a tile in pixels. (default: the model's sample_size)")]
+MemoryBudget = Annotated[
+    Optional[str], typer.Option(help="Tile what does not fit this, as in 2GiB, in the largest tiles that do.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, in one step.")]

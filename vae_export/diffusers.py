@@ -130,9 +130,12 @@ class DiffusersVae(AutoencoderKL):  # type: ignore[misc]  # diffusers is not typ
 
     # Tiling and slicing ---------------------------------------------------------------------------------------------
 
-    def enable_tiling(self, *args: Any, **options: Any) -> None:
-        """As the runtime's `enable_tiling`, with its options."""
-        self.runtime.enable_tiling(*args, **options)
+    def enable_tiling(self, use_tiling: bool = True, tiling: str = "blended") -> None:
+        """As in diffusers; with `tiling`, as the runtime's `enable_tiling`."""
+        if use_tiling:
+            self.runtime.enable_tiling(tiling)
+        else:
+            self.runtime.disable_tiling()
 
     def disable_tiling(self) -> None:
         self.runtime.disable_tiling()

@@ -24,6 +24,7 @@ from vae_export.ranges import HALVES, Ranges, calibration_inputs, probe
 from vae_export.rescale import HEADROOM, rescale_activations
 from vae_export.rewrite import Form, rewrite
 from vae_export.tensorrt_engines import memory_lines, plan_engine, rebuild_bundle
+from vae_export.tileable import TileableExport
 from vae_export.validate import (
     THRESHOLDS,
     Case,
@@ -32,6 +33,7 @@ from vae_export.validate import (
     compare,
     opened_bundle,
     reference_cases,
+    seamless_bundle,
     simulated,
     thresholds_of,
     through_pixels,
@@ -59,6 +61,7 @@ TARGETS = {
 }
 PRECISIONS = tuple(THRESHOLDS)
 IO_PRECISIONS = ("fp32", "same")
+TILEABLE = ("onnx",)  #: targets that have bundles for seamless tiling
 WRITERS = {"openvino": openvino_ir.export_ir, "flax": flax_export.export_stablehlo}  #: the others write ONNX
 IOS = ("float", "uint8")
 
@@ -101,6 +104,7 @@ def export_bundle(
     forms: Mapping[str, Form] | None = None,
     tuning: Mapping[str, Any] | None = None,
     engine: Engine | None = None,
+    tileable: bool = False,
     run_validation: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
@@ -114,7 +118,8 @@ def export_bundle(
     "same"; with `io="uint8"` images are pixels, uint8 [B, H, W, 3], converted inside of the graphs (latents are as
     before). `forms` chooses, for each graph, among its exact rewrites; without it, `FORMS` has what was the fastest
     where it was measured. `tuning` is a record of how they were chosen, for the manifest. `engine` says for which GPUs
-    and shapes TensorRT builds (`plan_engine`).
+    and shapes TensorRT builds (`plan_engine`). With `tileable` the bundle also holds both graphs cut into steps, for
+    seamless tiling (`runtimes.seamless`); it takes twice the space.
 
     The bundle appears whole or not at all; with `overwrite` an existing bundle is replaced in one step. Without
     `run_validation` the manifest says that nothing was compared.
@@ -124,6 +129,8 @@ def export_bundle(
     """
     precision = DEFAULT_PRECISION.get(target, "fp32") if precision is None else precision
     check_choices(model, target, precision, io_precision, io)
+    if tileable and target not in TILEABLE:
+        raise ConfigError(f"bundles for seamless tiling (--tileable) are {' and '.join(TILEABLE)}, not {target}")
     check_output(out, overwrite)
     if target in ENGINE_TARGETS:
         engine = engine or tensorrt_engines.plan_engine(target)
@@ -166,6 +173,12 @@ def export_bundle(
                 spec = tensorrt_engines.build_graph(engine, graph, spec, path, factor, progress)
             graphs[graph] = replace(spec, file=f"{path.parent.name}/{spec.file}")
             (path.parent / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
+        steps = None
+        if tileable:
+            # Rescaled also in fp32: between the steps activations are kept in fp16.
+            divided = exact if precision in HALVES and rescale else rescaled(model, calibrate, progress)[0]
+            cutter = TileableExport(divided, writer.directory, precision, forms["decoder"])
+            steps = {graph: cutter.steps(graph) for graph in GRAPHS}
         if target == "flax":
             flax_export.write_params(model, writer.directory, precision)
         (writer.directory / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
@@ -180,6 +193,7 @@ def export_bundle(
             rewrites=tuple(rewrites),
             tools=_tool_versions(target, engine),
             engine=engine,
+            tileable=steps,
             validation={"verdict": "skipped", "reason": "--no-validate was given"},
         )
         writer.write_manifest(manifest)
@@ -195,6 +209,8 @@ def export_bundle(
             if why_not is None:
                 with open_vae(writer.directory) as vae:
                     measurements += compare(cases, vae.backend, opened_bundle(vae), precision, progress)
+                    if tileable:
+                        measurements += compare(cases, *seamless_bundle(vae), precision, progress)
             writer.write_manifest(replace(manifest, validation=_record(why_not, precision, io, measurements)))
         return writer.finish()
 

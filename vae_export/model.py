@@ -145,12 +145,20 @@ class Block(nn.Module):
         if attention:
             self.attentions = nn.ModuleList(Attention(out_channels, groups) for _ in range(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        attentions = getattr(self, "attentions", [None] * len(self.resnets))
-        for resnet, attention in zip(self.resnets, attentions, strict=True):
+    @property
+    def has_attention(self) -> bool:
+        return hasattr(self, "attentions")
+
+    def before_resampling(self, x: Tensor) -> Tensor:
+        attentions = self.attentions if self.has_attention else [None] * len(self.resnets)
+        for resnet, attention in zip(self.resnets, cast("list[Attention | None]", attentions), strict=True):
             x = resnet(x)
             if attention is not None:
                 x = attention(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before_resampling(x)
         for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
             x = resample(x)
         return x

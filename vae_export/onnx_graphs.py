@@ -135,16 +135,25 @@ def export_onnx(
         raise ConfigError(
             f"the {graph} has {size / 2**30:.1f} GiB of weights, and one ONNX file holds 2 GiB; export it in fp16"
         )
-    proto = _trace(traced, model.config.downscale)
-    _tidy(proto, graph, traced)
-    onnx.checker.check_model(proto, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(proto.SerializeToString(deterministic=True))
+    write_graph(trace_graph(traced, f"vae_{graph}", model.config.downscale), path)
     return GraphSpec(
         file=path.name,
         input=TensorSpec(traced.input_name, _NAMES[traced.input_dtype], traced.input_shape),
         output=TensorSpec(traced.output_name, _NAMES[traced.output_dtype], traced.output_shape),
     )
+
+
+def trace_graph(traced: TracedGraph, name: str, factor: int) -> onnx.ModelProto:
+    """A graph as ONNX, with the free dimensions that its shapes name; `factor` is the model's spatial ratio."""
+    proto = _trace(traced, factor)
+    _tidy(proto, name, traced)
+    return proto
+
+
+def write_graph(proto: onnx.ModelProto, path: Path) -> None:
+    onnx.checker.check_model(proto, full_check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
 def _trace(traced: TracedGraph, factor: int) -> onnx.ModelProto:
@@ -170,9 +179,9 @@ def _trace(traced: TracedGraph, factor: int) -> onnx.ModelProto:
     return program.model_proto
 
 
-def _tidy(proto: onnx.ModelProto, graph: str, traced: TracedGraph) -> None:
+def _tidy(proto: onnx.ModelProto, name: str, traced: TracedGraph) -> None:
     """Name graph and free dimensions; drop what tracing noted about this machine (source paths, stack traces)."""
-    proto.graph.name = f"vae_{graph}"
+    proto.graph.name = name
     proto.producer_name = "vae-export"
     proto.producer_version = ""
     proto.doc_string = proto.graph.doc_string = ""

@@ -92,7 +92,7 @@ def validation_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
         psnr, steps = m["psnr_db"], m["uint8_steps"]
         table.add_row(
             m["graph"],
-            m["by"].split()[0],
+            m["by"].split()[-1 if m["by"].endswith("seamless") else 0],
             m["input"].removeprefix("photo "),
             "x".join(map(str, m["shape"])),
             f"{m['max_abs']:.1e}",

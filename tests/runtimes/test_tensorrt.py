@@ -202,6 +202,17 @@ def test_tiling_and_slicing_bring_shapes_inside(tensorrt_bundle, tiny_bundle):
             vae.decode(z)
 
 
+@pytest.mark.parametrize("tile", [8, 64])  # latents: as large as the profile takes, and far larger
+def test_tiles_are_cut_as_profiles_take_them(tensorrt_bundle, tile):
+    """Nothing is below 48 pixels nor above 64, at the edges neither."""
+    x, z = images(1, 20, 11), latents(1, 20, 11)
+    with open_vae(tensorrt_bundle("tensorrt", "1x48..64x48..64")) as vae:
+        vae.tile_sample_min_size, vae.tile_latent_min_size = 8 * tile, tile
+        vae.enable_tiling()
+        parameters, sample = results(vae, x, z)
+    assert parameters.shape == (1, 8, 20, 11) and sample.shape == (1, 3, 160, 88)
+
+
 def test_profiles_of_plans_are_not_chosen_any_more(tiny_bundle):
     with pytest.raises(ConfigError, match="are built: their profiles cannot be chosen"):
         open_vae(tiny_bundle, profiles=[NARROW])

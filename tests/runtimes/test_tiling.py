@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtimes import ShapeError
+from runtimes import OutOfMemoryError, ShapeError
 from runtimes.tiling import TileGrid, run_tiled
 
 # Promised of tiled results. Other kernels round otherwise by some 1e-6; a tile or a weight out of place shows at 1e-2.
@@ -55,6 +55,18 @@ def parts(vae, monkeypatch):
 def test_the_grid_is_that_of_diffusers(latent, sample, decode, encode):
     assert TileGrid.of(latent, sample, 0.25) == TileGrid(latent, *decode)
     assert TileGrid.of(sample, latent, 0.25) == TileGrid(sample, *encode)
+
+
+def test_tiles_at_the_edges_are_as_large_as_they_have_to_be():
+    x, seen = np.arange(13 * 21, dtype=np.float32).reshape(1, 1, 13, 21), []
+
+    def doubled(tile):
+        seen.append(tile.shape[2:])
+        return tile.repeat(2, 2).repeat(2, 3)
+
+    tiled = run_tiled(doubled, x, TileGrid.of(8, 16, 0.25), smallest=7)
+    np.testing.assert_allclose(tiled, x.repeat(2, 2).repeat(2, 3), rtol=1e-6)
+    assert min(map(min, seen)) == 7 and max(map(max, seen)) == 8
 
 
 @KINDS
@@ -118,6 +130,71 @@ def test_slicing_gives_the_unsliced_result_one_sample_at_a_time(vae, parts, kind
     assert max(distances(sliced, whole)) <= SLICED
     assert parts == [(1, 3, 40, 48)] * 3 + [(1, 4, 5, 6)] * 3
     assert all(isinstance(result, type(x)) for result in sliced)
+
+
+def test_tiles_are_counted(vae):
+    x, z = inputs(14, 20)
+    vae.enable_tiling()
+    for use, array in ((vae.encode, x), (vae.decode, z)):
+        seen = []
+        vae.on_tile = lambda done, total, seen=seen: seen.append((done, total))
+        use(array)
+        assert seen == [(n, 3 * 4) for n in range(1, 13)]  # every 6 latents begins one
+
+
+# Memory that runs out ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_of_memory(vae, parts, monkeypatch):
+    """short_of_memory(side): from now on the backend has no memory for images with a longer side."""
+
+    def limit(side):
+        run = vae._run
+
+        def fail_or_run(graph, x):
+            result = run(graph, x)
+            if max(*x.shape[2:]) > (side if graph == "encoder" else side // 8):
+                raise OutOfMemoryError(f"{list(x.shape)} does not fit")
+            return result
+
+        monkeypatch.setattr(vae, "_run", fail_or_run)
+
+    return limit
+
+
+def test_what_does_not_fit_is_tried_again_in_smaller_tiles(vae, tiny_model, parts, short_of_memory):
+    x, z = inputs(40, 33)
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 256, 32
+    vae.enable_tiling()
+    short_of_memory(128)
+    ours = results(vae, x, z)
+    assert [shape for shape in parts if shape[1] == 3][:2] == [(1, 3, 256, 256), (1, 3, 128, 128)]
+    model = copy.copy(tiny_model)
+    model.tile_sample_min_size, model.tile_latent_min_size = 128, 16
+    x, z = inputs(40, 33, kind=torch.from_numpy)
+    assert max(distances(ours, (model.tiled_encode(x)[0].parameters, model.tiled_decode(z)[0]))) <= TILED
+
+
+def test_a_whole_that_does_not_fit_is_tiled_where_tiling_is_on(vae, parts, short_of_memory):
+    x, _ = inputs(30, 20)
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 64
+    short_of_memory(128)
+    with pytest.raises(OutOfMemoryError):  # nothing is tiled that was not asked for
+        vae.encode(x)
+    parts.clear()
+    vae.enable_tiling()
+    vae.encode(x)
+    assert parts[0] == (1, 3, 240, 160) and max(max(shape[2:]) for shape in parts[1:]) <= 128
+
+
+def test_where_not_even_the_smallest_tile_fits_it_is_an_error(vae, parts, short_of_memory):
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 256, 32
+    vae.enable_tiling()
+    short_of_memory(32)
+    with pytest.raises(OutOfMemoryError, match=r"\[1, 3, 64, 64\]"):
+        vae.encode(inputs(40, 40)[0])
+    assert [shape[2] for shape in parts] == [256, 128, 64]
 
 
 # sample, latent, overlap: diffusers takes them, and gives images of another size or a bare ValueError.

@@ -1,5 +1,6 @@
 """The command line: what it prints and where, its exit codes, and what it leaves when it is interrupted."""
 
+import contextlib
 import json
 import os
 import re
@@ -25,12 +26,13 @@ from runtimes.errors import (
     ConfigError,
     IntegrityError,
     NumericsError,
+    OutOfMemoryError,
     ShapeError,
     VaeError,
 )
 from runtimes.images import psnr
 from tools.blow_up import blown_up, gains
-from vae_export import cli
+from vae_export import cli, cli_images
 
 COMMAND = str(Path(sys.executable).with_name("vae-export"))
 PHOTO = Path(vae_export.__file__).parent / "assets" / "photos" / "coffee.jpg"
@@ -179,6 +181,14 @@ def test_bug_is_called_a_bug(run, monkeypatch):
         ("inspect .", BundleError, ["no manifest.json"]),
         ("validate BUNDLE", ConfigError, ["a model in memory", "--model"]),
         ("roundtrip BUNDLE FILES/odd.png", ShapeError, ["height 63 is not a multiple of 8", "pad to 64"]),
+        ("roundtrip BUNDLE FILES/photo.png --tiling smooth", ConfigError, ["'smooth'", "blended, seamless"]),
+        ("roundtrip BUNDLE FILES/photo.png --tiling seamless", ConfigError, ["--tileable"]),
+        ("roundtrip BUNDLE FILES/photo.png --tile 100", ShapeError, ["100", "multiple of 8"]),
+        ("roundtrip BUNDLE FILES/photo.png --tile -8", ShapeError, ["-8"]),
+        ("roundtrip BUNDLE FILES/photo.png --memory-budget lots", ConfigError, ["'lots'", "2GiB"]),
+        ("roundtrip BUNDLE FILES/photo.png --memory-budget 1KB", OutOfMemoryError, ["1000 bytes", "smallest"]),
+        ("decode BUNDLE FILES/z.npy --size big", ShapeError, ["'big'", "1000x750"]),
+        ("decode BUNDLE FILES/z.npy --size 99x24", ShapeError, ["99x24", "40x24"]),
         ("roundtrip BUNDLE FILES/speck.png --crop", ShapeError, ["7x7", "8x8"]),
         ("roundtrip BUNDLE FILES/empty.png", ShapeError, ["empty.png is empty (0 bytes)"]),
         ("roundtrip BUNDLE nowhere.png", ShapeError, ["nowhere.png does not exist"]),
@@ -298,8 +308,32 @@ def test_roundtrip_pictures_original_reconstruction_and_difference(run, tiny_bun
     assert found == {**named, "latents": [1, 4, 8, 12], "psnr_db": decibels}
     assert f"PSNR {decibels:.2f} dB" in run("roundtrip", tiny_bundle, files / "photo.png").out
     assert run("roundtrip", tiny_bundle, files / "odd.png", "--crop", "--json").json["latents"] == [1, 4, 7, 11]
-    monkeypatch.setattr(cli, "psnr", lambda *_: float("inf"))  # equal images
+    monkeypatch.setattr(cli_images, "psnr", lambda *_: float("inf"))  # equal images
     assert run("roundtrip", tiny_bundle, files / "photo.png", "--json").json["psnr_db"] is None
+
+
+def test_any_size_is_padded_and_comes_back(run, tiny_bundle, files):
+    found = run("roundtrip", tiny_bundle, files / "odd.png", "--pad", "--json").json
+    assert found["latents"] == [1, 4, 8, 12]
+    with Image.open("roundtrip.png") as picture:
+        assert picture.size == (3 * 95, 63)
+    assert run("encode", tiny_bundle, files / "odd.png", "--pad", "--out", "z.npy").code == 0
+    assert run("decode", tiny_bundle, "z.npy", "--size", "95x63").out == "image.png 95x63\n"
+
+
+def test_tiles_are_as_the_options_say(run, tileable_bundle, monkeypatch):
+    told = []
+    monkeypatch.setattr(cli_images, "progress_bar", lambda: contextlib.nullcontext(lambda *step: told.append(step)))
+    seamless = run("roundtrip", tileable_bundle, PHOTO, "--crop", "--tiling", "seamless", "--tile", 128, "--json").json
+    named = {what for what, *_ in told}
+    assert {"Encoding", "Decoding"} < named and any(what.startswith("Decoding, tile 2 of ") for what in named)
+    whole = run("roundtrip", tileable_bundle, PHOTO, "--crop", "--json").json
+    assert seamless["psnr_db"] == pytest.approx(whole["psnr_db"], abs=0.01)
+    told.clear()
+    assert run("roundtrip", tileable_bundle, PHOTO, "--crop", "--memory-budget", "400MB").code == 0
+    assert not [what for what, *_ in told if "tile" in what]
+    assert run("roundtrip", tileable_bundle, PHOTO, "--crop", "--memory-budget", "60MB").code == 0
+    assert [what for what, *_ in told if "tile" in what]
 
 
 def test_encoded_images_are_decoded_again(run, tiny_bundle, files):

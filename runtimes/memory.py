@@ -1,0 +1,71 @@
+"""How much memory a call needs: a model measured per backend and precision, for `memory_budget`.
+
+What is counted is the working memory of one call at its peak, beyond what the opened bundle holds and the arrays that
+go in and come out. It grows with the maps of the widest level, so with pixels times channels, and, where a backend
+holds scores of the attention, with the square of the positions.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from runtimes.config import VaeConfig
+from runtimes.errors import ConfigError
+
+
+class Rate(NamedTuple):
+    """Bytes for each value of a map of full size: image pixels times `block_out_channels[0]`."""
+
+    encoder: float
+    decoder: float
+    fixed: float = 0.0  #: bytes, whatever the size of the image, for 128 channels; it grows with their square
+    score: float = 0.0  #: bytes for each score of the attention, positions ** 2, of which a part is held at once
+    step: float = 0.0  #: in seamless tiling, bytes for each value of a map of a tile
+    whole_score: float = 0.0  #: as `score`, in seamless tiling
+
+
+#: (backend, precision) on a CPU, with a model of Stable Diffusion's size and random weights, at 512 and 1024 pixels
+#: a side: a line through both and a tenth more. `python -m benchmarks.memory_model` measures them.
+RATES: dict[tuple[str, str], Rate] = {
+    # Two maps of scores at a time, in fp32 even where the graph has fp16: 16 blocks untiled, 64 in seamless tiling.
+    ("onnxruntime", "fp32"): Rate(encoder=13.8, decoder=35.0, score=0.5, step=21.0, whole_score=0.125),
+    ("onnxruntime", "fp16"): Rate(encoder=13.8, decoder=36.0, score=0.5, step=25.0, whole_score=0.125),
+    # Compiled for a size, it holds a copy of the weights.
+    ("openvino", "fp32"): Rate(encoder=13.9, decoder=18.3, fixed=300e6),
+    ("openvino", "fp16"): Rate(encoder=13.9, decoder=27.1, fixed=280e6),
+    ("openvino", "bf16"): Rate(encoder=7.0, decoder=8.8, fixed=270e6),
+}
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(value: int | str) -> int:
+    """A number of bytes, or a text such as "2GiB" or "500 MB". `ConfigError` for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", value.lower()) if isinstance(value, str) else None
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"memory_budget {value!r} is not an amount of memory such as '2GiB' or '500MB'")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def rate_of(backend: str, device: str, precision: str) -> Rate:
+    """`ConfigError` where nothing was measured."""
+    rate = RATES.get((backend, precision)) if device == "cpu" else None
+    if rate is None:
+        known = ", ".join(f"{name} in {of}" for name, of in RATES)
+        raise ConfigError(
+            f"memory_budget needs a measured model of memory: there is one for {known}, on the CPU, and none for "
+            f"{backend} in {precision} on {device}. tile_sample_min_size and tile_latent_min_size set tiles by hand"
+        )
+    return rate
+
+
+def call_bytes(rate: Rate, config: VaeConfig, graph: str, batch: int, height: int, width: int) -> int:
+    """Of one call of a whole graph on images of this size in pixels."""
+    values = batch * height * width * config.block_out_channels[0]
+    positions = (height // config.downscale) * (width // config.downscale)
+    per_value = rate.encoder if graph == "encoder" else rate.decoder
+    scores = rate.score * batch * positions**2 if config.mid_block_add_attention else 0.0
+    return int(rate.fixed * (config.block_out_channels[0] / 128) ** 2 + per_value * values + scores)
