@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.memory_model import status
 from runtimes import open_vae
 from runtimes.images import load_image, to_float
 from runtimes.tiling import TILINGS
@@ -32,11 +32,11 @@ def measure(bundle: str, mode: str, side: int, tile: int) -> dict[str, float]:
             vae.enable_tiling(mode)
             vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // vae.config.downscale
         latents = np.random.default_rng(0).standard_normal((1, 4, side // 8, side // 8), np.float32)
-        opened = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        opened = status("VmHWM") / 2**30
         start = time.perf_counter()
         vae.decode(latents)
         seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = status("VmHWM") / 2**30
     return {"seconds": seconds, "us_per_pixel": seconds / side**2 * 1e6, "opened_gb": opened, "peak_gb": peak}
 
 

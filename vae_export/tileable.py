@@ -191,12 +191,8 @@ class TileableExport:
                 yield self._write("encoder", "down", downsample.conv.out_channels, self._conv(downsample.conv))
         moments = 2 * config.latent_channels
         width = encoder.conv_in.out_channels if first == 0 else config.block_out_channels[first - 1]
-        sizes = (
-            "height",
-            "width",
-        )  # of the stream: first levels above the latents, where there is attention before them
         traced = TracedGraph(
-            *(TailGraph(self.model, first), "stream", torch.float16, (1, width, *sizes)),
+            *(TailGraph(self.model, first), "stream", torch.float16, (1, width, "height", "width")),
             *("latent_parameters", torch.float32, (1, moments, "latent_height", "latent_width")),
         )
         yield self._write("encoder", "whole", moments, trace_graph(traced, "vae_encoder_tail", config.downscale))

@@ -122,11 +122,29 @@ def test_embedded_model_is_exported_verified_and_validated_again(run, tmp_path):
         assert [ours[name] for name in exact] == [theirs[name] for name in exact]
 
 
+def heeding(number, *arguments):
+    """The command as a process that a signal ends.
+
+    A shell has its background jobs ignore Ctrl-C, and what they start too: the tests may be one of them.
+    """
+    heed = "import os, signal as s, sys; s.signal(int(sys.argv[1]), s.SIG_DFL); os.execv(sys.argv[2], sys.argv[2:])"
+    return [sys.executable, "-c", heed, str(number), COMMAND, *map(str, arguments)]
+
+
+def test_tiles_are_interrupted_and_no_picture_is_left(tileable_bundle, tmp_path):
+    Image.new("RGB", (2048, 2048)).save(tmp_path / "large.png")  # seconds of work
+    command = heeding(signal.SIGINT, "roundtrip", tileable_bundle, "large.png", "--tiling", "seamless", "--tile", 64)
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (130, "", "interrupted; nothing was left half-written\n")
+    assert os.listdir(tmp_path) == ["large.png"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_export_stops_soon_and_leaves_nothing(tmp_path, number, code):
-    # A shell has its background jobs ignore Ctrl-C, and what they start too: the tests may be one of them.
-    heed = "import os, signal as s, sys; s.signal(int(sys.argv[1]), s.SIG_DFL); os.execv(sys.argv[2], sys.argv[2:])"
-    command = [sys.executable, "-c", heed, str(number), COMMAND, "--to", "onnx", "--out", "new/b"]
+    command = heeding(number, "--to", "onnx", "--out", "new/b")
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("new/.b.partial-*")):  # until it is exporting
