@@ -31,13 +31,16 @@ def encode_dataset_command(
     bundle: Annotated[Path, typer.Option("--bundle", help="The VAE.", show_default=False)],
     out_dir: Annotated[Path, typer.Option("--out", help="A new directory, or that of the same job.")],
     format: Annotated[
-        Optional[str], typer.Option("--format", help="folder, webdataset, parquet or datasets. (default: what is there)")
+        Optional[str],
+        typer.Option("--format", help="folder, webdataset, parquet or datasets. (default: what is there)"),
     ] = None,
     policy: Annotated[str, typer.Option(help="Of sizes: none, center-crop or buckets.")] = "none",
     size: Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT of center-crop.", show_default=False)] = None,
     buckets: Annotated[str, typer.Option(help="sdxl, or WIDTHxHEIGHT,WIDTHxHEIGHT,...")] = "sdxl",
     stored: Annotated[str, typer.Option("--store", help="Of the posterior: moments, mean or sample.")] = "mean",
-    unscaled: Annotated[bool, typer.Option("--unscaled", help="Raw latents, not as a diffusion model takes them.")] = False,
+    unscaled: Annotated[
+        bool, typer.Option("--unscaled", help="Raw latents, not as a diffusion model takes them.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp16",
     flips: Annotated[bool, typer.Option("--flips", help="The mirror image of every image as well.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of samples; each image draws by its content.")] = 0,

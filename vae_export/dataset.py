@@ -164,12 +164,16 @@ def encode_dataset(
     each core). With `ray`, an address or "local", the work is done on Ray by `ray_workers` runtimes, with `ray_gpus`
     each. None of this changes what is written, nor does `batch_size` but for rounding.
 
-    Images that cannot be encoded are listed in errors.parquet. Raises `ConfigError` where `out` holds latents of another
-    kind or the source has none of its images, `BundleError` where `out` cannot be written.
+    Images that cannot be encoded are listed in errors.parquet. Raises `ConfigError` where `out` holds other latents or
+    the source has none of its images, `BundleError` where `out` cannot be written.
     """
     pyarrow = import_pyarrow()  # now, not when all is encoded
     storage = storage or Storage()
-    for name, value in (("batch_size", batch_size), ("images_per_shard", images_per_shard), ("ray_workers", ray_workers)):
+    for name, value in (
+        ("batch_size", batch_size),
+        ("images_per_shard", images_per_shard),
+        ("ray_workers", ray_workers),
+    ):
         check_count(name, value)
     bundle = Bundle(opening.bundle)
     storage.check(bundle.manifest.config)

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -174,5 +173,3 @@ def _new_directory(out: Path) -> Iterator[Path]:
         raise BundleError(f"writing {out} failed: {error.strerror or error}; nothing was left behind") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-

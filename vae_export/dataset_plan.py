@@ -55,8 +55,9 @@ class Plan:
 
         def following() -> Iterator[tuple[str, bytes, int, int]]:
             nonlocal current
-            for current in items:
-                yield current
+            for item in items:
+                current = item
+                yield item
 
         try:
             run("BEGIN")

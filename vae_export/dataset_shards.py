@@ -45,10 +45,11 @@ class Entry(NamedTuple):
 def entries_of(shard: Shard) -> Iterator[Entry]:
     """What an opened shard holds, in its order."""
     for number, id in enumerate(shard.ids):
-        height_width = (tuple(column[number].tolist()) for column in (shard.original_size, shard.resized, shard.crop))
-        yield Entry(
-            id, bool(shard.flipped[number]), shard.sha256[number].tobytes(), *height_width, shard.latents(number)
+        original, resized, crop = (
+            (int(column[number, 0]), int(column[number, 1])) for column in (shard.original_size, shard.resized, shard.crop)
         )
+        flipped, sha256 = bool(shard.flipped[number]), shard.sha256[number].tobytes()
+        yield Entry(id, flipped, sha256, original, resized, crop, shard.latents(number))
 
 
 def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure], dtype: str) -> None:
@@ -88,7 +89,7 @@ def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure
         file.write(len(text).to_bytes(8, "little") + text)
         for *_, parts in tensors:
             for part in parts:
-                file.write(part.reshape(-1).view(np.uint8) if isinstance(part, np.ndarray) else part)
+                file.write(memoryview(part.reshape(-1).view(np.uint8)) if isinstance(part, np.ndarray) else part)
 
 
 class LatentDirectory:

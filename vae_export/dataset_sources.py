@@ -87,7 +87,7 @@ class Tars(Source):
             name = self._named(path.with_suffix(""))
             with _as_config_error(path, "an uncompressed tar"), tarfile.open(path, "r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # which it would keep, all of them
+                    tar.members = []  # type: ignore[attr-defined]  # which it would keep, all of them
                     if member.isreg() and os.path.splitext(member.name)[1].lower() in suffixes:
                         inner = os.fsencode(member.name).decode("utf-8", "backslashreplace")
                         yield Item(f"{name}/{inner}", os.fsencode(path), member.offset_data, member.size)
@@ -279,7 +279,7 @@ def _image_column(schema: Any, wanted: str | None, file: Path) -> str:
     named = [name for name in possible if name.lower() in COLUMN_NAMES]
     if len(possible) != 1 and len(named) != 1:
         raise ConfigError(f"{file}: which column has the images? say it with --image-column; it has {listed}")
-    return possible[0] if len(possible) == 1 else named[0]
+    return str((possible if len(possible) == 1 else named)[0])
 
 
 @functools.lru_cache(MOST_OPEN)
@@ -311,6 +311,8 @@ class _as_config_error:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, (OSError, tarfile.TarError, EOFError, KeyError)) or type(error).__module__.startswith("pyarrow"):
+        if isinstance(error, (OSError, tarfile.TarError, EOFError, KeyError)) or type(error).__module__.startswith(
+            "pyarrow"
+        ):
             message = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise ConfigError(f"{self.file} cannot be read as {self.what}: {message}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -50,7 +51,7 @@ class Decoders:
         ahead: deque[tuple[list[Task], Future[list[Result]]]] = deque()
         while True:
             while len(ahead) < 2 * self._workers + 2:
-                chunk = [task for task, _ in zip(tasks, range(self._chunk), strict=False)]
+                chunk = list(itertools.islice(tasks, self._chunk))
                 if not chunk:
                     break
                 ahead.append((chunk, self._pool.submit(_prepare, chunk)))
