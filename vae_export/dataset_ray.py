@@ -35,8 +35,7 @@ from vae_export.dataset_sources import Item, Source
 if TYPE_CHECKING:
     from vae_export.dataset import Opening, Reporter, ShardWork
 
-TASK_RETRIES = 5  #: of a shard whose task dies: an image that takes its process down would do so for ever
-TASK_CPUS = 0.25  #: of a task that prepares: what it takes beside an actor that is busy all the time
+TASK_CPUS = 0.25  #: of a task that prepares; an actor leaves as much of its cores, so that tasks find a place
 Row = dict[str, Any]
 
 
@@ -152,20 +151,18 @@ def run_on_ray(
     sha256 = manifest_sha256(Bundle(opening.bundle))
     encoded = (
         cluster.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(
-            Preparer(source, policy, batch_size).__call__, batch_size=1, num_cpus=TASK_CPUS, max_retries=TASK_RETRIES
-        )
+        .map_batches(Preparer(source, policy, batch_size).__call__, batch_size=1, num_cpus=TASK_CPUS)
         .map_batches(
             Encoder,
             batch_size=1,
             concurrency=workers,
-            num_cpus=opening.threads or 1,
+            num_cpus=(opening.threads or 1) - TASK_CPUS,
             num_gpus=gpus or None,
             fn_constructor_args=(opening, storage, sha256, __version__),
         )
     )
     try:
-        _collect(encoded.iter_rows(prefetch_batches=0), work_of, directory, storage, report)
+        _collect(encoded.iter_rows(), work_of, directory, storage, report)
     except cluster.ray.exceptions.RayError as error:
         raise _as_vae_error(error) from None
 

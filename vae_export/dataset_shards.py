@@ -46,7 +46,8 @@ def entries_of(shard: Shard) -> Iterator[Entry]:
     """What an opened shard holds, in its order."""
     for number, id in enumerate(shard.ids):
         original, resized, crop = (
-            (int(column[number, 0]), int(column[number, 1])) for column in (shard.original_size, shard.resized, shard.crop)
+            (int(column[number, 0]), int(column[number, 1]))
+            for column in (shard.original_size, shard.resized, shard.crop)
         )
         flipped, sha256 = bool(shard.flipped[number]), shard.sha256[number].tobytes()
         yield Entry(id, flipped, sha256, original, resized, crop, shard.latents(number))
