@@ -119,7 +119,8 @@ class LatentDirectory:
 
     def _is_mine(self) -> bool:
         # The lock comes before the contract: a job may have been killed in between.
-        return (self.path / CONTRACT_FILE).exists() or {p.name for p in self.path.iterdir()} <= {SHARDS, ".lock"}
+        before = {SHARDS, ".lock", f".{CONTRACT_FILE}{_PARTIAL}"}
+        return (self.path / CONTRACT_FILE).exists() or {path.name for path in self.path.iterdir()} <= before
 
     def _agree(self, contract: Mapping[str, Any]) -> None:
         """Write the contract, or add to the one that is there how latents are encoded now."""
