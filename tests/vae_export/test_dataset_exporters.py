@@ -15,7 +15,7 @@ from vae_export.dataset_exporters import export_latents
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 
-from pyarrow import parquet  # noqa: E402
+from pyarrow import parquet
 
 ROUNDING = 2e-6  # float32: other batches, and a scaling that was undone
 

@@ -96,10 +96,10 @@ def test_what_is_there_is_not_done_again_and_errors_are_listed(cluster, tiny_bun
 
 
 def test_no_cluster_is_said_in_a_line(folder, tiny_bundle, tmp_path):
-    with pytest.raises(BackendUnavailable, match="no Ray cluster at '127.0.0.1:9'"):
+    with pytest.raises(BackendUnavailable, match=r"no Ray cluster at '127.0.0.1:9'"):
         encode(folder, tiny_bundle, tmp_path / "out", ray="127.0.0.1:9")
 
 
 def test_more_cores_than_there_are_are_refused(folder, tiny_bundle, tmp_path):
-    with pytest.raises(ConfigError, match=r"1000 runtimes of 1 core.*has \d+"):
+    with pytest.raises(ConfigError, match=r"1000 runtimes of 1 cores.*has \d+"):
         encode(folder, tiny_bundle, tmp_path / "out", ray="local", ray_workers=1000)
