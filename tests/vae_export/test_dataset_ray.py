@@ -16,8 +16,9 @@ pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 pytest.importorskip("ray.data", reason="pip install 'vae-export[ray]'")
 
-# Ray leaves pipes and sockets of its processes to the garbage collector.
+# Ray leaves pipes and sockets of its processes to the garbage collector, and sets fields of its own that it deprecated.
 pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
