@@ -144,7 +144,8 @@ class LoadedPlan:
 
     def run(self, x: Array) -> Array:
         """An array in host memory -> one in host memory."""
-        return self._with_room(self._run, np.ascontiguousarray(x))
+        result: Array = self._with_room(self._run, np.ascontiguousarray(x))
+        return result
 
     def run_on_device(self, x: Any) -> Any:
         """A torch tensor or CuPy array on the GPU -> one of its kind, there."""
