@@ -19,6 +19,7 @@ from runtimes import Bundle
 from runtimes.bundle import ENGINE_TARGETS
 from runtimes.errors import BackendUnavailable, NumericsError, VaeError
 from vae_export import __version__
+from vae_export.cli_dataset import dataset
 from vae_export.cli_engines import Batch, Gpus, Pixels, Preferred, Profiles, engines, profiles_of
 from vae_export.cli_images import images
 from vae_export.cli_options import AsJson, BundlePath, Calibrate, Device, Model, Overwrite, Subfolder
@@ -46,6 +47,7 @@ app = typer.Typer(
 
 app.add_typer(images)
 app.add_typer(engines)
+app.add_typer(dataset)
 
 _stopped_by: list[int] = []  #: signals that asked this process to end
 
