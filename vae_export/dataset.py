@@ -199,7 +199,7 @@ def encode_dataset(
         else:
             from vae_export.dataset_ray import RayCluster, run_on_ray
 
-            with RayCluster(ray) as cluster:
+            with RayCluster(ray, ray_workers, opening.threads) as cluster:
                 start = time.perf_counter()
                 run_on_ray(
                     cluster, numbers, work_of, directory, report, source, size_policy, storage, opening,

@@ -15,7 +15,6 @@ import importlib
 import logging
 import os
 import pickle
-import re
 import socket
 import time
 import zlib
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtimes import Bundle
-from runtimes.errors import BackendUnavailable, CompatibilityError, VaeError
+from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, VaeError
 from runtimes.latents import manifest_sha256
 from vae_export import __version__
 from vae_export.dataset_encode import Storage, batches, encode_batch
@@ -45,7 +44,9 @@ Row = dict[str, Any]
 class RayCluster:
     """A connection to Ray at an address, or, for "local", a cluster of this machine alone that ends with it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, workers: int, threads: int | None) -> None:
+        """For `workers` runtimes of so many threads. `BackendUnavailable` where there is no such cluster, `ConfigError`
+        where this machine has too few cores for them."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray is going to have it
         try:
@@ -54,6 +55,12 @@ class RayCluster:
         except ModuleNotFoundError as error:
             raise BackendUnavailable(f"--ray needs {error.name}: pip install 'vae-export[ray]'") from None
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+        cores = os.cpu_count() or 1
+        if address == "local" and workers * (threads or 1) > cores:
+            raise ConfigError(
+                f"{workers} runtimes of {threads or 1} cores each do not fit "
+                f"this machine, which has {cores}: fewer --ray-workers or --threads"
+            )
         self._ours = not self.ray.is_initialized()
         if not self._ours:
             return
@@ -62,6 +69,7 @@ class RayCluster:
             if address == "local":
                 self.ray.init(address="local", **quiet)
             else:
+                _check_reachable(address)
                 del quiet["include_dashboard"]
                 self.ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -210,6 +218,16 @@ def _collect(
             del begun[number], whole[number]
     if begun:
         raise VaeError(f"Ray gave back {len(begun)} shards in part; run the same command again, it goes on")
+
+
+def _check_reachable(address: str) -> None:
+    """`ConnectionError` where nothing listens at HOST:PORT: Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or str(error)) from None
 
 
 def _row(number: int, part: int, work: Any) -> Row:

@@ -282,21 +282,39 @@ def _image_column(schema: Any, wanted: str | None, file: Path) -> str:
     return str((possible if len(possible) == 1 else named)[0])
 
 
-@functools.lru_cache(MOST_OPEN)
 def _open_parquet(file: bytes) -> tuple[Any, Any]:
     """A parquet file, and the row with which each of its groups begins."""
+    return _opened_parquet(file, _version(file))
+
+
+def _row_group(file: bytes, column: str, group: int) -> Any:
+    return _read_row_group(file, _version(file), column, group)
+
+
+def _open_arrow(file: bytes) -> Any:
+    return _opened_arrow(file, _version(file))
+
+
+def _version(file: bytes) -> tuple[int, int, int]:
+    """What changes when a file is replaced: then what is kept of it is not what it holds."""
+    status = os.stat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(MOST_OPEN)
+def _opened_parquet(file: bytes, version: tuple[int, ...]) -> tuple[Any, Any]:
     parquet = import_pyarrow().parquet.ParquetFile(os.fsdecode(file))
     counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     return parquet, np.cumsum([0, *counts])[:-1]
 
 
 @functools.lru_cache(1)
-def _row_group(file: bytes, column: str, group: int) -> Any:
-    return _open_parquet(file)[0].read_row_group(group, columns=[column]).column(0)
+def _read_row_group(file: bytes, version: tuple[int, ...], column: str, group: int) -> Any:
+    return _opened_parquet(file, version)[0].read_row_group(group, columns=[column]).column(0)
 
 
 @functools.lru_cache(MOST_OPEN)
-def _open_arrow(file: bytes) -> Any:
+def _opened_arrow(file: bytes, version: tuple[int, ...]) -> Any:
     pyarrow = import_pyarrow()
     return pyarrow.ipc.open_stream(pyarrow.memory_map(os.fsdecode(file))).read_all()
 

@@ -1,222 +1,206 @@
-"""Reading stored latents: the right ones or an error, by number and by id, without PyTorch; and for trainers."""
+"""Reading stored latents: by number and by id, with and without PyTorch; refused where they are not what is wanted."""
 
-import io
+import contextlib
 import json
 import pickle
 import shutil
-import subprocess
 import sys
-import tarfile
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
-from safetensors import safe_open
+from dataset_samples import encode, image_bytes, make_folder
 
-from runtimes import BundleError, CompatibilityError, ConfigError, IntegrityError, open_vae
+from runtimes import Bundle, BundleError, CompatibilityError, ConfigError, IntegrityError
+from runtimes.latent_shards import from_stored, open_shard, to_stored
 from runtimes.latents import LatentDataset
-from vae_export.dataset import Opening, encode_dataset
-from vae_export.dataset_encode import Storage
-from vae_export.dataset_exporters import export_latents
-from vae_export.dataset_sources import open_source
 
-SIZES = [(64, 48), (48, 64), (64, 48), (56, 56), (64, 48), (48, 64)]
+pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
+
+READ = """
+import sys
+from runtimes.latents import LatentDataset
+dataset = LatentDataset(sys.argv[1], vae=sys.argv[2])
+print(len(dataset), dataset.by_id("001.png").latents.shape)
+print(*({"torch", "onnx", "vae_export", "safetensors"} & {name.partition(".")[0] for name in sys.modules}))
+"""
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def made(folder, onnx_bundle, tmp_path_factory):
+    """made(dtype): latents of ten images and their mirror images, in shards of four images. Do not change them."""
+    paths = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        paths[dtype] = tmp_path_factory.mktemp("latents") / dtype
+        encode(folder, onnx_bundle, paths[dtype], storage={"dtype": dtype, "flips": True})
+    return paths.__getitem__
+
+
+def test_by_number_by_id_and_one_after_the_other_are_the_same(made, folder):
+    dataset = LatentDataset(made("float32"))
+    entries = list(dataset)
+    assert len(dataset) == len(entries) == 20 and len(dataset.ids) == 20
+    for number, entry in enumerate(entries):
+        for other in (dataset[number], dataset[number - 20], dataset.by_id(entry.id, flipped=entry.flipped)):
+            assert other._replace(latents=None) == entry._replace(latents=None)
+            np.testing.assert_array_equal(other.latents, entry.latents)
+        assert tuple(dataset.sizes[number]) == entry.latents.shape[1:]
+        assert dataset.ids[number].as_py() == entry.id
+    assert {(entry.id, entry.flipped) for entry in entries} == {
+        (path.relative_to(folder).as_posix(), flipped) for path in folder.rglob("*.png") for flipped in (False, True)
+    }
+    with pytest.raises(IndexError):
+        dataset[20]
+    with pytest.raises(KeyError, match=r"no latents of 'nobody\.png'"):
+        dataset.by_id("nobody.png")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_torch_gets_tensors_of_the_stored_dtype(dtype, made):
+    arrays, tensors = LatentDataset(made(dtype)), LatentDataset(made(dtype), torch=True)
+    assert tensors[3].latents.dtype == getattr(torch, dtype)
+    assert arrays[3].latents.dtype == ("float32" if dtype == "bfloat16" else dtype)
+    np.testing.assert_array_equal(tensors[3].latents.float().numpy(), arrays[3].latents.astype(np.float32))
+    np.testing.assert_array_equal(arrays[3].latents, LatentDataset(made(dtype))[3].latents)
+
+
+def test_a_data_loader_takes_it_as_it_is(made):
+    dataset = LatentDataset(made("float16"), torch=True)
+    alike = np.flatnonzero((dataset.sizes == dataset.sizes[0]).all(axis=1)).tolist()
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[alike[:3], alike[3:]])
+    first, *_ = loader
+    assert first.latents.shape == (3, *dataset[alike[0]].latents.shape)
+    assert list(first.id) == [dataset[number].id for number in alike[:3]]
+
+
+def test_it_goes_into_other_processes_as_its_path(made):
+    dataset = LatentDataset(made("float16"), torch=True)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(again[5].latents, dataset[5].latents)
+
+
+def test_it_is_read_without_torch_and_without_safetensors(made, onnx_bundle, alone):
+    printed = alone(READ, made("float32"), onnx_bundle)
+    assert printed[0].startswith("20 (4, ") and printed[1] == ""
+
+
+def test_torch_is_not_imported_for_the_caller(made, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(ConfigError, match="import torch before"):
+        LatentDataset(made("float16"), torch=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_shards_are_safetensors_to_others(dtype, made):
+    """Their own library reads them, and sees what is documented."""
+    from safetensors.torch import load_file
+
+    path = made(dtype) / "shards" / "00000000.safetensors"
+    tensors, shard = load_file(path), open_shard(path)
+    latents = {name: tensor for name, tensor in tensors.items() if name.startswith("latents.")}
+    assert len(shard) == 8 and sum(map(len, latents.values())) == 8
+    for name, tensor in latents.items():
+        height, width = map(int, name.removeprefix("latents.").split("x"))
+        assert tensor.dtype == getattr(torch, dtype) and tensor.shape[2:] == (height, width)
+    ends = tensors["id_ends"].tolist()
+    text = bytes(tensors["ids"].tolist())
+    assert [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)] == shard.ids
+
+
+def test_bfloat16_is_rounded_as_torch_does():
     rng = np.random.default_rng(0)
-    for n, (width, height) in enumerate(SIZES):
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(root / f"{n}.png")
-    return root
+    values = np.concatenate([rng.standard_normal(10_000, np.float32), np.float32([0, -0.0, 1e-40, 3e38, 1.00390625])])
+    expected = torch.from_numpy(values).bfloat16()
+    np.testing.assert_array_equal(from_stored(to_stored(values, "bfloat16")), expected.float().numpy())
 
 
-@pytest.fixture(scope="module")
-def stored(source, tiny_bundle, tmp_path_factory):
-    """stored(storage): a directory of latents of the six images, made once. Do not change it."""
-    made = {}
-
-    def make(storage=Storage()):  # noqa: B008  (frozen)
-        if storage not in made:
-            made[storage] = tmp_path_factory.mktemp("latents") / "latents"
-            options = {"workers": 0, "images_per_shard": 4, "storage": storage}
-            encode_dataset(open_source(source), made[storage], Opening(str(tiny_bundle)), **options)
-        return made[storage]
-
-    return make
+# What is refused ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def copied(stored, tmp_path):
-    shutil.copytree(stored(), tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def test_entries_come_by_number_and_by_id(stored):
-    dataset = LatentDataset(stored())
-    assert len(dataset) == len(list(dataset)) == 6
-    assert [entry.id for entry in dataset] == dataset.ids.to_pylist()
-    for number, entry in enumerate(dataset):
-        assert dataset.find(entry.id) == number and dataset[number - 6].id == entry.id
-        assert np.array_equal(dataset.by_id(entry.id).latents, entry.latents)
-        assert entry.latents.shape[1:] == tuple(dataset.sizes[number])
-    for beyond in (6, -7):
-        with pytest.raises(IndexError, match="of 6"):
-            dataset[beyond]
-    with pytest.raises(KeyError, match=r"no latents of .x\.png."):
-        dataset.by_id("x.png")
-
-
-def test_what_is_read_is_the_callers_own(stored):
-    dataset = LatentDataset(stored())
-    entry = dataset[0]
-    entry.latents[:] = 0
-    assert dataset[0].latents.any()
-
-
-def test_shards_are_safetensors_like_any_other(stored):
-    dataset = LatentDataset(stored())
-    for path in sorted((dataset.path / "shards").iterdir()):
-        with safe_open(path, "np") as file:
-            names = set(file.keys())
-            assert {"ids", "id_ends", "flipped", "sha256", "original_size", "resized", "crop"} < names
-            for name in names:
-                assert file.get_tensor(name) is not None
-    first = next(entry for entry in dataset if entry.id == "0.png")
-    with safe_open(dataset.path / "shards" / "00000000.safetensors", "np") as file:
-        assert (file.get_tensor("latents.6x8") == first.latents).all((1, 2, 3)).any()
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_tensors_where_they_are_wanted(stored, dtype):
-    storage = Storage(dtype=dtype)
-    arrays, tensors = LatentDataset(stored(storage)), LatentDataset(stored(storage), torch=True)
-    for array, tensor in zip(arrays, tensors, strict=True):
-        assert tensor.latents.dtype == getattr(torch, dtype)
-        assert np.array_equal(tensor.latents.float().numpy(), np.asarray(array.latents, np.float32))
-    loader = torch.utils.data.DataLoader(tensors, batch_size=None, num_workers=0)
-    assert [entry.id for entry in loader] == [entry.id for entry in arrays]
-
-
-def test_it_goes_to_other_processes_as_its_path(stored):
-    dataset = LatentDataset(stored())
-    data = pickle.dumps(dataset)
-    assert len(data) < 2000
-    assert [entry.id for entry in pickle.loads(data)] == [entry.id for entry in dataset]
-
-
-def test_no_torch_and_no_backend_is_needed(stored):
-    code = (
-        "import sys; from runtimes.latents import LatentDataset; d = LatentDataset(sys.argv[1]); print(len(list(d)));"
-        "assert not {'torch', 'onnxruntime', 'onnx', 'vae_export'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(stored())], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("6\n", "")
-
-
-# The contract -----------------------------------------------------------------------------------------------------
-
-
-def test_what_the_caller_wants_is_held_against_the_contract(stored, tiny_bundle):
-    path = stored()
-    weights = LatentDataset(path).contract["vae"]["weights_sha256"]
-    with open_vae(tiny_bundle) as vae:
-        for identity in (tiny_bundle, vae, *([weights] if weights else [])):
-            LatentDataset(path, vae=identity, stored="mean", scaled=True, policy="none")
-    for said, says in (
+def test_what_the_caller_says_is_held_against_the_contract(made, onnx_bundle):
+    path = made("float32")
+    LatentDataset(path, vae=onnx_bundle, stored="mean", scaled=True, policy="buckets")
+    LatentDataset(path, vae=Bundle(onnx_bundle))
+    for said, error in [
         ({"stored": "sample"}, "stored is 'mean', not 'sample'"),
         ({"scaled": False}, "scaled is True, not False"),
-        ({"policy": "buckets"}, "policy is 'none', not 'buckets'"),
-        ({"size": (512, 512)}, "sizes of images are any, not 512x512 alone"),
-        ({"vae": "0" * 64}, "which weights|weights_sha256"),
-    ):
-        with pytest.raises(CompatibilityError, match=says):
+        ({"policy": "none"}, "policy is 'buckets', not 'none'"),
+        ({"size": (40, 48)}, "sizes of images are 48x40, 40x48, not 40x48 alone"),
+    ]:
+        with pytest.raises(CompatibilityError, match=error):
             LatentDataset(path, **said)
 
 
-def test_another_vae_is_refused(stored, tiny_bundle, tmp_path):
-    shutil.copytree(tiny_bundle, tmp_path / "other")
-    manifest = tmp_path / "other" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"precision": "fp32"', '"precision":  "fp32"', 1))
-    with pytest.raises(CompatibilityError, match="was made by a VAE of"):
-        LatentDataset(stored(), vae=tmp_path / "other")
+def test_latents_of_another_vae_are_refused(folder, bundle_copy, tmp_path):
+    ours, others = (bundle_copy(lambda m, w=w: m["source"].update(weights_sha256=w * 64)) for w in "ab")
+    encode(folder, ours, tmp_path / "out")
+    LatentDataset(tmp_path / "out", vae=ours)
+    LatentDataset(tmp_path / "out", vae="A" * 64)
+    for other in (others, "b" * 64):
+        with pytest.raises(CompatibilityError, match=r"weights_sha256 a{64}, not b{64}: encode the images"):
+            LatentDataset(tmp_path / "out", vae=other)
 
 
-@pytest.mark.parametrize(
-    ("damage", "kind", "says"),
-    [
-        (lambda p: (p / "contract.json").unlink(), BundleError, "not latents of vae-export"),
-        (lambda p: (p / "contract.json").write_text("{"), IntegrityError, "contract"),
-        (lambda p: (p / "contract.json").write_text("[" * 100_000), IntegrityError, "contract"),
-        (lambda p: (p / "contract.json").write_text('{"schema_version": 1}'), IntegrityError, "lacks vae"),
-        (lambda p: (p / "contract.json").write_text('{"schema_version": 9}'), CompatibilityError, "9"),
-        (lambda p: (p / "index.parquet").unlink(), BundleError, "index.parquet|finished"),
-        (lambda p: (p / "index.parquet").write_bytes(b"PAR1 junk PAR1"), IntegrityError, "index.parquet"),
-    ],
-)
-def test_a_damaged_directory_says_so(copied, damage, kind, says):
-    damage(copied)
-    with pytest.raises(kind, match=says):
-        LatentDataset(copied)
+def test_a_job_that_has_not_finished_is_not_read(made, tmp_path):
+    out = shutil.copytree(made("float32"), tmp_path / "out")
+    (out / "index.parquet").unlink()
+    with pytest.raises(BundleError, match="has not finished; run encode-dataset again"):
+        LatentDataset(out)
+    with pytest.raises(BundleError, match=r"no contract\.json: not latents"):
+        LatentDataset(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[: len(data) // 2],
-        lambda data: data[:4],
-        lambda data: b"",
-        lambda data: (2**63).to_bytes(8, "little") + data[8:],
-        lambda data: data[:8] + b"[" * 50 + data[58:],
-        lambda data: data.replace(b'"F16"', b'"Q16"', 1),
-    ],
-)
-def test_a_damaged_shard_is_an_error_and_no_latents(copied, damage):
-    path = copied / "shards" / "00000000.safetensors"
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(IntegrityError, match=r"00000000\.safetensors"):
-        list(LatentDataset(copied))
+def test_contracts_that_cannot_be_read(made, tmp_path):
+    out = shutil.copytree(made("float32"), tmp_path / "out")
+    contract = json.loads((out / "contract.json").read_bytes())
+    (out / "contract.json").write_text(json.dumps(contract | {"schema_version": 2}))
+    with pytest.raises(CompatibilityError, match="schema version 2"):
+        LatentDataset(out)
+    for text in ("{", "[]", '{"schema_version": 1}'):
+        (out / "contract.json").write_text(text)
+        with pytest.raises(IntegrityError, match="not a contract"):
+            LatentDataset(out)
 
 
-# For trainers -----------------------------------------------------------------------------------------------------
+def test_files_that_are_damaged(made, tmp_path):
+    out = shutil.copytree(made("float32"), tmp_path / "out")
+    shard = out / "shards" / "00000000.safetensors"
+    whole = shard.read_bytes()
+    for data in (b"", whole[:7], whole[:1000], whole[:-10], b"\xff" * 100):
+        shard.write_bytes(data)
+        with pytest.raises(IntegrityError):
+            LatentDataset(out)[0]
+    shard.unlink()
+    with pytest.raises(BundleError, match="cannot be read"):
+        LatentDataset(out)[0]
+    (out / "index.parquet").write_bytes(b"PAR1")
+    with pytest.raises(IntegrityError, match="not readable"):
+        LatentDataset(out)
 
 
-def test_sd_scripts_finds_what_it_caches_itself(stored, tmp_path):
-    dataset = LatentDataset(stored(Storage(flips=True)))
-    export_latents(dataset, tmp_path / "npz", "sd-scripts", model="sdxl")
-    assert len(list((tmp_path / "npz").iterdir())) == 6
-    entry, flipped = dataset.by_id("0.png"), dataset.by_id("0.png", flipped=True)
-    with np.load(tmp_path / "npz" / "0_0064x0048_sdxl.npz") as found:
-        # Raw there: the trainer scales them itself.
-        for name, each in (("latents", entry), ("latents_flipped", flipped)):
-            expected = each.latents.astype(np.float32) / 0.5 + 0.1
-            np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-5)
-        assert found["original_size"].tolist() == [64, 48] and found["crop_ltrb"].tolist() == [0, 0, 64, 48]
+def test_a_header_cannot_lead_out_of_the_file(made, tmp_path):
+    """Whatever a byte of it is changed to, it is an error of ours or other numbers, never another exception."""
+    source = made("float32") / "shards" / "00000000.safetensors"
+    whole, rng = bytearray(source.read_bytes()), np.random.default_rng(0)
+    length = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(300):
+        data = whole.copy()
+        data[int(rng.integers(length))] = int(rng.integers(256))
+        (tmp_path / "shard").write_bytes(data)
+        with contextlib.suppress(IntegrityError, CompatibilityError):
+            open_shard(tmp_path / "shard")
 
 
-def test_webdataset_and_parquet_hold_every_entry(stored, tmp_path):
-    dataset = LatentDataset(stored())
-    export_latents(dataset, tmp_path / "tars", "webdataset")
-    with tarfile.open(tmp_path / "tars" / "00000.tar") as tar:
-        members = {member.name: tar.extractfile(member).read() for member in tar}
-    export_latents(dataset, tmp_path / "tables", "parquet")
-    rows = pq.read_table(tmp_path / "tables").to_pylist()
-    for number, entry in enumerate(dataset):
-        assert np.array_equal(np.load(io.BytesIO(members[f"{number:09}.npy"])), entry.latents)
-        assert json.loads(members[f"{number:09}.json"])["id"] == rows[number]["id"] == entry.id
-        assert np.array_equal(np.array(rows[number]["latents"], np.float16), entry.latents)
-
-
-def test_what_cannot_be_exported_leaves_nothing(stored, tmp_path):
-    dataset = LatentDataset(stored())
-    for to, model, says in (("npz", None, "'npz'"), ("sd-scripts", None, "--model"), ("sd-scripts", "sd9", "sd9")):
-        with pytest.raises(ConfigError, match=says):
-            export_latents(dataset, tmp_path / "out", to, model=model)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    with pytest.raises(BundleError, match="exists"):
-        export_latents(dataset, tmp_path / "full", "parquet")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+def test_latents_that_are_written_anew_meanwhile_are_not_mixed_up(tmp_path, onnx_bundle):
+    folder = make_folder(tmp_path / "images", 4)
+    encode(folder, onnx_bundle, tmp_path / "out")
+    opened = LatentDataset(tmp_path / "out")
+    (folder / "000.png").write_bytes(image_bytes(50))
+    encode(folder, onnx_bundle, tmp_path / "out")
+    with pytest.raises(IntegrityError, match="open them again"):
+        opened.by_id("000.png")

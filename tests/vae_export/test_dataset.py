@@ -146,16 +146,173 @@ def test_mirror_images_are_stored_beside_the_images(job, tiny_bundle, folder):
             np.testing.assert_allclose(entry.latents, expected, rtol=0, atol=HALF * np.abs(expected).max())
 
 
-def test_buckets_take_the_nearest_shape_and_say_what_was_cut(job):
-    _, out = job(policy="buckets", sizes=((64, 48), (48, 64), (56, 56)))
-    dataset = LatentDataset(out, policy="buckets")
-    for entry in dataset:
-        height, width = entry.original_size
-        assert entry.latents.shape[1:] == (
-            (6, 8) if width / height > 7 / 6 else (8, 6) if width < 48 else entry.latents.shape[1:]
-        )
-        assert all(r >= 8 * s for r, s in zip(entry.resized, entry.latents.shape[1:], strict=True))
-    assert dataset.by_id("b/03.png").resized == (48, 69)  # 80x56 covers 64x48
+# Changes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_does_nothing(own_folder, tiny_bundle, tmp_path, monkeypatch):
+    encode(own_folder, tiny_bundle, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*[st]")}
+    monkeypatch.setattr(VaeRuntime, "encode", None)  # not called
+    summary = encode(own_folder, tiny_bundle, tmp_path / "out")
+    assert (summary.encoded, summary.unchanged, summary.shards_written) == (0, 10, 0)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_what_was_edited_removed_and_added_is_what_changes(own_folder, tiny_bundle, tmp_path):
+    out = tmp_path / "out"
+    encode(own_folder, tiny_bundle, out)
+    before = {entry.id: entry.latents for entry in LatentDataset(out)}
+    untouched = (out / "shards/00000001.safetensors").stat().st_mtime_ns
+    times = (own_folder / "001.png").stat()
+    (own_folder / "001.png").write_bytes(image_bytes(100, (48, 40)))
+    os.utime(own_folder / "001.png", ns=(times.st_atime_ns, times.st_mtime_ns))  # content counts, not times
+    (own_folder / "002.png").unlink()
+    (own_folder / "added.png").write_bytes(image_bytes(101))
+    summary = encode(own_folder, tiny_bundle, out)
+    assert (summary.encoded, summary.removed, summary.images) == (2, 1, 10)
+    dataset = LatentDataset(out)
+    after = {entry.id: entry.latents for entry in dataset}
+    assert after.keys() == (before.keys() | {"added.png"}) - {"002.png"}
+    assert [id for id in before.keys() & after.keys() if not np.array_equal(before[id], after[id])] == ["001.png"]
+    assert (out / "shards/00000001.safetensors").stat().st_mtime_ns == untouched
+    encode(own_folder, tiny_bundle, tmp_path / "anew")
+    np.testing.assert_allclose(
+        after["001.png"], LatentDataset(tmp_path / "anew").by_id("001.png").latents, atol=ROUNDING
+    )
+
+
+def test_a_shard_whose_images_are_all_gone_leaves(own_folder, tiny_bundle, tmp_path):
+    encode(own_folder, tiny_bundle, tmp_path / "out")
+    first = open_shard(tmp_path / "out/shards/00000000.safetensors").ids
+    for id in first:
+        (own_folder / id).unlink()
+    encode(own_folder, tiny_bundle, tmp_path / "out")
+    assert not (tmp_path / "out/shards/00000000.safetensors").exists()
+    assert len(LatentDataset(tmp_path / "out")) == 6
+
+
+def test_another_source_does_not_replace_what_is_there(own_folder, tiny_bundle, tmp_path):
+    encode(own_folder, tiny_bundle, tmp_path / "out")
+    before = written(tmp_path / "out")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "x.png").write_bytes(image_bytes(1))
+    with pytest.raises(ConfigError, match=r"none of the 10 images.*another --out"):
+        encode(tmp_path / "others", tiny_bundle, tmp_path / "out")
+    assert written(tmp_path / "out") == before
+
+
+def test_other_options_are_refused_and_named(folder, tiny_bundle, tmp_path):
+    encode(folder, tiny_bundle, tmp_path / "out")
+    before = written(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r'dtype is "float32" there and "float16" now; .*stored is "mean" there'):
+        encode(folder, tiny_bundle, tmp_path / "out", storage={"dtype": "float16", "stored": "sample"})
+    with pytest.raises(ConfigError, match=r"preprocessing.sizes is \[\[48, 40\]"):
+        encode(folder, tiny_bundle, tmp_path / "out", sizes=((40, 40),))
+    assert written(tmp_path / "out") == before
+
+
+# What goes wrong ----------------------------------------------------------------------------------------------------
+
+
+def test_broken_images_are_listed_and_take_none_with_them(own_folder, tiny_bundle, uninterrupted, tmp_path):
+    (own_folder / "001.png").write_bytes(b"not a picture")
+    (own_folder / "004.png").write_bytes(image_bytes(4)[:-200])
+    (own_folder / "005.png").write_bytes(b"")
+    (own_folder / "006.png").write_bytes(image_bytes(0, (4, 4)))
+    summary = encode(own_folder, tiny_bundle, tmp_path / "out", policy="none", sizes=())
+    assert (summary.encoded, summary.failed) == (6, 4)
+    reasons = errors_of(tmp_path / "out")
+    assert reasons.keys() == {"001.png", "004.png", "005.png", "006.png"}
+    assert (
+        "truncated" in reasons["004.png"] and "empty" in reasons["005.png"] and "4x4 is smaller" in reasons["006.png"]
+    )
+    assert "cannot identify" in reasons["001.png"]
+    assert encode(own_folder, tiny_bundle, tmp_path / "out", policy="none", sizes=()).shards_written == 0
+    (own_folder / "001.png").write_bytes(image_bytes(1))
+    assert encode(own_folder, tiny_bundle, tmp_path / "out", policy="none", sizes=()).encoded == 1
+    assert "001.png" not in errors_of(tmp_path / "out")
+    assert LatentDataset(tmp_path / "out").by_id("001.png").original_size == (40, 64)
+
+
+def test_an_image_that_takes_its_process_down_is_listed_alone(folder, tiny_bundle, tmp_path):
+    summary = encode(Deadly(folder, victim="005.png"), tiny_bundle, tmp_path / "out", workers=2)
+    assert (summary.encoded, summary.failed) == (9, 1)
+    assert errors_of(tmp_path / "out") == {"005.png": "the process that decoded it died"}
+
+
+def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(folder, tiny_bundle, tmp_path, monkeypatch):
+    encode(folder, tiny_bundle, tmp_path / "expected", batch_size=4)
+    real, calls = VaeRuntime.encode, []
+
+    def small(self, x, *arguments, **options):
+        calls.append(len(x))
+        if len(x) > 1:
+            raise OutOfMemoryError("too large")
+        return real(self, x, *arguments, **options)
+
+    monkeypatch.setattr(VaeRuntime, "encode", small)
+    assert encode(folder, tiny_bundle, tmp_path / "out", batch_size=4).failed == 0
+    assert max(calls) > 2
+    expected = {entry.id: entry.latents for entry in LatentDataset(tmp_path / "expected")}
+    for entry in LatentDataset(tmp_path / "out"):
+        np.testing.assert_allclose(entry.latents, expected.pop(entry.id), atol=ROUNDING)
+    assert not expected
+
+
+def test_an_image_that_does_not_fit_memory_is_listed_and_tried_again(folder, tiny_bundle, tmp_path, monkeypatch):
+    real = VaeRuntime.encode
+
+    def small(self, x, *arguments, **options):
+        if x.shape[3] == 40:
+            raise OutOfMemoryError("too large")
+        return real(self, x, *arguments, **options)
+
+    monkeypatch.setattr(VaeRuntime, "encode", small)
+    assert encode(folder, tiny_bundle, tmp_path / "out").failed == 3
+    assert "--memory-budget" in errors_of(tmp_path / "out")["002.png"]
+    monkeypatch.undo()
+    summary = encode(folder, tiny_bundle, tmp_path / "out")
+    assert (summary.encoded, summary.unchanged, summary.failed) == (3, 7, 0)
+
+
+def test_nan_is_listed_and_not_stored(folder, tiny_bundle, tmp_path, monkeypatch):
+    real = VaeRuntime.encode
+
+    def bad(self, x, *arguments, **options):
+        output = real(self, x, *arguments, **options)
+        output[0].parameters[-1] = np.nan
+        return output
+
+    monkeypatch.setattr(VaeRuntime, "encode", bad)
+    summary = encode(folder, tiny_bundle, tmp_path / "out")
+    assert summary.failed and summary.encoded + summary.failed == 10
+    assert all("NaN" in reason for reason in errors_of(tmp_path / "out").values())
+    assert all(np.isfinite(entry.latents).all() for entry in LatentDataset(tmp_path / "out"))
+
+
+def test_errors_of_the_backend_stop_the_job(folder, tiny_bundle, tmp_path, monkeypatch):
+    def broken(self, x):
+        raise NumericsError("no")
+
+    monkeypatch.setattr(VaeRuntime, "encode", broken)
+    with pytest.raises(NumericsError):
+        encode(folder, tiny_bundle, tmp_path / "out")
+
+
+def test_two_jobs_at_once_are_refused(folder, tiny_bundle, tmp_path):
+    encode(folder, tiny_bundle, tmp_path / "out")
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(BundleError, match="another job is at work"):
+        encode(folder, tiny_bundle, tmp_path / "out")
+
+
+def test_a_directory_of_something_else_stays_as_it_is(folder, tiny_bundle, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(BundleError, match=r"holds no latents.*--out"):
+        encode(folder, tiny_bundle, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    with pytest.raises(BundleError, match="holds no latents"):
+        encode(folder, tiny_bundle, tmp_path / "mine" / "thesis.tex")
 
 
 @pytest.mark.parametrize(

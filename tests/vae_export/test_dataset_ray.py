@@ -1,109 +1,106 @@
-"""The same job on a Ray cluster: the same bytes, whatever dies on the way."""
+"""A job on a real Ray cluster of several nodes on this machine: the same bytes, also where workers and a node die."""
 
+import contextlib
 import os
 import signal
 import threading
-from pathlib import Path
+import time
 
-import numpy as np
+import psutil
 import pytest
-from PIL import Image
-from test_dataset import files_of
+from dataset_samples import encode, make_folder, written
 
-from runtimes import BackendUnavailable
-from vae_export.dataset import Opening, encode_dataset
-from vae_export.dataset_sources import open_source
+from runtimes import BackendUnavailable, ConfigError
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-ray = pytest.importorskip("ray", reason="pip install 'vae-export[ray]'")
-cluster_utils = pytest.importorskip("ray.cluster_utils", reason="pip install 'vae-export[ray]'")
+pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+pytest.importorskip("ray.data", reason="pip install 'vae-export[ray]'")
 
-# Ray's own: sockets and pipes that it leaves to the garbage collector, and what it deprecates in itself.
+# Ray leaves pipes and sockets of its processes to the garbage collector, and sets fields of its own that it deprecated.
 pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:ray"),
 ]
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for n in range(24):
-        size = ((64, 48, 3), (48, 64, 3))[n % 2]
-        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(root / f"{n:02}.png")
-    (root / "broken.png").write_bytes(b"no image")
-    return root
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"), 40)
 
 
 @pytest.fixture(scope="module")
-def run(images, tiny_bundle, tmp_path_factory):
-    """run(out, options) -> (summary, files): the job over the 24 images and the broken one."""
-    root = tmp_path_factory.mktemp("out")
-
-    def encode(out, **options):
-        options = {"workers": 0, "images_per_shard": 4, "batch_size": 2, **options}
-        opening = Opening(str(tiny_bundle), threads=1)
-        summary = encode_dataset(open_source(images), root / out, opening, **options)
-        return summary, files_of(root / out)
-
-    return encode
-
-
-@pytest.fixture(scope="module")
-def expected(run):
-    return run("alone")[1]
+def expected(folder, onnx_bundle, tmp_path_factory):
+    """What the job on one machine writes."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    encode(folder, onnx_bundle, out)
+    return written(out)
 
 
 @pytest.fixture
-def nodes():
-    """A cluster of a head and two more nodes, processes of this machine."""
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ["PYTHONPATH"] = path
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    others = [cluster.add_node(num_cpus=2) for _ in range(2)]
-    ray.init(address=cluster.address, log_to_driver=False)
-    try:
-        yield cluster, others
-    finally:
+def cluster(pytestconfig, monkeypatch):
+    """Three nodes of this machine: a head on which nothing runs, and two of two cores each."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    root = pytestconfig.rootpath
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), str(root / "tests" / "vae_export")]))
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made.workers = [made.add_node(num_cpus=2) for _ in range(2)]
+    yield made
+    with contextlib.suppress(Exception):
         ray.shutdown()
-        cluster.shutdown()
+    made.shutdown()
 
 
-def test_a_cluster_writes_the_bytes_of_one_machine(run, expected, nodes):
-    cluster, _ = nodes
-    summary, files = run("cluster", ray=cluster.address, ray_workers=2)
-    assert (summary.images, summary.encoded, summary.failed) == (25, 24, 1)
-    assert files == expected
-    again, files = run("cluster", ray=cluster.address, ray_workers=1)
-    assert (again.encoded, again.shards_written) == (0, 0) and files == expected
+def test_two_workers_on_two_nodes_write_the_same(cluster, folder, tiny_bundle, expected, tmp_path):
+    summary = encode(folder, tiny_bundle, tmp_path / "out", ray=cluster.address, ray_workers=2)
+    assert (summary.encoded, summary.shards_written) == (40, 10)
+    assert written(tmp_path / "out") == expected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["worker", "node"])
-def test_what_dies_is_done_again_by_others(run, expected, nodes, victim):
-    cluster, others = nodes
-    died = threading.Event()
+def test_a_worker_and_a_node_are_killed_in_the_middle(cluster, tiny_bundle, tmp_path):
+    folder = make_folder(tmp_path / "images", 400)
+    encode(folder, tiny_bundle, tmp_path / "expected")
+    killed = []
 
-    def kill(what, done, total):
-        if done >= 4 and not died.is_set():
-            died.set()
-            if victim == "node":
-                cluster.remove_node(others[0], allow_graceful=False)
-            else:
-                for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-                    name = Path(f"/proc/{pid}/cmdline")
-                    if name.exists() and b"ray::_MapWorker" in name.read_bytes():
-                        os.kill(pid, signal.SIGKILL)
-                        break
+    def kill():
+        while len(list((tmp_path / "out" / "shards").glob("0*"))) < 5:
+            time.sleep(0.05)
+        actors = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if "MapWorker" in " ".join(process.info["cmdline"] or [])
+        ]
+        os.kill(actors[0].pid, signal.SIGKILL)
+        killed.append("worker")
+        while len(list((tmp_path / "out" / "shards").glob("0*"))) < 20:
+            time.sleep(0.05)
+        cluster.remove_node(cluster.workers[1], allow_graceful=False)
+        killed.append("node")
 
-    summary, files = run(victim, ray=cluster.address, ray_workers=2, progress=kill)
-    assert died.is_set() and summary.encoded == 24 and files == expected
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    summary = encode(folder, tiny_bundle, tmp_path / "out", ray=cluster.address, ray_workers=2)
+    killer.join(timeout=10)
+    assert killed == ["worker", "node"] and summary.encoded == 400
+    assert written(tmp_path / "out") == written(tmp_path / "expected")
 
 
-def test_where_there_is_no_cluster_it_says_so(run):
-    with pytest.raises(BackendUnavailable, match=r"no Ray cluster at '127\.0\.0\.1:1'"):
-        run("nowhere", ray="127.0.0.1:1")
+def test_what_is_there_is_not_done_again_and_errors_are_listed(cluster, tiny_bundle, tmp_path):
+    folder = make_folder(tmp_path / "images", 10)
+    encode(folder, tiny_bundle, tmp_path / "out")
+    (folder / "001.png").write_bytes(b"broken")
+    summary = encode(folder, tiny_bundle, tmp_path / "out", ray=cluster.address, ray_workers=1)
+    assert (summary.encoded, summary.unchanged, summary.failed) == (0, 9, 1)
+
+
+def test_no_cluster_is_said_in_a_line(folder, tiny_bundle, tmp_path):
+    with pytest.raises(BackendUnavailable, match=r"no Ray cluster at '127.0.0.1:9'"):
+        encode(folder, tiny_bundle, tmp_path / "out", ray="127.0.0.1:9")
+
+
+def test_more_cores_than_there_are_are_refused(folder, tiny_bundle, tmp_path):
+    with pytest.raises(ConfigError, match=r"1000 runtimes of 1 cores.*has \d+"):
+        encode(folder, tiny_bundle, tmp_path / "out", ray="local", ray_workers=1000)

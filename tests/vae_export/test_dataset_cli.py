@@ -1,0 +1,62 @@
+"""encode-dataset and export-latents on the command line."""
+
+import json
+
+import pytest
+from dataset_samples import make_folder
+from typer.testing import CliRunner
+
+from runtimes import ConfigError
+from runtimes.latents import LatentDataset
+from vae_export.cli import app
+
+pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_from_a_folder_to_what_a_trainer_reads(tiny_bundle, tmp_path):
+    folder = make_folder(tmp_path / "images", 5)
+    (folder / "bad.png").write_bytes(b"")
+    options = ["--bundle", tiny_bundle, "--out", tmp_path / "out", "--policy", "center-crop", "--size", "40x32"]
+    options += ["--dtype", "bf16", "--store", "sample", "--flips", "--workers", "0", "--threads", "1"]
+    said = json.loads(run("encode-dataset", folder, *options, "--json").stdout)
+    assert (said["images"], said["encoded"], said["failed"]) == (6, 5, 1) and said["images_per_second"] > 0
+    done = run("encode-dataset", folder, *options)
+    assert (
+        "6 images, 0 encoded" in done.stdout and "6 unchanged" in done.stdout and "1 in errors.parquet" in done.stdout
+    )
+    dataset = LatentDataset(tmp_path / "out", vae=tiny_bundle, stored="sample", scaled=True, size=(40, 32))
+    assert len(dataset) == 10 and dataset.contract["dtype"] == "bfloat16"
+    done = run("export-latents", tmp_path / "out", "--to", "sd-scripts", "--model", "sdxl", "--out", tmp_path / "npz")
+    assert "10 latents" in done.stdout and len(list((tmp_path / "npz").rglob("*_sdxl.npz"))) == 5
+
+
+def test_the_default_buckets_are_those_of_sdxl(tiny_bundle, tmp_path):
+    folder = make_folder(tmp_path / "images", 1)
+    options = ["--bundle", tiny_bundle, "--out", tmp_path / "out", "--policy", "buckets", "--workers", 0]
+    done = run("encode-dataset", folder, *options)
+    assert done.exit_code == 0, done.output
+    contract = json.loads((tmp_path / "out" / "contract.json").read_bytes())
+    assert len(contract["preprocessing"]["sizes"]) == 41
+    assert LatentDataset(tmp_path / "out")[0].latents.shape == (4, 112, 136)  # 48/40 is 1.2, 1088/896 1.21
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--policy", "center-crop"], "--size WIDTHxHEIGHT goes with"),
+        (["--size", "64x64"], "--size WIDTHxHEIGHT goes with"),
+        (["--dtype", "fp8"], "known are fp32, fp16, bf16"),
+        (["--policy", "crop"], "no policy 'crop'"),
+        (["--format", "zip"], "no format 'zip'"),
+        (["--policy", "buckets", "--buckets", "64:64"], "not WIDTHxHEIGHT"),
+    ],
+)
+def test_wrong_usage_is_said_in_a_line(options, said, tiny_bundle, tmp_path):
+    folder = make_folder(tmp_path / "images", 1)
+    done = run("encode-dataset", folder, "--bundle", tiny_bundle, "--out", tmp_path / "out", *options)
+    assert isinstance(done.exception, ConfigError) and said in str(done.exception)
+    assert not (tmp_path / "out").exists()
