@@ -36,7 +36,6 @@ from vae_export.dataset_sources import Item, Source
 if TYPE_CHECKING:
     from vae_export.dataset import Opening, Reporter, ShardWork
 
-REACHED_IN = 10.0  #: seconds
 TASK_CPUS = 0.25  #: of a task that prepares; an actor leaves as much of its cores, so that tasks find a place
 Row = dict[str, Any]
 
@@ -64,7 +63,6 @@ class RayCluster:
         self._ours = not self.ray.is_initialized()
         if not self._ours:
             return
-        _check_reachable(address)
         try:
             if address == "local":
                 self.ray.init(address="local", **quiet)
@@ -83,17 +81,6 @@ class RayCluster:
     ) -> None:
         if self._ours:
             self.ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Ray waits for minutes where nobody listens. `BackendUnavailable` for a HOST:PORT like that."""
-    match = re.fullmatch(r"(?:ray://)?(.+):(\d{1,5})", address)
-    if match is None:
-        return
-    try:
-        socket.create_connection((match[1], int(match[2])), timeout=REACHED_IN).close()
-    except (OSError, OverflowError) as error:
-        raise BackendUnavailable(f"no Ray cluster at {address!r}: {error}") from None
 
 
 class Preparer:
