@@ -3,7 +3,7 @@
 # make engines the tests that build engines with TensorRT-RTX; they need no GPU
 # make lint    style and types
 # make slow    the tests with real-size models
-# make gpu-check  the tests on this machine's NVIDIA GPU; what they said is in out/gpu-check.txt
+# make gpu-check  the tests and the benchmark on this machine's NVIDIA GPU; what they said is in out/gpu-check.txt
 # make bench   backends side by side, the five-minute version
 # make train   train the embedded model anew (40 minutes)
 
@@ -37,7 +37,9 @@ slow: $(READY)
 gpu-check: $(READY)
 	mkdir -p out
 	{ date -u; uname -srm; nvidia-smi || echo "no nvidia-smi here"; $(BIN)/vae-export doctor --json; } > out/gpu-check.txt 2>&1
-	$(BIN)/pytest -m gpu -rs >> out/gpu-check.txt 2>&1; code=$$?; cat out/gpu-check.txt; exit $$code
+	$(BIN)/pytest -m gpu -rs >> out/gpu-check.txt 2>&1; code=$$?; \
+	$(BIN)/python -m benchmarks.compare --device cuda --sizes 512 1024 --rounds 10 --out out/gpu-bench >> out/gpu-check.txt 2>&1; \
+	cat out/gpu-check.txt; exit $$code
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.compare --quick

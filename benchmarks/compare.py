@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.status import Status
 
 from benchmarks.compare_report import describe_machine, plot, print_markdown, print_tables, short
-from benchmarks.peers import GRAPHS, ROWS, Case, Row
+from benchmarks.peers import GPU_ROWS, GRAPHS, ROWS, Case, Row
 
 ROOT = Path(__file__).parents[1]
 MULTIPLE = 8  #: pixels per latent of both models
@@ -359,18 +359,20 @@ def parse() -> tuple[argparse.Namespace, list[Row]]:
     )
     parser.add_argument("--model", choices=["sd", "tiny"], default="sd", help="sd: random weights; tiny: the embedded")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the rows of NVIDIA GPUs")
     parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
     parser.add_argument("--quick", action="store_true", help=f"sizes {QUICK['sizes']}, few rounds, no torch.compile")
     arguments = parser.parse_args()
     for name, value in (QUICK if arguments.quick else FULL).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
+    known = GPU_ROWS if arguments.device == "cuda" else ROWS
     if arguments.rows:
-        rows = [row for row in ROWS if any(text in str(row) for text in arguments.rows)]
+        rows = [row for row in known if any(text in str(row) for text in arguments.rows)]
     else:
-        rows = [row for row in ROWS if not (arguments.quick and row.name == TOO_SLOW_TO_COMPILE)]
+        rows = [row for row in known if not (arguments.quick and row.name == TOO_SLOW_TO_COMPILE)]
     if not rows:
-        parser.error(f"no row has {' or '.join(arguments.rows)} in its name; there are {', '.join(map(str, ROWS))}")
+        parser.error(f"no row has {' or '.join(arguments.rows)} in its name; there are {', '.join(map(str, known))}")
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -170,9 +170,11 @@ def introduction(report: dict[str, Any]) -> Iterator[str]:
         f"{' '.join(machine['instruction_sets'])}"
     )
     yield ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    measured = {result["precision"] for result in report["results"]}
     peaks = (
         f"{precision} no number ({peak})" if isinstance(peak, str) else f"{precision} {peak:,.0f}"
         for precision, peak in report["peak_gflops"].items()
+        if precision in measured
     )
     yield f"Fastest matrix products, GFLOP/s: {', '.join(peaks)}"
     if machine["load_average_before"] > machine["cores"] / 2:

@@ -32,7 +32,7 @@ Run = Callable[[str, Array], Array]  #: ("encode" or "decode", images or latents
 Answer = Callable[[dict[str, Any]], None]
 
 GRAPHS = {"encode": "encoder", "decode": "decoder"}
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRACE_BATCH, TRACE_HEIGHT, TRACE_WIDTH = 2, 6, 10  #: in latents; no shape that is measured
 
@@ -53,21 +53,23 @@ class Case(NamedTuple):
 # Opening: each opens the whole VAE, encoder and decoder, as its user would --------------------------------------------
 
 
-def open_torch(path: Path, precision: str, *, channels_last: bool = False, compiled: bool = False) -> Run:
-    """diffusers' AutoencoderKL. Weights and activations in bf16 where that is the precision."""
+def open_torch(
+    path: Path, precision: str, *, channels_last: bool = False, compiled: bool = False, device: str = "cpu"
+) -> Run:
+    """diffusers' AutoencoderKL. Weights and activations in fp16 or bf16 where that is the precision."""
     import torch
 
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    model = diffusers_model(config, read_weights(path / WEIGHTS, channels_last))
+    model = diffusers_model(config, read_weights(path / WEIGHTS, channels_last)).to(device)
     if compiled:
         model.encode, model.decode = torch.compile(model.encode), torch.compile(model.decode)
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     @torch.no_grad()
     def run(graph: str, array: Array) -> Array:
-        x = torch.from_numpy(array).to(model.dtype, memory_format=layout)
+        x = torch.from_numpy(array).to(device, model.dtype, memory_format=layout)
         y = model.encode(x).latent_dist.parameters if graph == "encode" else model.decode(x).sample
-        return y.float().numpy()
+        return y.float().cpu().numpy()
 
     return run
 
@@ -133,10 +135,10 @@ def open_plain_openvino(path: Path, precision: str, *, reshaped: bool = False) -
     return run
 
 
-def open_ours(path: Path, precision: str) -> Run:
+def open_ours(path: Path, precision: str, **options: Any) -> Run:
     from runtimes import open_vae
 
-    vae = open_vae(path)
+    vae = open_vae(path, **options)
     return lambda graph, x: vae.encode(x).latent_dist.parameters if graph == "encode" else vae.decode(x).sample
 
 
@@ -205,9 +207,11 @@ def write_ours(model: AutoencoderKL, path: Path, target: str, precision: str) ->
 ARTIFACTS: dict[str, Callable[[AutoencoderKL, Path], None]] = {
     "diffusers-fp32": partial(write_diffusers, dtype="float32"),
     "diffusers-bf16": partial(write_diffusers, dtype="bfloat16"),
+    "diffusers-fp16": partial(write_diffusers, dtype="float16"),
     "plain-onnx": write_plain_onnx,
     "plain-openvino": write_plain_openvino,
     "ours-onnx-fp32": partial(write_ours, target="onnx", precision="fp32"),
+    "ours-onnx-fp16": partial(write_ours, target="onnx", precision="fp16"),
     "ours-openvino-fp32": partial(write_ours, target="openvino", precision="fp32"),
     "ours-openvino-bf16": partial(write_ours, target="openvino", precision="bf16"),
     "ours-flax-fp32": partial(write_ours, target="flax", precision="fp32"),
@@ -250,6 +254,29 @@ ROWS = (
     Row("ours openvino", "bf16", True, "ours-openvino-bf16", (*OURS, "openvino"), open_ours),
     Row("ours openvino", "int8", True, "ours-openvino-int8", (*OURS, "openvino"), open_ours),
 )
+#: the same on an NVIDIA GPU (--device cuda); arrays come from the host and go back there in every row
+CUDA = {"device": "cuda"}
+PROFILES = ("1..4x256..1024x256..1024@1x512x512",)
+GPU_ROWS = (
+    Row("torch cuda", "fp32", False, "diffusers-fp32", TORCH, partial(open_torch, **CUDA)),
+    Row("torch cuda channels_last", "fp16", False, "diffusers-fp16", TORCH, partial(channels_last, **CUDA)),
+    Row("torch.compile cuda", "fp16", False, "diffusers-fp16", TORCH, partial(compiled, **CUDA)),
+    *(
+        Row(
+            f"ours {backend}",
+            "fp16",
+            True,
+            "ours-onnx-fp16",
+            (*OURS, module),
+            partial(open_ours, backend=backend, **CUDA, **options),
+        )
+        for backend, module, options in (
+            ("onnxruntime", "onnxruntime", {}),
+            ("tensorrt", "tensorrt", {"profiles": PROFILES}),
+            ("tensorrt-rtx", "tensorrt_rtx", {"profiles": PROFILES}),
+        )
+    ),
+)
 
 
 # The process of one row -----------------------------------------------------------------------------------------------
@@ -259,7 +286,7 @@ def work(answer: Answer, directory: Path, name: str, case: Case) -> None:
     """Open the row, then run one call for each line on standard input, asleep in between."""
     with contextlib.suppress(OSError):  # if memory runs out, this process is to go, and no other
         Path("/proc/self/oom_score_adj").write_text("1000")
-    row = next(row for row in ROWS if str(row) == name)
+    row = next(row for row in (*ROWS, *GPU_ROWS) if str(row) == name)
     for module in row.modules:
         importlib.import_module(module)
     x = np.load(directory / f"{case.file}-input.npy")
@@ -361,6 +388,8 @@ def count_flops(model: AutoencoderKL, graph: str, shape: Sequence[int]) -> int:
 
 def measure_peak(precision: str) -> float | str:
     """GFLOP/s of the best of some large matrix products; or why there is no such number."""
+    if precision == "fp16":
+        return "of the CPU alone, and nothing is computed in fp16 there"
     try:
         if precision == "int8":
             return max(matmuls_int8(side) for side in (1024, 2048))

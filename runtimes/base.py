@@ -107,9 +107,10 @@ class VaeRuntime(TilingAndSlicing, ABC):
         decoding is deterministic.
         """
         z = self._checked(z, "latents", self.config.latent_channels, multiple_of=1)
-        rows, columns = self._kept(size, z.shape)
+        kept = None if size is None else self._kept(size, z.shape)
         sample = self._apply("decoder", z)
-        sample = sample[:, rows, columns] if self.spec["decoder"].output.axes[0] == 3 else sample[:, :, rows, columns]
+        if kept is not None:
+            sample = sample[:, *kept] if self.spec["decoder"].output.axes[0] == 3 else sample[:, :, *kept]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     # Images and scaled latents --------------------------------------------------------------------------------------
@@ -317,13 +318,12 @@ class VaeRuntime(TilingAndSlicing, ABC):
         _check_sides(x.shape[1:3], self.config.downscale)
         return x
 
-    def _kept(self, size: tuple[int, int] | None, shape: Sequence[int]) -> tuple[slice, slice]:
+    def _kept(self, size: tuple[int, int], shape: Sequence[int]) -> tuple[slice, slice]:
         """The rows and columns of an image from latents of this shape that `size` keeps."""
         height, width = (side * self.config.downscale for side in shape[2:])
-        kept_height, kept_width = (height, width) if size is None else size
-        if not (0 < kept_height <= height and 0 < kept_width <= width):
-            raise ShapeError(f"size {kept_width}x{kept_height} is not a part of the image, {width}x{height}")
-        return slice(kept_height), slice(kept_width)
+        if not (0 < size[0] <= height and 0 < size[1] <= width):
+            raise ShapeError(f"size {size[1]}x{size[0]} is not a part of the image, {width}x{height}")
+        return slice(size[0]), slice(size[1])
 
     # Life -----------------------------------------------------------------------------------------------------------
 

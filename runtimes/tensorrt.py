@@ -94,11 +94,19 @@ class TensorRtVae(VaeRuntime):
             plans = self._built(bundle, engine, PlanCache(cache_dir, cache_bytes), progress)
         self.profiles = engine.profiles
         settings = Settings(contexts, cuda_graphs, max_graphs, runtime_cache, kernel_specialization)
-        self._engines = {}
+        self._engines: dict[str, LoadedPlan] = {}
         for graph in GRAPHS:
             pixels = self.config.downscale if graph == "decoder" else 1
             self._engines[graph] = LoadedPlan(
-                flavour, cuda, graph, plans.pop(graph), self.spec[graph], engine.profiles, settings, pixels
+                flavour,
+                cuda,
+                graph,
+                plans.pop(graph),
+                self.spec[graph],
+                engine.profiles,
+                settings,
+                pixels,
+                self._make_room,
             )
 
     @classmethod
@@ -135,8 +143,12 @@ class TensorRtVae(VaeRuntime):
     def _run(self, graph: GraphName, x: Any) -> Any:
         engine = self._engines[graph]
         if array_module(x) is not np and on_device(x):
-            return engine.runon_device(x)
+            return engine.run_on_device(x)
         return answer_in_kind(engine.run, x)
+
+    def _make_room(self) -> None:
+        for engine in self._engines.values():
+            engine.free_idle()
 
     def _tile_sides(self, graph: str, shape: Sequence[int]) -> Iterator[int | None]:
         """As far as a profile holds them; what is too large for all profiles is cut into the largest that one holds."""

@@ -45,10 +45,12 @@ class LoadedPlan:
         profiles: tuple[Profile, ...],
         settings: Settings,
         pixels: int,
+        make_room: Callable[[], None],
     ) -> None:
         self.flavour, self.cuda, self.graph, self.spec, self.settings = flavour, cuda, graph, spec, settings
         self.profiles = profiles
         self._pixels = pixels  #: for each unit of the input's height and width
+        self._make_room = make_room  #: free what idles, of other graphs too
         cuda.use()
         self._runtime = flavour.trt.Runtime(flavour.logger)
         self.engine = self._runtime.deserialize_cuda_engine(plan)
@@ -142,7 +144,36 @@ class LoadedPlan:
 
     def run(self, x: Array) -> Array:
         """An array in host memory -> one in host memory."""
-        x = np.ascontiguousarray(x)
+        result: Array = self._with_room(self._run, np.ascontiguousarray(x))
+        return result
+
+    def run_on_device(self, x: Any) -> Any:
+        """A torch tensor or CuPy array on the GPU -> one of its kind, there."""
+        if _device_index(x) != self.cuda.index:
+            raise ShapeError(f"the array is on cuda:{_device_index(x)}, and this VAE on cuda:{self.cuda.index}")
+        x = x.contiguous() if hasattr(x, "contiguous") else array_module(x).ascontiguousarray(x)
+        return self._with_room(self._run_on_device, x)
+
+    def _with_room(self, run: Callable[[Any], Any], x: Any) -> Any:
+        """`run`, and once more where memory is out while some of ours lies idle: it is kept for the next call only."""
+        try:
+            return run(x)
+        except OutOfMemoryError:
+            self._make_room()
+            return run(x)
+
+    def free_idle(self) -> None:
+        """Give back the device memory of all slots that are not at work."""
+        idle = []
+        with suppress(Empty):
+            while (slot := self._idle.get_nowait()) is not None:
+                idle.append(slot)
+            self._idle.put(None)  # closed
+        for slot in idle:
+            slot.free()
+            self._idle.put(slot)
+
+    def _run(self, x: Array) -> Array:
         with self._slot() as slot, slot.finished():
             prepared = slot.prepare(self._profile(x.shape), x.shape)
             result: Array = np.empty(prepared.output_shape, self.spec.output.dtype)
@@ -152,12 +183,7 @@ class LoadedPlan:
             self.cuda.to_host(result.ctypes.data, target, result.nbytes, slot.stream)
         return result
 
-    def runon_device(self, x: Any) -> Any:
-        """A torch tensor or CuPy array on the GPU -> one of its kind, there."""
-        xp = array_module(x)
-        if _device_index(x) != self.cuda.index:
-            raise ShapeError(f"the array is on cuda:{_device_index(x)}, and this VAE on cuda:{self.cuda.index}")
-        x = x.contiguous() if hasattr(x, "contiguous") else xp.ascontiguousarray(x)
+    def _run_on_device(self, x: Any) -> Any:
         with self._slot() as slot, slot.finished():
             prepared = slot.prepare(self._profile(x.shape), tuple(x.shape))
             result = _empty_like(x, prepared.output_shape, self.spec.output.dtype)
@@ -320,13 +346,17 @@ class _Slot:
         while self._graphs:
             self._cuda.destroy_graph(self._graphs.popitem()[1].graph)
 
+    def free(self) -> None:
+        """Give the memory back; the next call takes it anew."""
+        for memory in (self.input, self.output, self._scratch):
+            memory.free()
+
     def close(self) -> None:
         self._cuda.use()
         self._cuda.wait(self.stream)
         self._forget_graphs()
         self._contexts.clear()
-        for memory in (self.input, self.output, self._scratch):
-            memory.free()
+        self.free()
         self._cuda.destroy_stream(self.stream)
 
 

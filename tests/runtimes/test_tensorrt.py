@@ -150,6 +150,22 @@ def test_too_little_memory_is_named_and_survived(vae, fake_gpu):
     assert vae.decode(latents(1, 32, 32)).sample.shape == (1, 3, 256, 256)
 
 
+def test_what_lies_idle_makes_room_for_what_is_asked_for(tiny_bundle, fake_gpu):
+    """Memory of the other graph, and of calls that ran beside one another, is kept for what may come again."""
+    with open_vae(tiny_bundle) as vae:
+        vae.encode(images(1, 32, 32))
+        encoding = fake_gpu.used
+    with open_vae(tiny_bundle) as vae:
+        vae.decode(latents(1, 32, 32))
+        decoding = fake_gpu.used
+    fake_gpu.total = max(encoding, decoding)
+    with open_vae(tiny_bundle) as vae:
+        for _ in range(2):
+            vae.encode(images(1, 32, 32)), vae.decode(latents(1, 32, 32))
+        assert fake_gpu.used <= fake_gpu.total
+    assert fake_gpu.used == 0
+
+
 def test_where_tensorrt_runs_out_of_memory_that_is_what_it_is(vae, monkeypatch):
     vae.decode(latents())
     engine = vae._engines["encoder"]
