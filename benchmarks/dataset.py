@@ -5,9 +5,9 @@
     ours         encode-dataset, on each of the backends given
 
 All read the same JPEGs, resize and crop alike, and store scaled means in float32; each row runs in a process of its
-own, its clock starting when the model is open. Printed are the largest difference from the first row, over the first 64 latents
-of the first image, and the share of the machine that other processes had: a row that was DISTURBED says nothing. (Ray's
-processes count as others.)
+own, its clock starting when the model is open. Printed are the largest difference from the first row, over the first
+64 latents of the first image, and the share of the machine that other processes had: a row that was DISTURBED says
+nothing. (Ray's processes count as others.)
 
     --memory     the peak of memory over 10,000 and 100,000 small images instead
     --ray        one and two workers of one core each on a Ray cluster of this machine instead

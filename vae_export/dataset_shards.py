@@ -90,11 +90,7 @@ def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure
         file.write(len(text).to_bytes(8, "little") + text)
         for *_, parts in tensors:
             for part in parts:
-<<<<<<< HEAD
-                file.write(part.reshape(-1).view(np.uint8).data if isinstance(part, np.ndarray) else part)
-=======
                 file.write(part.tobytes() if isinstance(part, np.ndarray) else part)
->>>>>>> main
 
 
 class LatentDirectory:
