@@ -43,7 +43,7 @@ MOST_OF_OTHERS = 0.05  #: of the machine, during a row whose number means someth
 SMALL = 32  #: pixels a side, of the images of --memory
 
 
-def ours(folder: str, bundle: str, side: int, batch: int, directory: Path, **options: Any) -> dict[str, Any]:
+def ours(folder: str, bundle: str, side: int, directory: Path, **options: Any) -> dict[str, Any]:
     out = directory / f"ours-{time.monotonic_ns()}"
     options = {"policy": "center-crop", "sizes": ((side, side),)} | options
     threads = options.pop("threads", None)
@@ -52,14 +52,19 @@ def ours(folder: str, bundle: str, side: int, batch: int, directory: Path, **opt
         out,
         Opening(bundle, threads=threads),
         storage=STORAGE,
-        batch_size=batch,
         images_per_shard=options.pop("images_per_shard", 256),
         **options,
     ).to_dict()
+    peak = status("VmHWM")
     from runtimes.latents import LatentDataset
 
     first = next(iter(LatentDataset(out)))
-    said = {"seconds": summary["seconds"], "busy": summary["backend_busy"], "images": summary["encoded"]}
+    said = {
+        "peak_mb": peak / 1e6,
+        "seconds": summary["seconds"],
+        "busy": summary["backend_busy"],
+        "images": summary["encoded"],
+    }
     return said | {"first": first.latents.ravel()[:64].tolist()}
 
 
@@ -87,12 +92,13 @@ class Photographs:
         return prepared(self.paths[number], self.policy)
 
 
-def theirs(folder: str, checkpoint: str, side: int, batch: int, directory: Path) -> dict[str, Any]:
+def theirs(folder: str, checkpoint: str, side: int, batch: int, precision: str, directory: Path) -> dict[str, Any]:
     """diffusers, one by one or (batch > 1) in batches from a DataLoader with two workers."""
     import torch
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(checkpoint).eval()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    vae = AutoencoderKL.from_pretrained(checkpoint, torch_dtype=dtype).eval()
     multiply, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     paths, policy = sorted(Path(folder).glob("*.jpg")), SizePolicy("center-crop", ((side, side),), 8)
     loaded: Any = [None]
@@ -104,7 +110,7 @@ def theirs(folder: str, checkpoint: str, side: int, batch: int, directory: Path)
     for images in loaded if batch > 1 else (prepared(path, policy)[None] for path in paths):
         began = time.perf_counter()
         with torch.no_grad():
-            latents = ((vae.encode(images).latent_dist.mode() - shift) * multiply).numpy()
+            latents = ((vae.encode(images.to(dtype)).latent_dist.mode().float() - shift) * multiply).numpy()
         busy += time.perf_counter() - began
         for each in latents:
             np.save(directory / f"{done}.npy", each)
@@ -115,8 +121,7 @@ def theirs(folder: str, checkpoint: str, side: int, batch: int, directory: Path)
 
 
 def memory(folder: str, bundle: str, directory: Path) -> dict[str, Any]:
-    found = ours(folder, bundle, SMALL, 64, directory, policy="none", sizes=(), workers=1, images_per_shard=2048)
-    return found | {"peak_mb": status("VmHWM") / 1e6}
+    return ours(folder, bundle, SMALL, directory, policy="none", sizes=(), workers=1, images_per_shard=2048)
 
 
 def make_photographs(folder: Path, count: int) -> None:
@@ -168,19 +173,19 @@ def _cpu_seconds() -> tuple[float, float]:
     return busy / os.sysconf("SC_CLK_TCK"), children.ru_utime + children.ru_stime
 
 
-def one(kind: str, folder: str, model: str, side: str, batch: str, directory: str) -> dict[str, Any]:
+def one(kind: str, folder: str, model: str, side: str, batch: str, precision: str, directory: str) -> dict[str, Any]:
     place = Path(directory)
     if kind == "memory":
         return memory(folder, model, place)
     if kind == "theirs":
-        return theirs(folder, model, int(side), int(batch), place)
+        return theirs(folder, model, int(side), int(batch), precision, place)
     if kind.startswith("ray"):
         options = {"ray": "local", "ray_workers": int(kind[3:]), "threads": 1, "images_per_shard": 16}
-        return ours(folder, model, int(side), int(batch), place, **options)
-    return ours(folder, model, int(side), int(batch), place)
+        return ours(folder, model, int(side), place, **options)
+    return ours(folder, model, int(side), place)
 
 
-def exported(model: str, target: str, directory: Path) -> tuple[str, str]:
+def exported(model: str, target: str, precision: str, directory: Path) -> tuple[str, str]:
     """(a diffusers checkpoint, its bundle) of "embedded" or "sd"."""
     from safetensors.torch import save_file
 
@@ -190,7 +195,7 @@ def exported(model: str, target: str, directory: Path) -> tuple[str, str]:
     loaded = load_model() if model == "embedded" else stable_diffusion_sized()
     checkpoint, bundle = directory / "checkpoint", directory / f"bundle-{target}"
     if not bundle.exists():
-        export_bundle(loaded, bundle, target=target, run_validation=False)
+        export_bundle(loaded, bundle, target=target, precision=precision, run_validation=False)
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "config.json").write_text(loaded.config.to_json())
     save_file(loaded.state_dict(), checkpoint / "diffusion_pytorch_model.safetensors")
@@ -203,38 +208,50 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["onnx", "openvino"])
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--side", type=int, default=256, help="of the images that are encoded, pixels")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batch", type=int, default=8, help="of the batched row; ours has its default")
     parser.add_argument("--rounds", type=int, default=2, help="the least disturbed of which counts")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000], help="of --memory")
     parser.add_argument("--ray", action="store_true")
-    parser.add_argument("--one", nargs=6, help="a row in this process")
+    parser.add_argument("--one", nargs=7, help="a row in this process")
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(one(*arguments.one)))
         return
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        made = {target: exported(arguments.model, target, directory) for target in arguments.targets}
+        made = {
+            target: exported(arguments.model, target, arguments.precision, directory) for target in arguments.targets
+        }
         checkpoint = next(iter(made.values()))[0]
         if arguments.memory:
             for count in arguments.counts:
                 make_small(directory / f"small-{count}", count)
-                found = run("memory", directory / f"small-{count}", made["onnx"][1], SMALL, 64, name)
+                found = run("memory", directory / f"small-{count}", made["onnx"][1], SMALL, 1, "fp32", name)
                 print(f"{count:7,} images: peak {found['peak_mb']:.0f} MB, {count / found['seconds']:.0f} images/s")
             return
         make_photographs(directory / "photos", arguments.images)
-        common = arguments.side, arguments.batch, name
+        common = arguments.side, arguments.batch, arguments.precision, name
         rows: dict[str, tuple[Any, ...]] = {}
         if arguments.ray:
             rows = {f"ray, {n} workers": (f"ray{n}", directory / "photos", made["onnx"][1], *common) for n in (1, 2)}
         else:
-            rows["one by one"] = "theirs", directory / "photos", checkpoint, arguments.side, 1, name
+            rows["one by one"] = (
+                "theirs",
+                directory / "photos",
+                checkpoint,
+                arguments.side,
+                1,
+                arguments.precision,
+                name,
+            )
             rows["batched"] = "theirs", directory / "photos", checkpoint, *common
             for target, (_, bundle) in made.items():
                 rows[f"ours, {target}"] = "ours", directory / "photos", bundle, *common
         print(
-            f"{arguments.model}: {arguments.images} JPEGs of {PHOTO[0]}x{PHOTO[1]} -> {arguments.side}x{arguments.side}"
+            f"{arguments.model}, {arguments.precision}: {arguments.images} JPEGs of {PHOTO[0]}x{PHOTO[1]} -> "
+            f"{arguments.side}x{arguments.side}"
         )
         base: dict[str, Any] | None = None
         taken: dict[str, list[dict[str, Any]]] = {row: [] for row in rows}

@@ -9,12 +9,14 @@ import functools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from runtimes import forks
 from runtimes.bundle import Bundle, GraphSpec, Step
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError, NumericsError, OutOfMemoryError, ShapeError, VaeError
@@ -33,7 +35,8 @@ GraphName = Literal["encoder", "decoder"]
 class VaeRuntime(TilingAndSlicing, ABC):
     """An opened bundle. Arrays in, arrays out: each is answered by one of its kind, NumPy's, torch's or CuPy's.
 
-    Open one with `open_vae`, use it from any number of threads, and close it (or use it in a `with` statement).
+    Open one with `open_vae`, use it from any number of threads, and close it (or use it in a `with` statement). Other
+    processes open their own: in a fork of the process that opened it, using it is a `VaeError`.
 
     `config` is the model's config, `spec` the graphs with their inputs and outputs; `backend` and `precision` say what
     runs.
@@ -59,6 +62,9 @@ class VaeRuntime(TilingAndSlicing, ABC):
         self._budget: tuple[int, Rate] | None = None
         self._opened: set[str] = set()  #: graphs whose steps are
         self._opening = threading.Lock()
+        self._calls = 0  #: at work now
+        self._counting = threading.Lock()
+        forks.watch(self)
 
     # What a backend provides ----------------------------------------------------------------------------------------
 
@@ -68,7 +74,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
 
     @abstractmethod
     def _close(self) -> None:
-        """Release sessions and memory; called once."""
+        """Release sessions and memory; called once, when no call is at work."""
 
     def _open_steps(self, steps: Sequence[Step]) -> None:
         """Load the steps of one graph for seamless tiling, for `_run_step`; called once, before the first of them."""
@@ -118,7 +124,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
     def images_to_latents(self, images: Images, generator: Any = None, *, pad: bool = False) -> Array:
         """uint8 [B, H, W, 3] or [H, W, 3], PIL images or paths -> latents as a diffusion model takes them.
 
-        Of images and files orientation is applied and transparency laid over white: see `runtimes.images.load_image`.
+        Of images and files orientation is applied and transparency laid over white: see `runtimes.images.load_rgb`.
         The latents are scaled and shifted: the posterior's mode, or a draw from it where a generator is given.
         `pad`: see `encode`. `ConfigError` where the checkpoint did not say its scaling_factor.
         """
@@ -159,6 +165,10 @@ class VaeRuntime(TilingAndSlicing, ABC):
         return multiply, add
 
     def _apply(self, graph: GraphName, x: Any) -> Any:
+        with self._at_work():
+            return self._compute(graph, x)
+
+    def _compute(self, graph: GraphName, x: Any) -> Any:
         spec = self.spec[graph]
         run: Callable[[Any], Any] = functools.partial(self._run, graph)
         if spec.input.dtype == "uint8":
@@ -287,8 +297,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
 
     def _checked(self, x: Any, what: str, channels: int, *, multiple_of: int, pad: bool = False) -> Any:
         """`x` as an array in the graph's input dtype; `ShapeError` names the value and the rule."""
-        if self._closed:
-            raise VaeError("this VAE was closed; open the bundle again")
+        self._check_open()
         xp = array_module(x)
         if xp is np and not isinstance(x, np.ndarray):
             try:
@@ -307,8 +316,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
 
     def _checked_pixels(self, x: Any, *, pad: bool) -> Any:
         """`x` as uint8 [B, H, W, 3] for a graph that takes that."""
-        if self._closed:
-            raise VaeError("this VAE was closed; open the bundle again")
+        self._check_open()
         x = x.detach() if hasattr(x, "detach") else np.asarray(x)
         if str(x.dtype).removeprefix("torch.") != "uint8" or x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape:
             raise ShapeError(
@@ -327,10 +335,36 @@ class VaeRuntime(TilingAndSlicing, ABC):
 
     # Life -----------------------------------------------------------------------------------------------------------
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise VaeError("this VAE was closed; open the bundle again")
+        forks.check(self)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """A call: what it uses stays until it has ended, also where another thread closes the runtime meanwhile."""
+        with self._counting:
+            self._check_open()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._calls -= 1
+                last = self._closed and not self._calls
+            if last:
+                self._close()
+
     def close(self) -> None:
-        """Release everything; using the runtime afterwards raises."""
-        if not self._closed:
+        """Release everything; using the runtime afterwards raises. Calls that are at work in other threads end well,
+        and the last of them releases. In a process forked from the one that opened it, nothing is released."""
+        if forks.is_foreign(self):
             self._closed = True
+            return
+        with self._counting:
+            now = not self._closed and not self._calls
+            self._closed = True
+        if now:
             self._close()
 
     def __enter__(self) -> VaeRuntime:

@@ -26,7 +26,9 @@ from runtimes.profiles import Profile
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MANIFEST_LIMIT = 4 << 20  #: bytes; a manifest with long validation tables has some 50 KB
-FILE_LIMIT = 16 << 30  #: bytes; no VAE comes near
+FILE_LIMIT = 4 << 30  #: bytes; no VAE comes near
+LARGE_FILE = 256 << 20  #: bytes; the graphs of Stable Diffusion's size in fp32 have up to 200 MB
+DEEPEST = 32  #: levels of nesting in a manifest; ours have some 6
 MOST_CHANNELS = 1 << 16
 TARGETS = ("onnx", "tensorrt", "tensorrt-rtx", "openvino", "flax")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
@@ -40,6 +42,10 @@ DTYPES = ("float32", "float16", "bfloat16", "uint8")
 #: the kinds of steps of seamless tiling, and the order in which they come: a letter for each
 STEP_KINDS = {"whole": "w", "in": "i", "conv1": "a", "conv2": "b", "up": "u", "down": "d", "out": "o"}
 STEP_ORDER = {"encoder": re.compile(r"i((ab)|d)*w"), "decoder": re.compile(r"w((ab)|u)*o")}
+
+#: a manifest's last key: sha256 of all that it says. It finds accidents, such as another digit in a scaling factor;
+#: who changes a manifest on purpose can change it, too.
+SEAL = "manifest_sha256"
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
 _GPU = re.compile(r"sm\d{2,3}")
@@ -146,12 +152,13 @@ class Manifest:
             "validation": dict(self.validation),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
         }
-        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+        return json.dumps({**data, SEAL: seal(data)}, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, raw: bytes) -> Manifest:
         """Parse and check. `IntegrityError` for anything malformed, `CompatibilityError` for another schema."""
         data = _object(_parse_json(raw), "manifest")
+        sealed, found = data.pop(SEAL, ...), seal(data)
         schema = data.pop("schema_version", None)
         if not _is_int(schema):
             raise IntegrityError(f"{MANIFEST_FILE}: schema_version is {schema!r}, not a number")
@@ -176,6 +183,8 @@ class Manifest:
             raise IntegrityError(f"{MANIFEST_FILE}: {error}") from None
         if not isinstance(fields["rewrites"], list):
             raise IntegrityError(f"{MANIFEST_FILE}: rewrites is not a list")
+        if sealed not in (..., found):  # ... where there is none: written before manifests had it
+            raise IntegrityError(f"{MANIFEST_FILE} was changed: its {SEAL} is {found}, and it says {sealed!r}")
         return cls(
             version=_text(fields["version"], "version"),
             target=_choice(fields["target"], "target", TARGETS),
@@ -217,13 +226,9 @@ class Bundle:
         if entry is None:
             raise IntegrityError(f"{name} is not listed in the manifest of {self.path}")
         try:
-            data = _read_regular_file(self.path, name, limit=entry.size, exact=True)
+            return _read_regular_file(self.path, name, limit=entry.size, entry=entry)
         except FileNotFoundError:
             raise IntegrityError(f"{name} is missing from {self.path}") from None
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != entry.sha256:
-            raise IntegrityError(f"{name} was changed: sha256 is {digest}, and the manifest says {entry.sha256}")
-        return data
 
     def verify(self) -> None:
         """Check every listed file."""
@@ -234,8 +239,11 @@ class Bundle:
 # Files ------------------------------------------------------------------------------------------------------------
 
 
-def _read_regular_file(root: Path, name: str, *, limit: int, exact: bool = False) -> bytes:
-    """Read `root/name`, following no link below `root`; `limit` is the largest (or `exact`) size in bytes."""
+def _read_regular_file(root: Path, name: str, *, limit: int, entry: FileEntry | None = None) -> bytes:
+    """Read `root/name`, following no link below `root`: at most `limit` bytes, and those of `entry` where it is given.
+
+    A large file is hashed once more before it is read: one that is not what the manifest says takes no memory.
+    """
     *folders, last = name.split("/")
     directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -254,13 +262,23 @@ def _read_regular_file(root: Path, name: str, *, limit: int, exact: bool = False
     with os.fdopen(descriptor, "rb") as file:
         if status.st_nlink > 1:  # 0 where an export has just replaced the bundle: the open file stays whole
             raise IntegrityError(f"{name} is a hard link: a bundle's files belong to it alone; copy it with cp -r")
-        if status.st_size > limit or (exact and status.st_size != limit):
-            rule = "and the manifest says" if exact else "and the most is"
+        if status.st_size > limit or (entry is not None and status.st_size != entry.size):
+            rule = "and the most is" if entry is None else "and the manifest says"
             raise IntegrityError(f"{name} has {status.st_size} bytes, {rule} {limit}")
+        if entry is not None and entry.size > LARGE_FILE:
+            _check_digest(name, hashlib.file_digest(file, "sha256").hexdigest(), entry)
+            file.seek(0)
         data = file.read(status.st_size)
         if len(data) != status.st_size or file.read(1):
             raise IntegrityError(f"{name} changed while it was read")
+        if entry is not None:
+            _check_digest(name, hashlib.sha256(data).hexdigest(), entry)
         return data
+
+
+def _check_digest(name: str, found: str, entry: FileEntry) -> None:
+    if found != entry.sha256:
+        raise IntegrityError(f"{name} was changed: sha256 is {found}, and the manifest says {entry.sha256}")
 
 
 def _open_inside(directory: int, part: str, flags: int, name: str) -> int:
@@ -274,6 +292,11 @@ def _open_inside(directory: int, part: str, flags: int, name: str) -> int:
 
 
 # Schema -----------------------------------------------------------------------------------------------------------
+
+
+def seal(data: Mapping[str, Any]) -> str:
+    """sha256, 64 hex digits, of what a manifest says, but for its seal: of its JSON with sorted keys and no spaces."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _parse_json(raw: bytes) -> Any:
@@ -291,14 +314,24 @@ def _parse_json(raw: bytes) -> Any:
         return number if math.isfinite(number) else refuse_constant(text)  # 1e999: infinity by another name
 
     try:
-        return json.loads(
+        value = json.loads(
             raw.decode("utf-8"),
             parse_float=finite,
             parse_constant=refuse_constant,
             object_pairs_hook=refuse_duplicates,
         )
+        _check_depth(value, DEEPEST)
+        return value
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{MANIFEST_FILE} is not readable: {error}") from None
+
+
+def _check_depth(value: Any, left: int) -> None:
+    """`ValueError` for what is nested so deeply that writing it again could fail where reading did not."""
+    if left == 0:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(child, left - 1)
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

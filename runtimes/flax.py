@@ -17,7 +17,7 @@ import numpy as np
 from jax import export
 
 from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
-from runtimes.bundle import GRAPHS, Bundle
+from runtimes.bundle import GRAPHS, Bundle, GraphSpec
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -58,9 +58,10 @@ class FlaxVae(VaeRuntime):
         check_count("max_shapes", max_shapes)
         self.device = device
         self._place = jax.sharding.SingleDeviceSharding(_find_device(device))
-        data = bundle.read(flax_params.FLAX_FILE)
+        files = {flax_params.FLAX_FILE, *(self.spec[graph].file for graph in GRAPHS)}
+        data = {file: bundle.read(file) for file in files}  # all is sound before any is parsed
         try:
-            params = flax_params.read_msgpack(data, flax_params.FLAX_FILE)
+            params = flax_params.read_msgpack(data[flax_params.FLAX_FILE], flax_params.FLAX_FILE)
         except ConfigError as error:
             raise CompatibilityError(str(error)) from None
         self._max_shapes = max_shapes
@@ -68,7 +69,7 @@ class FlaxVae(VaeRuntime):
         self._compiled: dict[str, OrderedDict[tuple[int, ...], Future[Any]]] = {
             graph: OrderedDict() for graph in GRAPHS
         }
-        self._graphs = {graph: self._open(bundle, graph, params) for graph in GRAPHS}
+        self._graphs = {graph: self._open(self.spec[graph], data[self.spec[graph].file], params) for graph in GRAPHS}
 
     @staticmethod
     def check_devices() -> dict[str, str]:
@@ -81,10 +82,8 @@ class FlaxVae(VaeRuntime):
                 states[kind] = str(error)
         return states
 
-    def _open(self, bundle: Bundle, graph: str, params: Mapping[str, Any]) -> tuple[Any, Any]:
+    def _open(self, spec: GraphSpec, data: bytes, params: Mapping[str, Any]) -> tuple[Any, Any]:
         """(the graph as a function, its parameters on the device)."""
-        spec = bundle.manifest.graphs[graph]
-        data = bundle.read(spec.file)
         try:
             exported = export.deserialize(bytearray(data))
             text = exported.mlir_module()

@@ -1,7 +1,7 @@
 """Images: uint8 arrays, PIL images and files to and from the arrays that the VAE works on.
 
 Arrays are RGB as they are; what has transparency, a palette, one channel or an orientation comes as a PIL image or a
-file, which say so: see `load_image`.
+file, which say so: see `load_rgb`.
 
 The conversion and its rounding are those of diffusers' VaeImageProcessor: x = u / 127.5 - 1, and back
 u = round(255 * clip(x / 2 + 0.5, 0, 1)), halves to even.
@@ -41,7 +41,12 @@ ORIENTATION, UPRIGHT = (
 
 
 def load_image(source: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
-    """A photograph as uint8 [H, W, 3].
+    """A photograph as uint8 [H, W, 3]: see `load_rgb`."""
+    return np.asarray(load_rgb(source))
+
+
+def load_rgb(source: str | Path | Image.Image) -> Image.Image:
+    """A photograph as an RGB image.
 
     EXIF orientation is applied. Transparent pixels are laid over white; grey, palette and CMYK become RGB; 16-bit grey
     keeps its high byte. Colours are taken as sRGB: a profile in the file is not applied. Of several frames it is the
@@ -157,7 +162,7 @@ def crop_to_multiple(pixels: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[
     return pixels[top : top + height, left : left + width]
 
 
-def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+def _to_rgb(image: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it writes all tags anew, and fails where any of them is broken.
     upright = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     if upright is not None:
@@ -166,10 +171,10 @@ def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
         values = np.asarray(image).astype(np.int64)  # Pillow would clip these at 255
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"grey values from {values.min()} to {values.max()}, where 16 bits have 0 to 65535")
-        return np.stack([(values // 256).astype(np.uint8)] * 3, axis=-1)
+        return Image.fromarray((values // 256).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels, of which nobody knows which value is white")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"))
-    return np.asarray(image.convert("RGB"))
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")  # a copy, also of what is RGB: the file may be closed

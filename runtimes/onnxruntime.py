@@ -12,6 +12,7 @@ import numpy as np
 from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
 from runtimes.bundle import GRAPHS, Bundle, Step
 from runtimes.errors import BackendUnavailable, CompatibilityError, OutOfMemoryError, VaeError, is_out_of_memory
+from runtimes.onnx_scan import check_onnx
 from runtimes.posterior import array_module
 
 try:
@@ -52,7 +53,8 @@ class OnnxRuntimeVae(VaeRuntime):
         self.device = device
         self._kind, self._index = _parse_device(device)
         self._threads = threads
-        self._sessions = {graph: self._open(bundle, graph, threads) for graph in GRAPHS}
+        data = {graph: bundle.read(self.spec[graph].file) for graph in GRAPHS}  # all is sound before any is parsed
+        self._sessions = {graph: self._open(graph, data.pop(graph)) for graph in GRAPHS}
         self._steps: dict[str, Any] = {}
 
     @staticmethod
@@ -62,9 +64,9 @@ class OnnxRuntimeVae(VaeRuntime):
         gpu = "needs pip install 'vae-export[gpu]' in place of onnxruntime"
         return {device: "works" if name in available else gpu for device, name in _PROVIDERS.items()}
 
-    def _open(self, bundle: Bundle, graph: str, threads: int | None) -> Any:
-        spec = bundle.manifest.graphs[graph]
-        session = self._load(bundle, spec.file, threads)
+    def _open(self, graph: str, data: bytes) -> Any:
+        spec = self.spec[graph]
+        session = self._load(data, spec.file)
         for said, found in ((spec.input, session.get_inputs()), (spec.output, session.get_outputs())):
             if [(tensor.name, tensor.type) for tensor in found] != [(said.name, _TYPES.get(said.dtype))]:
                 raise CompatibilityError(
@@ -73,7 +75,7 @@ class OnnxRuntimeVae(VaeRuntime):
                 )
         return session
 
-    def _load(self, bundle: Bundle, file: str, threads: int | None, *, arena: bool = True) -> Any:
+    def _load(self, data: bytes, file: str, *, arena: bool = True) -> Any:
         provider = _PROVIDERS[self._kind]
         if provider not in ort.get_available_providers():
             raise BackendUnavailable(
@@ -82,16 +84,16 @@ class OnnxRuntimeVae(VaeRuntime):
             )
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions: no second time on stderr
-        # A graph from bytes would read external data from the working directory: point it where nothing can be.
+        check_onnx(data, file)
+        # Once more for external data, which a graph from bytes would read from the working directory: nothing is here.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         # It would plan one block for all of a call's tensors when a size comes again, and allocate that beside the
         # arena, which keeps what the first call took: 1.5 times the memory, for nothing gained in time.
         options.enable_mem_pattern = False
         options.enable_cpu_mem_arena = arena
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
         settings = {"device_id": self._index} if self._kind == "cuda" else {}
-        data = bundle.read(file)
         try:
             session = ort.InferenceSession(data, options, providers=[(provider, settings)])
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
@@ -110,7 +112,7 @@ class OnnxRuntimeVae(VaeRuntime):
             # Tiles are few and large: without an arena they are as fast, and nothing is kept for the next step, which
             # has a session of its own. What runs on the whole is slower without, and its arena is given back.
             arena = step.kind == "whole"
-            self._steps[step.file] = self._load(self._bundle, step.file, self._threads, arena=arena)
+            self._steps[step.file] = self._load(self._bundle.read(step.file), step.file, arena=arena)
 
     def _run_step(self, step: Step, inputs: Mapping[str, Array]) -> Sequence[Array]:
         options = ort.RunOptions()

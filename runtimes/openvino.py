@@ -25,6 +25,7 @@ from runtimes.errors import (
     VaeError,
     is_out_of_memory,
 )
+from runtimes.ir_scan import check_ir
 
 # OpenVINO reports its use to its makers where their package for it is installed. It does without one that is not there.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -69,7 +70,10 @@ class OpenVinoVae(VaeRuntime):
         self._core = ov.Core()
         self._device = _find_device(self._core, device)
         self._settings = self._choose_settings(threads, cache_dir)
-        self._graphs = {graph: _Graph(self._read(bundle, graph), self._compile, max_shapes) for graph in GRAPHS}
+        data = {graph: self._read(bundle, graph) for graph in GRAPHS}  # all is sound before any is parsed
+        self._graphs = {
+            graph: _Graph(self._parse(graph, *data.pop(graph)), self._compile, max_shapes) for graph in GRAPHS
+        }
 
     @staticmethod
     def check_devices() -> dict[str, str]:
@@ -89,14 +93,16 @@ class OpenVinoVae(VaeRuntime):
             settings["CACHE_DIR"] = str(_made(Path(cache_dir)))
         return settings
 
-    def _read(self, bundle: Bundle, graph: str) -> Any:
-        spec = bundle.manifest.graphs[graph]
-        structure = bundle.read(spec.file)
+    def _read(self, bundle: Bundle, graph: str) -> tuple[bytes, Array]:
+        """The structure of a graph, and its weights."""
+        file = self.spec[graph].file
+        structure, weights = bundle.read(file), bundle.read(str(PurePosixPath(file).with_suffix(".bin")))
+        check_ir(structure, file)
         # A copy, since OpenVINO shares the memory of writable arrays only; it makes no copy of its own then.
-        weights = np.frombuffer(bundle.read(str(PurePosixPath(spec.file).with_suffix(".bin"))), np.uint8).copy()
-        if not structure.lstrip().startswith((b"<?xml", b"<net")):
-            # OpenVINO would read ONNX and others too, which may name files elsewhere.
-            raise CompatibilityError(f"{spec.file} is no OpenVINO IR: it does not begin as XML")
+        return structure, np.frombuffer(weights, np.uint8).copy()
+
+    def _parse(self, graph: str, structure: bytes, weights: Array) -> tuple[Any, Array]:
+        spec = self.spec[graph]
         try:
             model = self._core.read_model(structure, ov.Tensor(weights, shared_memory=True))
         except RuntimeError as error:

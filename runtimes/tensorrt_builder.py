@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError, VaeError
+from runtimes.onnx_scan import check_onnx
 from runtimes.tensorrt_flavours import Flavour, load_flavour
 
 Progress = Callable[[str, int, int], None]  #: (what is being done, steps done, steps in all)
@@ -46,10 +47,12 @@ class BuildJob:
 def build_plan(onnx: bytes, job: BuildJob, what: str, progress: Progress = lambda *_: None) -> bytes:
     """Build a plan. `what` names the graph for messages, such as "decoder".
 
-    Raises `BackendUnavailable` where TensorRT is not installed, `CompatibilityError` where it refuses the graph or
+    Raises `IntegrityError` for a graph that reaches outside of itself (see `runtimes.onnx_scan`), `BackendUnavailable`
+    where TensorRT is not installed, `CompatibilityError` where it refuses the graph or
     crashes, with the node and everything that it said, `ConfigError` for a profile or GPU that it cannot have,
     `OutOfMemoryError` where the build was killed for memory.
     """
+    check_onnx(onnx, f"the graph of the {what}")
     load_flavour(job.flavour)  # where it is missing, that is said without starting a process
     with tempfile.TemporaryDirectory(prefix="vae-export-build-") as directory:
         source, plan = Path(directory) / "model.onnx", Path(directory) / "model.plan"

@@ -44,7 +44,10 @@ def encode_dataset_command(
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp16",
     flips: Annotated[bool, typer.Option("--flips", help="The mirror image of every image as well.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of samples; each image draws by its content.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images that are encoded at once, of one size.")] = 8,
+    batch: Annotated[
+        Optional[int],
+        typer.Option(min=1, help="Images of one size that are encoded at once. (default: 1 on a CPU, or 8)"),
+    ] = None,
     shard_images: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 2048,
     workers: Annotated[
         Optional[int], typer.Option(min=0, help="Processes that decode. (default: one for each core)")

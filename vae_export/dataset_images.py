@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from runtimes.errors import ConfigError
-from runtimes.images import load_image
+from runtimes.images import load_rgb
 from vae_export.dataset_sources import Item, Source
 
 POLICIES = ("none", "center-crop", "buckets")
@@ -128,15 +128,15 @@ def _prepared(data: bytes, sha256: bytes, policy: SizePolicy) -> Broken | Prepar
         most = Image.MAX_IMAGE_PIXELS
         if most is not None and opened.width * opened.height > most:
             return Broken(sha256, f"{opened.width}x{opened.height} pixels are more than Pillow's limit of {most}")
-        pixels = load_image(opened)
-    height, width = pixels.shape[:2]
+        image = load_rgb(opened)
+    width, height = image.size
     fit = policy.fit(width, height)
     if 0 in fit.size:
         return Broken(sha256, f"{width}x{height} is smaller than one latent, {policy.factor}x{policy.factor}")
     if fit.resized != (width, height):
-        pixels = np.asarray(Image.fromarray(pixels).resize(fit.resized, Image.Resampling.LANCZOS))
-    (left, top), size = fit.crop, fit.size
-    pixels = np.ascontiguousarray(pixels[top : top + size[1], left : left + size[0]])
+        image = image.resize(fit.resized, Image.Resampling.LANCZOS)
+    left, top = fit.crop
+    pixels = np.asarray(image.crop((left, top, left + fit.size[0], top + fit.size[1])))
     return Prepared(pixels, sha256, (height, width), (fit.resized[1], fit.resized[0]), (top, left))
 
 

@@ -1,0 +1,48 @@
+"""What an OpenVINO IR may hold, checked on its bytes before OpenVINO parses them. Standard library only.
+
+OpenVINO's own operators are named by opset. A layer of any other kind is code that was loaded into the process under
+that name, and a document type can expand to anything: no graph of a VAE needs either.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from xml.parsers import expat
+
+from runtimes.errors import CompatibilityError, IntegrityError
+
+_OPSET = re.compile(r"opset\d{1,3}")
+
+
+def check_ir(data: bytes, file: str) -> None:
+    """`IntegrityError` for a structure that is not of OpenVINO's opsets alone, `CompatibilityError` for what is none.
+
+    `file` is its name in the message.
+    """
+    parser = expat.ParserCreate()
+    root: list[str] = []
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        root.append(tag) if not root else None
+        if tag == "layer" and not _OPSET.fullmatch(attributes.get("version", "")):
+            operator, version = attributes.get("type", "")[:200], attributes.get("version", "")[:200]
+            raise _Refused(f"has a layer {operator!r} of {version!r}, which is none of OpenVINO's opsets")
+
+    def refuse_document_type(*_: Any) -> None:
+        raise _Refused("has a document type")
+
+    parser.StartElementHandler = start
+    parser.StartDoctypeDeclHandler = refuse_document_type
+    try:
+        parser.Parse(data, True)
+    except expat.ExpatError as error:
+        raise CompatibilityError(f"{file} is not a whole OpenVINO IR: {error}") from None
+    except _Refused as error:
+        raise IntegrityError(f"{file} {error}: refused") from None
+    if root != ["net"]:
+        raise CompatibilityError(f"{file} is not an OpenVINO IR: it holds <{root[0]}>")
+
+
+class _Refused(Exception):
+    """What no graph of a bundle may hold."""

@@ -1,0 +1,81 @@
+"""Threads: every call gets what it would get alone, and a runtime may be closed while others use it."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from runtimes import VaeError, open_vae
+
+X = np.zeros((1, 3, 32, 32), np.float32)
+
+
+@pytest.fixture
+def slow_vae(vae, monkeypatch):
+    """`vae`, whose calls wait for `go`; (it, entered, go)."""
+    entered, go, real = threading.Event(), threading.Event(), vae._run
+
+    def run(graph, x):
+        entered.set()
+        assert go.wait(30)
+        return real(graph, x)
+
+    monkeypatch.setattr(vae, "_run", run)
+    return vae, entered, go
+
+
+def test_a_call_at_work_ends_well_when_another_thread_closes(slow_vae):
+    vae, entered, go = slow_vae
+    answers = []
+    worker = threading.Thread(target=lambda: answers.append(vae.encode(X)[0].parameters))
+    worker.start()
+    assert entered.wait(30)
+    start = time.perf_counter()
+    vae.close()
+    assert time.perf_counter() - start < 5, "closing does not wait"
+    with pytest.raises(VaeError, match="closed"):
+        vae.encode(X)
+    assert vae._sessions, "the call at work needs them"
+    go.set()
+    worker.join(30)
+    assert len(answers) == 1 and np.isfinite(answers[0]).all()
+    assert not vae._sessions, "released by the last call"
+
+
+def test_closing_under_fire(tiny_bundle):
+    """Eight threads call as fast as they can: whoever is late is told that it is closed, and nothing else happens."""
+    for _ in range(5):
+        vae, others = open_vae(tiny_bundle, threads=1), []
+        expected = vae.encode(X)[0].parameters
+
+        def work(vae=vae, expected=expected, others=others):
+            try:
+                while True:
+                    assert np.array_equal(vae.encode(X)[0].parameters, expected)
+            except VaeError as error:
+                if "was closed" not in str(error):
+                    others.append(error)
+            except BaseException as error:
+                others.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        vae.close()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert not others
+
+
+def test_closing_twice_or_from_several_threads_releases_once(tiny_bundle, monkeypatch):
+    vae, released = open_vae(tiny_bundle, threads=1), []
+    monkeypatch.setattr(vae, "_close", lambda: released.append(1))
+    threads = [threading.Thread(target=vae.close) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert released == [1]
