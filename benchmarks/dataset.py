@@ -11,6 +11,7 @@ nothing. (Ray's processes count as others.)
 
     --memory     the peak of memory over 10,000 and 100,000 small images instead
     --ray        one and two workers of one core each on a Ray cluster of this machine instead
+    --stages     what each stage costs an image, one after the other in one process, instead
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,14 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.memory_model import status
+from runtimes import Bundle, open_vae
 from runtimes.images import load_image
-from vae_export.dataset import Opening, encode_dataset
-from vae_export.dataset_encode import Storage
-from vae_export.dataset_images import SizePolicy
+from runtimes.latents import LatentDataset
+from vae_export.dataset import Opening, encode_dataset, make_contract
+from vae_export.dataset_encode import BatchSize, Storage, encode_batch
+from vae_export.dataset_images import Prepared, SizePolicy, prepare
+from vae_export.dataset_plan import Plan
+from vae_export.dataset_shards import Entry, LatentDirectory, write_shard
 from vae_export.dataset_sources import open_source
 
 STORAGE = Storage(stored="mean", scaled=True, dtype="float32")
@@ -55,12 +62,13 @@ def ours(folder: str, bundle: str, side: int, directory: Path, **options: Any) -
         images_per_shard=options.pop("images_per_shard", 256),
         **options,
     ).to_dict()
-    peak = status("VmHWM")
-    from runtimes.latents import LatentDataset
-
-    first = next(iter(LatentDataset(out)))
+    peak, before = status("VmHWM"), status("VmRSS")  # of the job: the reader holds the index
+    latents = LatentDataset(out)
+    reader = status("VmRSS") - before
+    first = next(iter(latents))
     said = {
         "peak_mb": peak / 1e6,
+        "reader_mb": reader / 1e6,
         "seconds": summary["seconds"],
         "busy": summary["backend_busy"],
         "images": summary["encoded"],
@@ -124,6 +132,48 @@ def memory(folder: str, bundle: str, directory: Path) -> dict[str, Any]:
     return ours(folder, bundle, SMALL, directory, policy="none", sizes=(), workers=1, images_per_shard=2048)
 
 
+def stages(folder: str, bundle: str, side: int, directory: Path) -> dict[str, Any]:
+    """Milliseconds and bytes of an image, stage by stage; nothing is done beside anything else."""
+    source, policy = open_source(folder), SizePolicy("center-crop", ((side, side),), 8)
+    milliseconds: dict[str, float] = {}
+    count = 1
+
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        milliseconds[stage] = (time.perf_counter() - start) * 1e3 / count
+
+    opened = Bundle(bundle)
+    contract = make_contract(opened, Opening(bundle), policy, STORAGE, BatchSize(1), 2048)
+    with LatentDirectory(directory / f"stages-{time.monotonic_ns()}", contract) as out, Plan(out.path, 2048) as plan:
+        count = sum(1 for _ in source.items())
+        with timed("listing and plan"):
+            plan.update(source.items())
+        items = plan.items(0)
+        count = len(items)
+        with timed("read, decode, resize (one core)"):
+            prepared = [prepare(source, item, None, policy) for item in items]
+        images = [image for image in prepared if isinstance(image, Prepared)]
+        entries = []
+        with open_vae(bundle) as vae:
+            encode_batch(vae, images[:1], STORAGE)
+            with timed("encode (all cores)"):
+                for item, image in zip(items, images, strict=True):
+                    [[latents]] = encode_batch(vae, [image], STORAGE)  # type: ignore[misc]
+                    about = image.sha256, image.original_size, image.resized, image.crop
+                    entries.append(Entry(item.id, False, *about, latents))
+        with timed("shard written and flushed"):
+            write_shard(out.shard_path(0), entries, [], STORAGE.dtype)
+        with timed("index"):
+            out.write_index()
+        sizes = {name: (out.path / name).stat().st_size / count for name in ("index.parquet", "plan.sqlite")}
+        sizes["shard"] = out.shard_path(0).stat().st_size / count
+        with timed("opened to read"):
+            assert len(LatentDataset(out.path)) == count
+    return {"milliseconds": milliseconds, "bytes": sizes, "images": count}
+
+
 def make_photographs(folder: Path, count: int) -> None:
     """Crops of the embedded photographs, as JPEGs of a camera's kind of detail."""
     from vae_export.photos import photographs
@@ -177,6 +227,8 @@ def one(kind: str, folder: str, model: str, side: str, batch: str, precision: st
     place = Path(directory)
     if kind == "memory":
         return memory(folder, model, place)
+    if kind == "stages":
+        return stages(folder, model, int(side), place)
     if kind == "theirs":
         return theirs(folder, model, int(side), int(batch), precision, place)
     if kind.startswith("ray"):
@@ -214,6 +266,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000], help="of --memory")
     parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--stages", action="store_true")
     parser.add_argument("--one", nargs=7, help="a row in this process")
     arguments = parser.parse_args()
     if arguments.one:
@@ -229,10 +282,24 @@ def main() -> None:
             for count in arguments.counts:
                 make_small(directory / f"small-{count}", count)
                 found = run("memory", directory / f"small-{count}", made["onnx"][1], SMALL, 1, "fp32", name)
-                print(f"{count:7,} images: peak {found['peak_mb']:.0f} MB, {count / found['seconds']:.0f} images/s")
+                print(
+                    f"{count:7,} images: peak {found['peak_mb']:.0f} MB, {count / found['seconds']:.0f} images/s, "
+                    f"opened to read {found['reader_mb']:.0f} MB"
+                )
             return
         make_photographs(directory / "photos", arguments.images)
         common = arguments.side, arguments.batch, arguments.precision, name
+        if arguments.stages:
+            for target, (_, bundle) in made.items():
+                found = run("stages", directory / "photos", bundle, *common)
+                print(
+                    f"{arguments.model} {arguments.precision}, {target}, {found['images']} images of {arguments.side}"
+                )
+                for stage, cost in found["milliseconds"].items():
+                    print(f"  {stage:34} {cost:9.3f} ms")
+                for file, size in found["bytes"].items():
+                    print(f"  {file:34} {size:9,.0f} bytes")
+            return
         rows: dict[str, tuple[Any, ...]] = {}
         if arguments.ray:
             rows = {f"ray, {n} workers": (f"ray{n}", directory / "photos", made["onnx"][1], *common) for n in (1, 2)}

@@ -244,14 +244,14 @@ def alone(pytestconfig, tmp_path):
     Its home is `tmp_path / "home"`, empty, and no request leaves the machine.
     """
 
-    def run(program, *arguments):
+    def run(program, *arguments, timeout=120):
         home = tmp_path / "home"
         home.mkdir()
         environment = {name: value for name, value in os.environ.items() if name not in CI_VARIABLES}
         environment |= {"HOME": str(home), "https_proxy": "http://127.0.0.1:9"}
         environment |= {"PYTHONPATH": str(pytestconfig.rootpath)}
         command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 

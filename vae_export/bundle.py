@@ -67,6 +67,7 @@ def write_bundle(out: str | Path, *, overwrite: bool = False) -> Iterator[Bundle
     writable, or the disk is full.
     """
     out = Path(os.path.abspath(out))
+    _restore(out)
     _check_free(out, overwrite)
     try:
         new_parents = [folder for folder in out.parents if not folder.exists()]
@@ -94,6 +95,7 @@ def write_bundle(out: str | Path, *, overwrite: bool = False) -> Iterator[Bundle
 def check_output(out: str | Path, overwrite: bool) -> None:
     """Raise `BundleError` at once for a place where `write_bundle` would refuse at the end of a long export."""
     path = Path(os.path.abspath(out))
+    _restore(path)
     if path == Path.cwd():
         raise BundleError(f"{path} is the current directory, which the bundle would replace; choose another --out")
     _check_free(path, overwrite)
@@ -145,17 +147,37 @@ def _make_locked_directory(out: Path) -> tuple[Path, int]:
 def _remove_leftovers(out: Path) -> None:
     """Remove what killed exports of the same bundle left: directories that no living process holds locked."""
     for path in out.parent.glob(f".{glob.escape(out.name)}{_PARTIAL}*"):
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
-            pass  # an export is at work on it
-        finally:
-            os.close(descriptor)
+        with _unless_at_work(path) as free:
+            if free:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _restore(out: Path) -> None:
+    """Give a bundle its name back that an export had just moved aside when it was killed: see `_exchange`."""
+    for aside in out.parent.glob(f".{glob.escape(out.name)}{_ASIDE}*"):
+        with _unless_at_work(aside.with_name(aside.name.replace(_ASIDE, _PARTIAL))) as free, suppress(OSError):
+            if free and os.path.lexists(out):  # the new one had taken its place
+                shutil.rmtree(aside, ignore_errors=True)
+            elif free:
+                os.rename(aside, out)
+
+
+@contextmanager
+def _unless_at_work(directory: Path) -> Iterator[bool]:
+    """Whether no living export holds this directory, or there is none; while it is asked, none can."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield not os.path.lexists(directory)
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -164,12 +186,13 @@ def _exchange(new: Path, old: Path) -> None:
     paths = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old))
     if renameat2 is not None and renameat2(*paths, _RENAME_EXCHANGE) == 0:
         return
-    aside = new.with_name(new.name.replace(_PARTIAL, _ASIDE))  # not a leftover to remove, should this be killed now
+    aside = new.with_name(new.name.replace(_PARTIAL, _ASIDE))  # should this be killed now, the next export restores it
     os.rename(old, aside)
     try:
         os.rename(new, old)
-    except OSError:
-        os.rename(aside, old)
+    except BaseException:
+        if not old.exists():
+            os.rename(aside, old)
         raise
     os.rename(aside, new)
 

@@ -46,7 +46,10 @@ def encode_dataset_command(
     seed: Annotated[int, typer.Option(min=0, help="Of samples; each image draws by its content.")] = 0,
     batch: Annotated[
         Optional[int],
-        typer.Option(min=1, help="Images of one size that are encoded at once. (default: 1 on a CPU, or 8)"),
+        typer.Option(
+            min=1,
+            help="Images of one size that are encoded at once. (default: 8, on a CPU as many as have 256x256 pixels)",
+        ),
     ] = None,
     shard_images: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 2048,
     workers: Annotated[

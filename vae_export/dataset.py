@@ -25,7 +25,7 @@ from runtimes.base import check_count
 from runtimes.latent_shards import SCHEMA_VERSION, Array, Failure, Shard
 from runtimes.latents import ERRORS_FILE, INDEX_FILE, import_pyarrow, manifest_sha256
 from vae_export import __version__
-from vae_export.dataset_encode import Batch, Found, Storage, batches, encode_batch
+from vae_export.dataset_encode import CACHED, MOST_AT_ONCE, Batch, BatchSize, Found, Storage, batches, encode_batch
 from vae_export.dataset_images import Broken, Prepared, Size, SizePolicy
 from vae_export.dataset_plan import Changes, Plan
 from vae_export.dataset_shards import Entry, LatentDirectory, entries_of, write_shard
@@ -167,9 +167,9 @@ def encode_dataset(
 ) -> Summary:
     """Encode every image of a source into the directory `out`, or do what is left of it.
 
-    `policy` and `sizes` are those of `SizePolicy`. `batch_size` images of one size are encoded at once (default: 8, and
-    1 on a CPU, whose caches hold no more: ONNX Runtime and OpenVINO are 8 and 16% faster). `workers` is the number of
-    processes that decode (default: one for each core). With `ray`, an address or "local", the work is done on Ray by
+    `policy` and `sizes` are those of `SizePolicy`. `batch_size` images of one size are encoded at once (default: 8,
+    and on a CPU no more than have 256x256 pixels together). `workers` is the number of processes that decode (default:
+    one for each core). With `ray`, an address or "local", the work is done on Ray by
     `ray_workers` runtimes, with `ray_gpus` each. None of this changes what is written, nor does `batch_size` but for
     rounding.
 
@@ -185,11 +185,11 @@ def encode_dataset(
     ):
         check_count(name, value)
     bundle = Bundle(opening.bundle)
-    batch_size = batch_size or (1 if opening.is_cpu(bundle) else 8)
+    together = BatchSize(batch_size or MOST_AT_ONCE, CACHED if batch_size is None and opening.is_cpu(bundle) else None)
     storage.check(bundle.manifest.config)
     size_policy = SizePolicy(policy, sizes, bundle.manifest.config.downscale)
     workers = (os.cpu_count() or 1) if workers is None else workers
-    contract = make_contract(bundle, opening, size_policy, storage, batch_size, images_per_shard)
+    contract = make_contract(bundle, opening, size_policy, storage, together, images_per_shard)
     summary = Summary()
     with LatentDirectory(Path(out), contract) as directory, Plan(directory.path, images_per_shard) as plan:
         progress("Listing the source", 0, 1)
@@ -205,7 +205,7 @@ def encode_dataset(
         if ray is None:
             with Decoders(source, size_policy, workers) as decoders, opening.open() as vae:
                 start = time.perf_counter()
-                _run_here(map(work_of, numbers), decoders, vae, directory, storage, batch_size, report)
+                _run_here(map(work_of, numbers), decoders, vae, directory, storage, together, report)
         else:
             from vae_export.dataset_ray import RayCluster, run_on_ray
 
@@ -213,7 +213,7 @@ def encode_dataset(
                 start = time.perf_counter()
                 run_on_ray(
                     cluster, numbers, work_of, directory, report, source, size_policy, storage, opening,
-                    batch_size=batch_size, workers=ray_workers, gpus=ray_gpus,
+                    batch_size=together, workers=ray_workers, gpus=ray_gpus,
                 )  # fmt: skip
         for number in sorted(set(directory.numbers()) - set(numbers)):
             directory.begin_changes()
@@ -232,7 +232,7 @@ def _run_here(
     vae: VaeRuntime,
     directory: LatentDirectory,
     storage: Storage,
-    batch_size: int,
+    batch_size: BatchSize,
     report: Reporter,
 ) -> None:
     begun: deque[ShardWork] = deque()  # the decoders are ahead
@@ -290,7 +290,7 @@ def make_contract(
     opening: Opening,
     policy: SizePolicy,
     storage: Storage,
-    batch_size: int,
+    batch_size: BatchSize,
     images_per_shard: int,
 ) -> dict[str, Any]:
     """What the latents are. All of it must be the same when a job goes on, but for `encoded_with`: with what."""
@@ -328,7 +328,8 @@ def make_contract(
             {
                 "backend": opening.backend_of(bundle),
                 "device": opening.device,
-                "batch_size": batch_size,
+                "batch_size": batch_size.most,
+                "batch_pixels": batch_size.pixels,
                 "packages": packages,
             }
         ],

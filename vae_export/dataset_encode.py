@@ -23,6 +23,8 @@ from vae_export.dataset_images import Broken, Prepared
 from vae_export.dataset_sources import Item
 
 MOST_WAITING = 64 << 20  #: pixels that wait for others of their size
+MOST_AT_ONCE = 8  #: images of a batch, unless it is said otherwise
+CACHED = 256 * 256  #: pixels; of more at a time, a CPU's caches do not hold the maps: 8 to 16% slower at 256x256
 Found = tuple[Item, Prepared]
 Batch = list[Found]
 
@@ -58,8 +60,19 @@ class Storage:
             )
 
 
-def batches(found: Iterable[Found], size: int) -> Iterator[Batch]:
-    """Images in groups of one size each, `size` of them where there are as many.
+@dataclass(frozen=True)
+class BatchSize:
+    """How many images are encoded at once: `most`, and no more than have `pixels` together, but one at least."""
+
+    most: int
+    pixels: int | None = None
+
+    def of(self, height: int, width: int) -> int:
+        return self.most if self.pixels is None else max(1, min(self.most, self.pixels // (height * width)))
+
+
+def batches(found: Iterable[Found], size: BatchSize) -> Iterator[Batch]:
+    """Images in groups of one size each, as many as `size` says where there are as many.
 
     No more than MOST_WAITING pixels wait: beyond that goes the group that has waited the longest, full or not.
     """
@@ -69,8 +82,9 @@ def batches(found: Iterable[Found], size: int) -> Iterator[Batch]:
         shape = image.pixels.shape
         waiting.setdefault(shape, []).append((item, image))
         pixels += shape[0] * shape[1]
-        while waiting and (len(waiting.get(shape, ())) == size or pixels > MOST_WAITING):
-            ready = shape if len(waiting.get(shape, ())) == size else next(iter(waiting))
+        full = size.of(shape[0], shape[1])
+        while waiting and (len(waiting.get(shape, ())) == full or pixels > MOST_WAITING):
+            ready = shape if len(waiting.get(shape, ())) == full else next(iter(waiting))
             group = waiting.pop(ready)
             pixels -= len(group) * ready[0] * ready[1]
             yield group

@@ -28,7 +28,7 @@ from runtimes import Bundle
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, VaeError
 from runtimes.latents import manifest_sha256
 from vae_export import __version__
-from vae_export.dataset_encode import Storage, batches, encode_batch
+from vae_export.dataset_encode import BatchSize, Storage, batches, encode_batch
 from vae_export.dataset_images import Broken, Prepared, SizePolicy, Unchanged, prepare
 from vae_export.dataset_shards import LatentDirectory
 from vae_export.dataset_sources import Item, Source
@@ -86,7 +86,7 @@ class RayCluster:
 class Preparer:
     """The task: a shard's row -> rows of batches, and at the end one that says how many there were."""
 
-    def __init__(self, source: Source, policy: SizePolicy, batch_size: int) -> None:
+    def __init__(self, source: Source, policy: SizePolicy, batch_size: BatchSize) -> None:
         self.source, self.policy, self.batch_size = source, policy, batch_size
 
     def __call__(self, rows: Row) -> Iterator[Row]:
@@ -145,7 +145,7 @@ def run_on_ray(
     storage: Storage,
     opening: Opening,
     *,
-    batch_size: int,
+    batch_size: BatchSize,
     workers: int,
     gpus: float,
 ) -> None:

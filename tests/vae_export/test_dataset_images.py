@@ -8,7 +8,7 @@ from dataset_samples import image_bytes
 from PIL import Image
 
 from runtimes import ConfigError
-from vae_export.dataset_encode import MOST_WAITING, batches
+from vae_export.dataset_encode import MOST_WAITING, BatchSize, batches
 from vae_export.dataset_images import SDXL_BUCKETS, Broken, Prepared, SizePolicy, Unchanged, parse_sizes, prepare
 from vae_export.dataset_sources import Item, Source
 
@@ -111,7 +111,9 @@ def found_images(sides):
 
 def test_batches_are_of_one_size_and_hold_everything_once():
     sides = [(8, 8), (8, 16)] * 5 + [(16, 16)]
-    made = [[(item.id, image.pixels.shape) for item, image in batch] for batch in batches(found_images(sides), 2)]
+    made = [
+        [(item.id, image.pixels.shape) for item, image in batch] for batch in batches(found_images(sides), BatchSize(2))
+    ]
     assert all(len({shape for _, shape in batch}) == 1 and len(batch) <= 2 for batch in made)
     assert sorted(int(id) for batch in made for id, _ in batch) == list(range(11))
     assert sum(len(batch) == 2 for batch in made) == 4
@@ -129,7 +131,7 @@ def test_what_waits_is_bounded():
             yield found
 
     given = most = 0
-    for batch in batches(counted(), 8):
+    for batch in batches(counted(), BatchSize(8)):
         most = max(most, taken - given)
         given += len(batch)
     assert given == 200 and most <= MOST_WAITING // side**2 + 1

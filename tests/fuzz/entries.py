@@ -1,0 +1,127 @@
+"""The entries by which bytes of strangers come in. Whatever they are, the answer is a value, or a `VaeError`.
+
+Each takes the bytes of one file, as a fuzzer makes them; `seeds` are good ones to begin with.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from runtimes.bundle import Manifest
+from runtimes.config import VaeConfig
+from runtimes.errors import VaeError
+from runtimes.images import load_image
+from runtimes.ir_scan import check_ir
+from runtimes.latent_shards import open_shard
+from runtimes.onnx_scan import check_onnx
+from vae_export.checkpoint import EMBEDDED, load_model
+
+CASES = Path(__file__).parent / "cases"  #: CASES/ENTRY/*: what was found, to be found no more
+
+
+@contextmanager
+def a_file(data: bytes, suffix: str) -> Iterator[Path]:
+    descriptor, name = tempfile.mkstemp(suffix=suffix)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        yield Path(name)
+    finally:
+        os.unlink(name)
+
+
+def manifest(data: bytes) -> None:
+    said = Manifest.from_json(data)
+    assert Manifest.from_json(said.to_json().encode()) == said
+
+
+def config(data: bytes) -> None:
+    with a_file(data, ".json") as path:
+        said = VaeConfig.from_json(path)
+    assert VaeConfig.from_dict(said.to_dict()) == said
+
+
+def checkpoint(data: bytes) -> None:
+    with a_file(data, ".safetensors") as path:
+        load_model(path, scaling_factor=1.0)
+
+
+def image(data: bytes) -> None:
+    with a_file(data, ".img") as path:
+        pixels = load_image(path)
+    assert pixels.ndim == 3 and pixels.shape[2] == 3
+
+
+def onnx(data: bytes) -> None:
+    check_onnx(data, "model.onnx")
+
+
+def ir(data: bytes) -> None:
+    check_ir(data, "model.xml")
+
+
+def latents(data: bytes) -> None:
+    with a_file(data, ".safetensors") as path:
+        shard = open_shard(path)
+        for entry in range(min(len(shard), 4)):
+            shard.latents(entry)
+
+
+ENTRIES: dict[str, Callable[[bytes], None]] = {
+    entry.__name__: entry for entry in (manifest, config, checkpoint, image, onnx, ir, latents)
+}
+
+
+def survives(entry: str, data: bytes) -> bool:
+    """Whether the bytes were taken; raises what is no VaeError, and for one that cannot be shown."""
+    try:
+        ENTRIES[entry](data)
+    except VaeError as error:
+        str(error).encode()  # a lone surrogate could not be printed
+        return False
+    return True
+
+
+def seeds(entry: str, bundles: Path | None = None) -> Iterator[bytes]:
+    """Good files for an entry; some need bundles, of any target, in folders of `bundles`."""
+    found = {"manifest": "manifest.json", "config": "config.json", "onnx": "*.onnx", "ir": "*.xml"}.get(entry)
+    if found is not None and bundles is not None:
+        yield from (path.read_bytes() for path in sorted(bundles.rglob(found)) if path.stat().st_size < 200_000)
+    if entry == "config":
+        yield (EMBEDDED / "config.json").read_bytes()
+    if entry == "checkpoint":
+        yield small_checkpoint()
+    if entry == "image":
+        for name in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "PPM"):
+            with tempfile.TemporaryFile() as file:
+                Image.radial_gradient("L").resize((24, 16)).convert("RGB").save(file, name)
+                file.seek(0)
+                yield file.read()
+    if entry == "latents":
+        tensors = {
+            "latents.2x3": torch.zeros(1, 4, 2, 3, dtype=torch.float16),
+            "ids": torch.tensor([97], dtype=torch.uint8),
+            "id_ends": torch.tensor([1]),
+            "flipped": torch.tensor([False]),
+            "sha256": torch.zeros(1, 32, dtype=torch.uint8),
+            **{name: torch.ones(1, 2, dtype=torch.int32) for name in ("original_size", "resized", "crop")},
+        }
+        yield save(tensors, {"schema_version": "1", "dtype": "float16", "failures": json.dumps([])})
+
+
+def small_checkpoint() -> bytes:
+    """A whole model, of 8 channels."""
+    from vae_export import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoencoderKL(block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
+                              up_block_types=("UpDecoderBlock2D",), layers_per_block=1, norm_num_groups=4)  # fmt: skip
+    return save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})

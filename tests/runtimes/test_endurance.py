@@ -1,0 +1,121 @@
+"""Busy threads and long runs, each in a process of its own: what a service does in a month, as far as it fits in here.
+
+The many are run by `make slow`, a few of each by `make test`.
+"""
+
+import importlib.util
+import json
+
+import pytest
+
+FEW = {"threads": 8, "calls_of_each": 25, "long": 600, "opens": 60}
+MANY = {"threads": 8, "calls_of_each": 500, "long": 10_000, "opens": 500}
+GROWTH = 10  # MB: an allocator's slack; a leak of one 64x64 image in a call would be 490 MB in 10,000
+COUNTS = [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)]
+BACKENDS = ["onnxruntime", "openvino", "flax"]
+
+COMMON = """
+import gc, json, os, random, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from runtimes import open_vae
+
+path, counts = sys.argv[1], json.loads(sys.argv[2])
+rng = np.random.default_rng(0)
+SIDES = [(32, 32), (64, 32), (32, 64), (64, 64)]  # as many as OpenVINO and JAX keep compiled
+inputs = [rng.uniform(-1, 1, (1 + n % 2, 3, *side)).astype(np.float32) for n, side in enumerate(SIDES)]
+inputs += [rng.standard_normal((1 + n % 2, 4, h // 8, w // 8), np.float32) for n, (h, w) in enumerate(SIDES)]
+
+
+def call(vae, number):
+    x = inputs[number]
+    return vae.encode(x)[0].parameters if x.shape[1] == 3 else vae.decode(x)[0]
+
+
+def status():
+    gc.collect()
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "mb": int(fields["VmRSS"].split()[0]) / 1024,
+        "threads": int(fields["Threads"]),
+        "files": len(os.listdir("/proc/self/fd")),
+    }
+"""
+THREADS = """
+with open_vae(path) as vae:
+    serial = [call(vae, number) for number in range(len(inputs))]
+
+    def work(thread):
+        order = random.Random(thread)
+        numbers = [order.randrange(len(inputs)) for _ in range(counts["calls_of_each"])]
+        return sum(np.array_equal(call(vae, number), serial[number]) for number in numbers)
+
+    with ThreadPoolExecutor(counts["threads"]) as pool:
+        print(json.dumps(sum(pool.map(work, range(counts["threads"])))))
+"""
+LONG = """
+order = random.Random(0)
+with open_vae(path) as vae:
+    for n in range(300):
+        call(vae, n % len(inputs))
+    before = status()
+    for _ in range(counts["long"]):
+        call(vae, order.randrange(len(inputs)))
+    print(json.dumps([before, status()]))
+"""
+OPENS = """
+def open_and_close(number):
+    vae = open_vae(path)
+    if number % 10 == 0:
+        call(vae, 0)
+    if number % 3:
+        vae.close()
+    # else it is forgotten, and that has to be enough
+
+for number in range(30):
+    open_and_close(number)
+before = status()
+for number in range(counts["opens"]):
+    open_and_close(number)
+print(json.dumps([before, status()]))
+"""
+
+
+@pytest.fixture(params=BACKENDS)
+def bundle(request, tiny_bundle):
+    backend = request.param
+    if backend == "onnxruntime":
+        return tiny_bundle
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"pip install 'vae-export[{backend}]'")
+    return request.getfixturevalue(f"{backend}_bundle")("fp32")
+
+
+@pytest.fixture
+def run(alone, bundle):
+    """run(program, counts): what it prints, as JSON."""
+    return lambda program, counts: json.loads(alone(COMMON + program, bundle, json.dumps(counts), timeout=1500)[-1])
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_threads_get_to_the_bit_what_one_gets(run, counts):
+    assert run(THREADS, counts) == counts["threads"] * counts["calls_of_each"]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_memory_does_not_grow_with_calls(run, counts):
+    before, after = run(LONG, counts)
+    print(before, after)
+    assert after["mb"] - before["mb"] < GROWTH
+    assert (after["threads"], after["files"]) == (before["threads"], before["files"])
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_opening_and_closing_leaves_nothing(run, counts):
+    before, after = run(OPENS, counts)
+    print(before, after)
+    assert after["mb"] - before["mb"] < GROWTH
+    assert after["threads"] <= before["threads"]
+    assert after["files"] <= before["files"]
