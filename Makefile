@@ -5,13 +5,14 @@
 # make slow    the tests with real-size models
 # make gpu-check  the tests and the benchmark on this machine's NVIDIA GPU; what they said is in out/gpu-check.txt
 # make bench   backends side by side, the five-minute version
+# make fuzz    a minute of fuzzing, shared by all entries that take bytes of strangers
 # make train   train the embedded model anew (40 minutes)
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test engines lint slow gpu-check bench train clean
+.PHONY: demo test engines lint slow gpu-check bench fuzz train clean
 
 # pytriton without its dependencies, which nothing else here agrees with: tests ask its tritonserver to read what we write.
 $(READY): pyproject.toml constraints.txt
@@ -48,6 +49,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)
 
 train: $(READY)
 	$(BIN)/python -m tools.train_tiny --out vae_export/assets/tiny

@@ -20,7 +20,7 @@ def check_ir(data: bytes, file: str) -> None:
 
     `file` is its name in the message.
     """
-    parser = expat.ParserCreate()
+    parser = expat.ParserCreate("utf-8")  # whatever it says itself: OpenVINO reads it as that, too
     root: list[str] = []
 
     def start(tag: str, attributes: dict[str, str]) -> None:
@@ -36,7 +36,7 @@ def check_ir(data: bytes, file: str) -> None:
     parser.StartDoctypeDeclHandler = refuse_document_type
     try:
         parser.Parse(data, True)
-    except expat.ExpatError as error:
+    except (expat.ExpatError, ValueError, LookupError) as error:
         raise CompatibilityError(f"{file} is not a whole OpenVINO IR: {error}") from None
     except _Refused as error:
         raise IntegrityError(f"{file} {error}: refused") from None

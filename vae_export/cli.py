@@ -23,6 +23,7 @@ from vae_export.cli_dataset import dataset
 from vae_export.cli_engines import Batch, Gpus, Pixels, Preferred, Profiles, engines, profiles_of
 from vae_export.cli_images import images
 from vae_export.cli_options import AsJson, BundlePath, Calibrate, Device, Model, Overwrite, Subfolder
+from vae_export.cli_signing import signing
 from vae_export.printing import (
     bundle_table,
     diagnose,
@@ -48,6 +49,7 @@ app = typer.Typer(
 app.add_typer(images)
 app.add_typer(engines)
 app.add_typer(dataset)
+app.add_typer(signing)
 
 _stopped_by: list[int] = []  #: signals that asked this process to end
 

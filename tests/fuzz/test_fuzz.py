@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from vae_export.checkpoint import EMBEDDED
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 FEW, MANY = settings(SETTINGS, max_examples=150), settings(SETTINGS, max_examples=400)
 
@@ -26,7 +25,7 @@ anything = st.recursive(
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_the_seeds_are_good(entry):
-    found = list(seeds(entry, GOLDEN))
+    found = list(seeds(entry))
     assert found
     assert all(survives(entry, seed) for seed in found)
 
@@ -52,7 +51,7 @@ def mutated(draw, data):
 @FEW
 @given(data=st.data())
 def test_mutated_files(entry, data):
-    good = data.draw(st.sampled_from(list(seeds(entry, GOLDEN))))
+    good = data.draw(st.sampled_from(list(seeds(entry))))
     survives(entry, data.draw(st.composite(mutated)(good)))
 
 
@@ -86,7 +85,7 @@ def places(value, keys=()):
 @MANY
 @given(data=st.data())
 def test_json_with_anything_anywhere(entry, data):
-    good = json.loads(data.draw(st.sampled_from(list(seeds(entry, GOLDEN)))))
+    good = json.loads(data.draw(st.sampled_from(list(seeds(entry)))))
     good.pop("manifest_sha256", None)
     for _ in range(data.draw(st.integers(1, 3))):
         keys = data.draw(st.sampled_from(list(places(good))))
