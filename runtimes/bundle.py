@@ -344,7 +344,7 @@ def _exactly(data: dict[str, Any], what: str, keys: tuple[str, ...]) -> dict[str
     missing, unknown = [k for k in keys if k not in data], [k for k in data if k not in keys]
     if missing or unknown:
         said = [f"lacks {', '.join(missing)}"] if missing else []
-        said += [f"has unknown {', '.join(map(repr, unknown[:5]))}"] if unknown else []
+        said += [f"has unknown {', '.join(map(repr, unknown[:5]))} (a later vae-export may know it)"] if unknown else []
         raise IntegrityError(f"{MANIFEST_FILE}: {what} {' and '.join(said)}")
     return data
 
