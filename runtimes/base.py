@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,8 @@ class VaeRuntime(TilingAndSlicing, ABC):
         self._opened: set[str] = set()  #: graphs whose steps are
         self._opening = threading.Lock()
         self._calls = 0  #: at work now
-        self._counting = threading.Lock()
+        self._released = False
+        self._counting = threading.RLock()  # a signal handler may close what it interrupts
         forks.watch(self)
 
     # What a backend provides ----------------------------------------------------------------------------------------
@@ -343,28 +345,34 @@ class VaeRuntime(TilingAndSlicing, ABC):
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """A call: what it uses stays until it has ended, also where another thread closes the runtime meanwhile."""
+        self._check_open()
         with self._counting:
-            self._check_open()
             self._calls += 1
         try:
+            self._check_open()  # once more: now nothing is released before this call has ended
             yield
         finally:
             with self._counting:
                 self._calls -= 1
-                last = self._closed and not self._calls
-            if last:
-                self._close()
+            if self._take_release():
+                try:
+                    self._close()
+                except Exception as error:  # it is not this call that failed
+                    warnings.warn(f"closing {self!r} failed: {error}", RuntimeWarning, stacklevel=4)
+
+    def _take_release(self) -> bool:
+        """Whether it is now, and for this one, to release what a closed runtime holds."""
+        with self._counting:
+            if not self._closed or self._calls or self._released:
+                return False
+            self._released = True
+            return True
 
     def close(self) -> None:
         """Release everything; using the runtime afterwards raises. Calls that are at work in other threads end well,
         and the last of them releases. In a process forked from the one that opened it, nothing is released."""
-        if forks.is_foreign(self):
-            self._closed = True
-            return
-        with self._counting:
-            now = not self._closed and not self._calls
-            self._closed = True
-        if now:
+        self._closed = True
+        if not forks.is_foreign(self) and self._take_release():
             self._close()
 
     def __enter__(self) -> VaeRuntime:

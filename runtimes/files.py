@@ -10,6 +10,11 @@ from pathlib import Path
 from runtimes.errors import BundleError
 
 
+def partial_name(path: Path) -> Path:
+    """Where a file is written before it takes the name `path`."""
+    return path.with_name(f".{path.name}.partial{path.suffix}")
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """A path beside `path`, of the same suffix, to write to: it takes the name when the block ends well.
@@ -20,7 +25,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if not path.name or path.is_dir():
         raise BundleError(f"cannot write {path}: it is a directory; give the name of a file")
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    partial = partial_name(path)
     try:
         yield partial
         os.replace(partial, path)

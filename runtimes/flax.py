@@ -46,6 +46,9 @@ class FlaxVae(VaeRuntime):
 
     A graph is compiled for the very shape that it is called with, some seconds each; of each graph the last
     `max_shapes` are kept: tiles of one size have up to four, with those at the edges.
+    JAX itself keeps some 30 KB of every opening until `jax.clear_caches()`: a service that opens bundles again and
+    again calls that now and then.
+
     `device` is "cpu", "gpu", "tpu", or one of several as in "gpu:1"; where it is not there, that is
     `BackendUnavailable` and no fall-back. JAX arrays are taken like any other, and answered by NumPy's; to stay on the
     device, use `runtimes.flax_model`.

@@ -15,32 +15,47 @@ from typing import Any
 
 from runtimes.errors import VaeError
 
-_opened: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  #: runtime -> the process that opened it
+#: what cannot be used at all in a fork of a process that has used it
+_UNFORKABLE = ("openvino", "flax", "tensorrt", "tensorrt-rtx")
+
+_generation = 0  #: how many forks lie between the first process and this one; process ids come again
+_opened: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()  #: -> generation and process
+_used: set[str] = set()  #: backends, here
+_inherited: set[str] = set()  #: backends that were used before this process was forked
 
 
 def watch(runtime: Any) -> None:
-    """From now on `runtime` belongs to this process."""
-    _opened[runtime] = os.getpid()
+    """From now on `runtime` belongs to this process. `VaeError` where its backend does not survive a fork."""
+    if runtime.backend in _inherited and runtime.backend in _UNFORKABLE:
+        raise VaeError(
+            f"{runtime.backend} was used before this process ({os.getpid()}) was forked, and hangs in forks: start "
+            "processes by spawn or forkserver"
+        )
+    _used.add(runtime.backend)
+    _opened[runtime] = _generation, os.getpid()
 
 
 def is_foreign(runtime: Any) -> bool:
     """Whether another process opened it, of which this one is a fork."""
-    return _opened.get(runtime) != os.getpid()
+    return _opened.get(runtime, (_generation, 0))[0] != _generation
 
 
 def check(runtime: Any) -> None:
     """`VaeError` in a process forked from the one that opened it."""
     if is_foreign(runtime):
         raise VaeError(
-            f"this VAE was opened in process {_opened.get(runtime)}, of which this one ({os.getpid()}) is a fork: open "
+            f"this VAE was opened in process {_opened[runtime][1]}, of which this one ({os.getpid()}) is a fork: open "
             "the bundle here, best in a process that was started by spawn or forkserver"
         )
 
 
-def _keep_all() -> None:
+def _after_fork() -> None:
     """One reference more than there are: nothing releases what the parent opened."""
+    global _generation
+    _generation += 1
+    _inherited.update(_used)
     for runtime in list(_opened):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))
 
 
-os.register_at_fork(after_in_child=_keep_all)
+os.register_at_fork(after_in_child=_after_fork)

@@ -6,7 +6,8 @@ known ways out of an ONNX file (CVE-2022-25882, CVE-2024-27318 and those with li
 data: so there is none here.
 
 The file is protocol buffers (https://protobuf.dev/programming-guides/encoding): fields of a number and a wire type.
-Walked are the messages of onnx.proto that can hold tensors or nodes; all else is skipped, whatever it is.
+Parsers differ in what they make of odd ones, such as numbers that are longer than they need to be, and what one of them
+skips another may read. So nothing odd is passed over: fields are those of onnx.proto, spelt as everybody spells them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from runtimes.errors import CompatibilityError, IntegrityError
 
 DOMAINS = ("", "ai.onnx")  #: ONNX's own operators
 DEEPEST = 16  #: graphs within graphs; ours have none
+MOST_FIELDS = 2_000_000  #: of a model; ours have some 20,000, and a million takes a third of a second
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 are groups, which ONNX never had
-_EXTERNAL = 1  # TensorProto.DataLocation
+_EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # of Tensor
+_GRAPH = 7  # of Model
+_ORT_FORMAT = b"ORTM"  # in bytes 4 to 7 of what ONNX Runtime takes for a format of its own
 
 # message -> {number of a field: the message that it holds}, from onnx.proto
 _MESSAGES = {
-    "Model": {7: "Graph", 8: "OperatorSet", 20: "Training", 25: "Function"},
+    "Model": {_GRAPH: "Graph", 8: "OperatorSet", 20: "Training", 25: "Function"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
     "Node": {5: "Attribute"},
     "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
@@ -31,8 +35,17 @@ _MESSAGES = {
     "OperatorSet": {},
     "Tensor": {},
 }
+#: and of each all the numbers of its fields
+_KNOWN = {
+    "Model": {*range(1, 9), 14, 20, 25, 26},
+    "Graph": {1, 2, 5, *range(10, 17)},
+    "Node": {*range(1, 11)},
+    "Attribute": {*range(1, 12), 13, 14, 15, *range(20, 24)},
+    "SparseTensor": {1, 2, 3},
+    "OperatorSet": {1, 2},
+    "Tensor": {*range(1, 15), 16},
+}
 _DOMAIN = {"Node": 7, "OperatorSet": 1}
-_EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # of Tensor
 _REFUSED = {"Training": "training information", "Function": "functions of its own"}
 
 
@@ -42,7 +55,12 @@ def check_onnx(data: bytes, file: str) -> None:
     `file` is its name in the message.
     """
     try:
-        _check(memoryview(data), "Model", DEEPEST)
+        if data[4:8] == _ORT_FORMAT:
+            raise _Malformed("it is in ONNX Runtime's own format")
+        scan = _Scan()
+        scan.check(memoryview(data), "Model", DEEPEST)
+        if scan.graphs != 1:
+            raise _Malformed(f"it has {scan.graphs} graphs")
     except _Malformed as error:
         raise CompatibilityError(f"{file} is not a whole ONNX model: {error}") from None
     except _Refused as error:
@@ -50,48 +68,60 @@ def check_onnx(data: bytes, file: str) -> None:
 
 
 class _Malformed(Exception):
-    """Not protocol buffers."""
+    """Not protocol buffers, or not as ONNX's are."""
 
 
 class _Refused(Exception):
     """What no graph of a bundle may hold."""
 
 
-def _check(message: memoryview, kind: str, left: int) -> None:
-    if left == 0:
-        raise _Refused("has graphs nested too deeply")
-    for number, wire, value in _fields(message):
-        inner = _MESSAGES[kind].get(number) if wire == _BYTES else None
-        if inner in _REFUSED:
-            raise _Refused(f"has {_REFUSED[inner]}")
-        if inner is not None:
-            assert isinstance(value, memoryview)
-            _check(value, inner, left - (inner == "Graph"))
-        elif kind == "Tensor" and (
-            (number == _EXTERNAL_DATA and wire == _BYTES) or (number == _DATA_LOCATION and value == _EXTERNAL)
-        ):
-            raise _Refused("has external data")
-        elif wire == _BYTES and number == _DOMAIN.get(kind):
-            assert isinstance(value, memoryview)
-            domain = bytes(value[:200]).decode("utf-8", "replace")
-            if domain not in DOMAINS:
-                raise _Refused(f"has operators of the domain {domain!r}")
+class _Scan:
+    def __init__(self) -> None:
+        self.fields = 0
+        self.graphs = 0  #: of the model itself
+
+    def check(self, message: memoryview, kind: str, left: int) -> None:
+        if left == 0:
+            raise _Refused("has graphs nested too deeply")
+        for number, wire, value in _fields(message):
+            self.fields += 1
+            if self.fields > MOST_FIELDS:
+                raise _Refused(f"has more than {MOST_FIELDS:,} fields")
+            if number not in _KNOWN[kind]:
+                raise _Malformed(f"a {kind} has a field {number}, which ONNX does not know")
+            inner = _MESSAGES[kind].get(number)
+            matters = inner is not None or number == _DOMAIN.get(kind) or (kind, number) == ("Tensor", _EXTERNAL_DATA)
+            if matters and wire != _BYTES:
+                raise _Malformed(f"field {number} of a {kind} has wire type {wire}")
+            if inner in _REFUSED:
+                raise _Refused(f"has {_REFUSED[inner]}")
+            if inner is not None:
+                self.graphs += kind == "Model" and inner == "Graph"
+                assert isinstance(value, memoryview)
+                self.check(value, inner, left - (inner == "Graph"))
+            elif kind == "Tensor" and (number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value != 0)):
+                raise _Refused("has external data")
+            elif number == _DOMAIN.get(kind):
+                assert isinstance(value, memoryview)
+                domain = bytes(value[:200]).decode("utf-8", "replace")
+                if domain not in DOMAINS:
+                    raise _Refused(f"has operators of the domain {domain!r}")
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
     """(number, wire type, value) of each field: a number for varints, else its bytes, not copied."""
     at, end = 0, len(message)
     while at < end:
-        tag, at = _varint(message, at)
+        tag, at = _varint(message, at, 32)
         number, wire = tag >> 3, tag & 7
         if number == 0:
             raise _Malformed("a field has no number")
         if wire == _VARINT:
-            value, at = _varint(message, at)
+            value, at = _varint(message, at, 64)
             yield number, wire, value
             continue
         if wire == _BYTES:
-            size, at = _varint(message, at)
+            size, at = _varint(message, at, 32)
         elif wire in (_FIXED64, _FIXED32):
             size = 8 if wire == _FIXED64 else 4
         else:
@@ -102,15 +132,17 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
         at += size
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """(the number at this place, the place behind it)."""
+def _varint(message: memoryview, at: int, bits: int) -> tuple[int, int]:
+    """(the number at this place, the place behind it): one of so many bits, in no more bytes than they need."""
     result = 0
-    for shift in range(0, 70, 7):  # 64 bits have at most 10 bytes
+    for shift in range(0, bits, 7):
         if at == len(message):
             raise _Malformed("it ends within a number")
         byte = message[at]
         at += 1
         result |= (byte & 127) << shift
         if byte < 128:
+            if result >> bits or (byte == 0 and shift):
+                break
             return result, at
-    raise _Malformed("a number has more than 64 bits")
+    raise _Malformed(f"a number has more than {bits} bits, or is longer than it needs to be")

@@ -83,6 +83,8 @@ class OnnxRuntimeVae(VaeRuntime):
                 "pip uninstall onnxruntime && pip install 'vae-export[gpu]'"
             )
         options = ort.SessionOptions()
+        # Its own format, which it would tell by four bytes, is not what was checked.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         options.log_severity_level = 4  # errors come as exceptions: no second time on stderr
         check_onnx(data, file)
         # Once more for external data, which a graph from bytes would read from the working directory: nothing is here.

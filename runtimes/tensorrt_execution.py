@@ -169,9 +169,12 @@ class LoadedPlan:
             while (slot := self._idle.get_nowait()) is not None:
                 idle.append(slot)
             self._idle.put(None)  # closed
-        for slot in idle:
-            slot.free()
-            self._idle.put(slot)
+        try:
+            for slot in idle:
+                slot.free()
+        finally:  # `close` waits for all of them
+            for slot in idle:
+                self._idle.put(slot)
 
     def _run(self, x: Array) -> Array:
         with self._slot() as slot, slot.finished():

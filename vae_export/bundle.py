@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -95,7 +95,6 @@ def write_bundle(out: str | Path, *, overwrite: bool = False) -> Iterator[Bundle
 def check_output(out: str | Path, overwrite: bool) -> None:
     """Raise `BundleError` at once for a place where `write_bundle` would refuse at the end of a long export."""
     path = Path(os.path.abspath(out))
-    _restore(path)
     if path == Path.cwd():
         raise BundleError(f"{path} is the current directory, which the bundle would replace; choose another --out")
     _check_free(path, overwrite)
@@ -146,7 +145,7 @@ def _make_locked_directory(out: Path) -> tuple[Path, int]:
 
 def _remove_leftovers(out: Path) -> None:
     """Remove what killed exports of the same bundle left: directories that no living process holds locked."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}{_PARTIAL}*"):
+    for path in _named(out, _PARTIAL):
         with _unless_at_work(path) as free:
             if free:
                 shutil.rmtree(path, ignore_errors=True)
@@ -154,25 +153,35 @@ def _remove_leftovers(out: Path) -> None:
 
 def _restore(out: Path) -> None:
     """Give a bundle its name back that an export had just moved aside when it was killed: see `_exchange`."""
-    for aside in out.parent.glob(f".{glob.escape(out.name)}{_ASIDE}*"):
-        with _unless_at_work(aside.with_name(aside.name.replace(_ASIDE, _PARTIAL))) as free, suppress(OSError):
-            if free and os.path.lexists(out):  # the new one had taken its place
-                shutil.rmtree(aside, ignore_errors=True)
-            elif free:
-                os.rename(aside, out)
+    for aside in _named(out, _ASIDE):
+        with _unless_at_work(aside) as free, suppress(OSError):
+            if free and _is_bundle(aside):
+                if _is_bundle(out):  # the new one had taken its place
+                    shutil.rmtree(aside, ignore_errors=True)
+                else:
+                    os.rename(aside, out)  # refused by the system where anything but an empty directory is
+
+
+def _named(out: Path, kind: str) -> list[Path]:
+    """What `_make_locked_directory` named for this bundle, or `_exchange` after it, and nothing that is alike."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}{re.escape(kind)}[a-z0-9_]{{8}}")
+    try:
+        return [path for path in out.parent.iterdir() if pattern.fullmatch(path.name)]
+    except OSError:
+        return []
 
 
 @contextmanager
 def _unless_at_work(directory: Path) -> Iterator[bool]:
-    """Whether no living export holds this directory, or there is none; while it is asked, none can."""
+    """Whether no living export holds this directory; while it is asked, none can."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
-        yield not os.path.lexists(directory)
+        yield False
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:  # one is, or this file system has no locks
         yield False
     else:
         yield True
@@ -186,15 +195,21 @@ def _exchange(new: Path, old: Path) -> None:
     paths = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old))
     if renameat2 is not None and renameat2(*paths, _RENAME_EXCHANGE) == 0:
         return
-    aside = new.with_name(new.name.replace(_PARTIAL, _ASIDE))  # should this be killed now, the next export restores it
-    os.rename(old, aside)
+    # Should this be killed now, the next export restores it; while this lives, its lock says so.
+    aside = new.with_name(_ASIDE.join(new.name.rsplit(_PARTIAL, 1)))
+    lock = os.open(old, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.rename(new, old)
-    except BaseException:
-        if not old.exists():
-            os.rename(aside, old)
-        raise
-    os.rename(aside, new)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(old, aside)
+        try:
+            os.rename(new, old)
+        except BaseException:
+            if not old.exists():
+                os.rename(aside, old)
+            raise
+        os.rename(aside, new)
+    finally:
+        os.close(lock)
 
 
 def _flush(path: Path) -> None:

@@ -9,15 +9,22 @@ tools of `model-signing` read it. Keys are elliptic (P-256, P-384 or P-521), in 
 
 from __future__ import annotations
 
+import base64
 import importlib
+import json
+import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from runtimes import Bundle
+from runtimes.bundle import MANIFEST_FILE
 from runtimes.errors import BackendUnavailable, ConfigError, IntegrityError
-from runtimes.files import written_whole
+from runtimes.files import partial_name, written_whole
 
 SIGNATURE_FILE = "model.sig"
+SIGNATURE_LIMIT = 4 << 20  #: bytes; ours have 3 KB
 
 
 def sign_bundle(path: str | Path, key: str | Path) -> Path:
@@ -28,8 +35,8 @@ def sign_bundle(path: str | Path, key: str | Path) -> Path:
     """
     signing = _import("signing")
     bundle = Bundle(path)
+    _check_files(bundle)
     bundle.verify()
-    _check_plain(bundle.path)
     try:
         config = signing.Config().use_elliptic_key_signer(private_key=Path(key))
     except OSError as error:
@@ -38,8 +45,11 @@ def sign_bundle(path: str | Path, key: str | Path) -> Path:
         raise ConfigError(f"{key} is not a private elliptic key without a password, in PEM: {_line(error)}") from None
     config.set_hashing_config(_hashing())
     signature = bundle.path / SIGNATURE_FILE
-    with written_whole(signature) as partial:
-        config.sign(bundle.path, partial)  # it reads all before it writes
+    with tempfile.TemporaryDirectory() as directory:  # elsewhere: what lies in the bundle is signed
+        made = Path(directory) / SIGNATURE_FILE
+        config.sign(bundle.path, made)
+        with written_whole(signature) as partial:
+            shutil.copyfile(made, partial)
     return signature
 
 
@@ -50,10 +60,15 @@ def verify_bundle(path: str | Path, key: str | Path) -> Bundle:
     """
     verifying = _import("verifying")
     bundle = Bundle(path)
-    _check_plain(bundle.path)
-    signature = bundle.path / SIGNATURE_FILE
-    if not signature.is_file():
-        raise IntegrityError(f"{path} is not signed: it has no {SIGNATURE_FILE}")
+    names = _check_files(bundle)
+    try:
+        with (bundle.path / SIGNATURE_FILE).open("rb") as file:
+            signature = file.read(SIGNATURE_LIMIT + 1)
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is not signed: it has no {SIGNATURE_FILE}") from None
+    if len(signature) > SIGNATURE_LIMIT:
+        raise IntegrityError(f"{path}: {SIGNATURE_FILE} has more than {SIGNATURE_LIMIT} bytes")
+    bundle.verify()
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=Path(key))
     except OSError as error:
@@ -61,11 +76,17 @@ def verify_bundle(path: str | Path, key: str | Path) -> Bundle:
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{key} is not a public elliptic key in PEM: {_line(error)}") from None
     config.set_hashing_config(_hashing())
-    try:
-        config.verify(bundle.path, signature)
-    except Exception as error:  # a signature of anything: of its parsers and of cryptography nothing is promised
-        raise IntegrityError(f"{path} is not what the owner of {key} signed: {_line(error)}") from None
-    bundle.verify()
+    with tempfile.TemporaryDirectory() as directory:
+        read = Path(directory) / SIGNATURE_FILE  # the bytes that are looked into below
+        read.write_bytes(signature)
+        try:
+            config.verify(bundle.path, read)
+            # It leaves out what the signature says that it leaves out: that may be anything.
+            signed = _signed_names(signature)
+            if signed != names:
+                raise ValueError(f"it does not cover {', '.join(sorted(names - signed)[:3])}")
+        except Exception as error:  # a signature of anything: of its parsers and of cryptography nothing is promised
+            raise IntegrityError(f"{path} is not what the owner of {key} signed: {_line(error)}") from None
     return bundle
 
 
@@ -74,11 +95,31 @@ def _hashing() -> Any:
     return _import("hashing").Config().set_ignored_paths(paths=[SIGNATURE_FILE], ignore_git_paths=False)
 
 
-def _check_plain(directory: Path) -> None:
-    """`IntegrityError` for links: what they lead to is not the bundle's."""
-    for path in sorted(directory.rglob("*")):
+def _check_files(bundle: Bundle) -> set[str]:
+    """The names of its files but for the signature: plain files, all that the manifest lists, and none more."""
+    names = {MANIFEST_FILE, *bundle.manifest.files}
+    with suppress(OSError):
+        partial_name(bundle.path / SIGNATURE_FILE).unlink()  # of a signing that was killed
+    found = set()
+    for path in bundle.path.rglob("*"):
+        name = path.relative_to(bundle.path).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise IntegrityError(f"{path} is not a plain file")
+            raise IntegrityError(f"{name} is not a plain file of {bundle.path}")
+        if path.is_file() and name != SIGNATURE_FILE:
+            found.add(name)
+    if found != names:
+        said = [f"has {name!r}, which is not listed" for name in sorted(found - names)]
+        said += [f"lacks {name}" for name in sorted(names - found)]
+        raise IntegrityError(
+            f"{bundle.path} {said[0]} in its manifest" if found - names else f"{bundle.path} {said[0]}"
+        )
+    return names
+
+
+def _signed_names(signature: bytes) -> set[str]:
+    """The files that a signature covers, of its in-toto statement."""
+    statement = json.loads(base64.b64decode(json.loads(signature)["dsseEnvelope"]["payload"]))
+    return {str(resource["name"]) for resource in statement["predicate"]["resources"]}
 
 
 def _import(module: str) -> Any:

@@ -1,7 +1,10 @@
 """Threads: every call gets what it would get alone, and a runtime may be closed while others use it."""
 
+import faulthandler
+import signal
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -68,6 +71,48 @@ def test_closing_under_fire(tiny_bundle):
             thread.join(30)
             assert not thread.is_alive()
         assert not others
+
+
+def test_a_signal_may_close_what_it_interrupts(vae, monkeypatch):
+    """Wherever it comes, also between the lines that count calls: nothing waits for itself, and it is released once."""
+    released = []
+    monkeypatch.setattr(vae, "_close", lambda: released.append(1))
+    before = signal.signal(signal.SIGALRM, lambda *_: vae.close())
+    faulthandler.dump_traceback_later(60, exit=True)
+    try:
+        for turn in range(2000):
+            vae._closed = vae._released = False
+            signal.setitimer(signal.ITIMER_REAL, 5e-6 + turn % 80 * 1e-6)
+            with pytest.raises(VaeError, match="was closed"):
+                while True:
+                    with vae._at_work():
+                        pass
+            assert (vae._calls, len(released)) == (0, turn + 1)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_good_result_is_not_lost_where_releasing_fails(slow_vae, monkeypatch):
+    vae, entered, go = slow_vae
+    monkeypatch.setattr(vae, "_close", lambda: 1 / 0)
+    answers, caught = [], []
+
+    def work():
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            answers.append(vae.encode(X)[0].parameters)
+        caught.extend(str(warning.message) for warning in seen)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert entered.wait(30)
+    vae.close()
+    go.set()
+    worker.join(30)
+    assert len(answers) == 1
+    assert len(caught) == 1 and "division by zero" in caught[0]
 
 
 def test_closing_twice_or_from_several_threads_releases_once(tiny_bundle, monkeypatch):

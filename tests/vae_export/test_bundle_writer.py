@@ -1,5 +1,6 @@
 """Writing a bundle: whole or not at all, whatever happens meanwhile."""
 
+import fcntl
 import hashlib
 import os
 import resource
@@ -181,6 +182,42 @@ def test_killed_writer_is_cleaned_up_after_and_a_living_one_is_not(tmp_path, nam
     make(tmp_path / name, b"2", overwrite=True)
     assert set(os.listdir(tmp_path)) == {name, "other"}
     assert content(tmp_path / name) == b"2"
+
+
+ASIDE = ".b.previous-abcd1234"
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty directory"])
+def test_what_a_killed_writer_had_moved_aside_comes_back(tmp_path, there):
+    """Where bundles cannot be exchanged in one step: see test_killed_exports."""
+    make(tmp_path / ASIDE, b"old")
+    if there == "an empty directory":
+        (tmp_path / "b").mkdir()
+    with pytest.raises(BundleError, match="exists; give --overwrite"):
+        make(tmp_path / "b", b"new")
+    assert content(tmp_path / "b") == b"old"
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_what_only_looks_like_a_leftover_stays(tmp_path):
+    make(tmp_path / "b", b"old")
+    others = (".b.previous-2023", ".b.previous-abcd12345", ".b.partial-mine", ".b.previous-x.partial-abcd1234")
+    for name in others:
+        make(tmp_path / name, b"mine")
+    (tmp_path / ASIDE).mkdir()
+    (tmp_path / ASIDE / "notes").write_text("no bundle")
+    make(tmp_path / "b", b"new", overwrite=True)
+    assert {*os.listdir(tmp_path)} == {"b", ASIDE, *others}
+    assert all(content(tmp_path / name) == b"mine" for name in others)
+
+
+def test_what_a_living_writer_has_moved_aside_stays_its_own(tmp_path):
+    make(tmp_path / ASIDE, b"old")
+    lock = os.open(tmp_path / ASIDE, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    make(tmp_path / "b", b"another")
+    assert content(tmp_path / ASIDE) == b"old"
+    os.close(lock)
 
 
 def test_many_writers_at_once_leave_one_whole_bundle(tmp_path):

@@ -12,7 +12,7 @@ from test_cli import run  # noqa: F401  (a fixture)
 from runtimes import BundleError, ConfigError, IntegrityError, open_vae
 from vae_export.signing import SIGNATURE_FILE, sign_bundle, verify_bundle
 
-pytest.importorskip("model_signing", reason="pip install 'vae-export[sign]'")
+model_signing = pytest.importorskip("model_signing", reason="pip install 'vae-export[sign]'")
 
 PEM = serialization.Encoding.PEM
 
@@ -90,6 +90,34 @@ def test_whatever_is_changed_is_found(signed, keys, tmp_path, forgery):
     FORGERIES[forgery](signed, write_keys(tmp_path, "theirs"))
     with pytest.raises(IntegrityError):
         verify_bundle(signed, keys[1])
+
+
+@pytest.mark.parametrize("ignored", [["vae_decoder"], ["manifest.json"], [".github"]])
+def test_a_signature_that_leaves_files_out_is_none(bundle_copy, keys, ignored):
+    """model-signing leaves out what the signature says, and what belongs to git: such a one could cover anything."""
+    path = bundle_copy()
+    config = model_signing.signing.Config().use_elliptic_key_signer(private_key=keys[0])
+    hashing = model_signing.hashing.Config().set_ignored_paths(paths=[SIGNATURE_FILE, *ignored])
+    config.set_hashing_config(hashing).sign(path, path / SIGNATURE_FILE)
+    if ignored == [".github"]:
+        (path / ".github").mkdir()
+        (path / ".github" / "more").write_bytes(b"x")
+    with pytest.raises(IntegrityError, match=r"does not cover|not listed"):
+        verify_bundle(path, keys[1])
+
+
+def test_signing_goes_on_where_it_was_killed(bundle_copy, keys):
+    path = bundle_copy()
+    (path / ".model.sig.partial.sig").write_bytes(b"half a signature")
+    sign_bundle(path, keys[0])
+    verify_bundle(path, keys[1])
+
+
+def test_what_the_manifest_does_not_list_is_not_signed(bundle_copy, keys):
+    path = bundle_copy()
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(IntegrityError, match=r"notes\.txt.*not listed"):
+        sign_bundle(path, keys[0])
 
 
 def test_a_damaged_bundle_is_not_signed(bundle_copy, keys):
