@@ -35,6 +35,8 @@ def sign_bundle(path: str | Path, key: str | Path) -> Path:
     """
     signing = _import("signing")
     bundle = Bundle(path)
+    with suppress(OSError):
+        partial_name(bundle.path / SIGNATURE_FILE).unlink()  # of a signing that was killed
     _check_files(bundle)
     bundle.verify()
     try:
@@ -97,10 +99,7 @@ def _hashing() -> Any:
 
 def _check_files(bundle: Bundle) -> set[str]:
     """The names of its files but for the signature: plain files, all that the manifest lists, and none more."""
-    names = {MANIFEST_FILE, *bundle.manifest.files}
-    with suppress(OSError):
-        partial_name(bundle.path / SIGNATURE_FILE).unlink()  # of a signing that was killed
-    found = set()
+    names, found = {MANIFEST_FILE, *bundle.manifest.files}, set()
     for path in bundle.path.rglob("*"):
         name = path.relative_to(bundle.path).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
