@@ -4,7 +4,7 @@ import functools
 import json
 import re
 import shutil
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_model import CASES
 
-from runtimes import BackendUnavailable, ConfigError, NumericsError, ShapeError, VaeConfig
+from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError, ShapeError, VaeConfig
 from runtimes.errors import BundleError, CompatibilityError, IntegrityError
 from tools.make_flax_fixtures import random_params
 from vae_export import AutoencoderKL
@@ -435,7 +435,8 @@ def test_a_directory_that_is_no_checkpoint_is_named(tmp_path, flax_bundle):
         FlaxAutoencoderKL.from_pretrained(tmp_path)
     other = tmp_path / "other"
     shutil.copytree(flax_bundle("fp32"), other)
-    (other / "manifest.json").write_text((other / "manifest.json").read_text().replace('"flax",', '"onnx",', 1))
+    manifest = Bundle(other).manifest
+    (other / "manifest.json").write_text(replace(manifest, target="onnx").to_json())
     with pytest.raises(CompatibilityError, match="a bundle for onnx, and has no parameters"):
         FlaxAutoencoderKL.from_pretrained(other)
     path = copied(tmp_path)

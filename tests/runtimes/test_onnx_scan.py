@@ -44,7 +44,8 @@ def constant(**value):
 
 def branch(*nodes, tensors=()):
     inside = helper.make_graph(list(nodes), "inside", [], [MOMENTS], list(tensors))
-    return helper.make_node("If", ["c"], ["latent_parameters"], then_branch=inside, else_branch=inside)
+    other = helper.make_graph([], "other", [], [MOMENTS])  # not the same: nested, there would be 2^depth of them
+    return helper.make_node("If", ["c"], ["latent_parameters"], then_branch=inside, else_branch=other)
 
 
 def sparse():

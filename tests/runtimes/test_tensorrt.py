@@ -371,7 +371,7 @@ def test_threads_share_as_many_contexts_as_there_are(tiny_bundle, fake_gpu, opti
         assert "cuda_graphs" in options or len(fake_gpu.contexts) == len(fake_gpu.streams)
 
 
-def test_closing_waits_for_calls_at_work_and_tells_those_that_wait(tiny_bundle, fake_gpu, monkeypatch):
+def test_closing_lets_calls_at_work_end_also_those_that_wait_for_a_context(tiny_bundle, fake_gpu, monkeypatch):
     z, at_work, go_on = latents(), threading.Event(), threading.Event()
     vae = open_vae(tiny_bundle, contexts=1)
     expected = vae.decode(z).sample
@@ -388,15 +388,16 @@ def test_closing_waits_for_calls_at_work_and_tells_those_that_wait(tiny_bundle, 
         first = pool.submit(vae.decode, z)
         assert at_work.wait(10)
         second = pool.submit(vae.decode, z)
-        while not second.running():
+        while vae._calls < 2:
             pass
-        closing = pool.submit(vae.close)
-        assert not closing.done() and fake_gpu.streams
+        vae.close()
+        with pytest.raises(VaeError, match="was closed"):
+            vae.decode(z)
+        assert fake_gpu.streams
         go_on.set()
-        closing.result(10)
-        assert np.array_equal(first.result().sample, expected)
-        closed = second.exception()  # unless it was faster
-        assert "closed" in str(closed) if closed else np.array_equal(second.result().sample, expected)
+        assert np.array_equal(first.result(10).sample, expected)
+        assert np.array_equal(second.result(10).sample, expected)
+    assert not fake_gpu.streams
 
 
 def test_a_thread_works_on_the_gpu_that_was_chosen(tiny_bundle, fake_gpu):
