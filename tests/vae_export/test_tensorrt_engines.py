@@ -103,7 +103,7 @@ def test_refused_operators_are_named_with_their_node():
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\x08\x0a" * 1000], ids=["nothing", "garbage", "protobuf"])
 def test_what_is_no_graph_is_refused(data):
-    with pytest.raises(CompatibilityError, match="the encoder: tensorrt_rtx"):
+    with pytest.raises(CompatibilityError, match="the graph of the encoder is not a whole ONNX model"):
         build_plan(data, BuildJob("tensorrt-rtx", "sample", (((1, 3, 64, 64),) * 3,)), "encoder")
 
 
