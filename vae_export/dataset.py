@@ -169,9 +169,8 @@ def encode_dataset(
 
     `policy` and `sizes` are those of `SizePolicy`. `batch_size` images of one size are encoded at once (default: 8,
     and on a CPU no more than have 256x256 pixels together). `workers` is the number of processes that decode (default:
-    one for each core). With `ray`, an address or "local", the work is done on Ray by
-    `ray_workers` runtimes, with `ray_gpus` each. None of this changes what is written, nor does `batch_size` but for
-    rounding.
+    one for each core). With `ray`, an address or "local", the work is done on Ray by `ray_workers` runtimes, with
+    `ray_gpus` each. None of this changes what is written, nor does `batch_size` but for rounding.
 
     Images that cannot be encoded are listed in errors.parquet. Raises `ConfigError` where `out` holds other latents or
     the source has none of its images, `BundleError` where `out` cannot be written.

@@ -24,7 +24,7 @@ from vae_export.dataset_sources import Item
 
 MOST_WAITING = 64 << 20  #: pixels that wait for others of their size
 MOST_AT_ONCE = 8  #: images of a batch, unless it is said otherwise
-CACHED = 256 * 256  #: pixels; of more at a time, a CPU's caches do not hold the maps: 8 to 16% slower at 256x256
+CACHED = 256 * 256  #: pixels that are encoded at a time on a CPU, whose caches hold no more
 Found = tuple[Item, Prepared]
 Batch = list[Found]
 

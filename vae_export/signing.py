@@ -14,7 +14,8 @@ import importlib
 import json
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,8 @@ def sign_bundle(path: str | Path, key: str | Path) -> Path:
         partial_name(bundle.path / SIGNATURE_FILE).unlink()  # of a signing that was killed
     _check_files(bundle)
     bundle.verify()
-    try:
+    with _key_errors(key, "a private elliptic key without a password"):
         config = signing.Config().use_elliptic_key_signer(private_key=Path(key))
-    except OSError as error:
-        raise ConfigError(f"the key {key} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{key} is not a private elliptic key without a password, in PEM: {_line(error)}") from None
     config.set_hashing_config(_hashing())
     signature = bundle.path / SIGNATURE_FILE
     with tempfile.TemporaryDirectory() as directory:  # elsewhere: what lies in the bundle is signed
@@ -71,12 +68,8 @@ def verify_bundle(path: str | Path, key: str | Path) -> Bundle:
     if len(signature) > SIGNATURE_LIMIT:
         raise IntegrityError(f"{path}: {SIGNATURE_FILE} has more than {SIGNATURE_LIMIT} bytes")
     bundle.verify()
-    try:
+    with _key_errors(key, "a public elliptic key"):
         config = verifying.Config().use_elliptic_key_verifier(public_key=Path(key))
-    except OSError as error:
-        raise ConfigError(f"the key {key} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{key} is not a public elliptic key in PEM: {_line(error)}") from None
     config.set_hashing_config(_hashing())
     with tempfile.TemporaryDirectory() as directory:
         read = Path(directory) / SIGNATURE_FILE  # the bytes that are looked into below
@@ -90,6 +83,17 @@ def verify_bundle(path: str | Path, key: str | Path) -> Bundle:
         except Exception as error:  # a signature of anything: of its parsers and of cryptography nothing is promised
             raise IntegrityError(f"{path} is not what the owner of {key} signed: {_line(error)}") from None
     return bundle
+
+
+@contextmanager
+def _key_errors(key: str | Path, what: str) -> Iterator[None]:
+    """`ConfigError` where a key file cannot be read, or is not `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"the key {key} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key} is not {what}, in PEM: {_line(error)}") from None
 
 
 def _hashing() -> Any:
@@ -106,12 +110,10 @@ def _check_files(bundle: Bundle) -> set[str]:
             raise IntegrityError(f"{name} is not a plain file of {bundle.path}")
         if path.is_file() and name != SIGNATURE_FILE:
             found.add(name)
-    if found != names:
-        said = [f"has {name!r}, which is not listed" for name in sorted(found - names)]
-        said += [f"lacks {name}" for name in sorted(names - found)]
-        raise IntegrityError(
-            f"{bundle.path} {said[0]} in its manifest" if found - names else f"{bundle.path} {said[0]}"
-        )
+    for name in sorted(found - names):
+        raise IntegrityError(f"{bundle.path} has {name!r}, which is not listed in its manifest")
+    for name in sorted(names - found):
+        raise IntegrityError(f"{bundle.path} lacks {name}")
     return names
 
 
