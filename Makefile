@@ -2,7 +2,7 @@
 # make test    set up and run the tests, but for those below
 # make engines the tests that build engines with TensorRT-RTX; they need no GPU
 # make lint    style and types
-# make slow    the tests with real-size models
+# make slow    the tests with real-size models, a hundred kills, full disks and long runs
 # make gpu-check  the tests and the benchmark on this machine's NVIDIA GPU; what they said is in out/gpu-check.txt
 # make bench   backends side by side, the five-minute version
 # make fuzz    a minute of fuzzing, shared by all entries that take bytes of strangers

@@ -46,6 +46,7 @@ class FlaxVae(VaeRuntime):
 
     A graph is compiled for the very shape that it is called with, some seconds each; of each graph the last
     `max_shapes` are kept: tiles of one size have up to four, with those at the edges.
+
     JAX itself keeps some 30 KB of every opening until `jax.clear_caches()`: a service that opens bundles again and
     again calls that now and then.
 

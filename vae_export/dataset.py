@@ -168,7 +168,7 @@ def encode_dataset(
     """Encode every image of a source into the directory `out`, or do what is left of it.
 
     `policy` and `sizes` are those of `SizePolicy`. `batch_size` images of one size are encoded at once (default: 8,
-    and on a CPU no more than have 256x256 pixels together). `workers` is the number of processes that decode (default:
+    and on a CPU no more than have 256x256 pixels in all). `workers` is the number of processes that decode (default:
     one for each core). With `ray`, an address or "local", the work is done on Ray by `ray_workers` runtimes, with
     `ray_gpus` each. None of this changes what is written, nor does `batch_size` but for rounding.
 
@@ -184,11 +184,11 @@ def encode_dataset(
     ):
         check_count(name, value)
     bundle = Bundle(opening.bundle)
-    together = BatchSize(batch_size or MOST_AT_ONCE, CACHED if batch_size is None and opening.is_cpu(bundle) else None)
+    at_once = BatchSize(batch_size or MOST_AT_ONCE, CACHED if batch_size is None and opening.is_cpu(bundle) else None)
     storage.check(bundle.manifest.config)
     size_policy = SizePolicy(policy, sizes, bundle.manifest.config.downscale)
     workers = (os.cpu_count() or 1) if workers is None else workers
-    contract = make_contract(bundle, opening, size_policy, storage, together, images_per_shard)
+    contract = make_contract(bundle, opening, size_policy, storage, at_once, images_per_shard)
     summary = Summary()
     with LatentDirectory(Path(out), contract) as directory, Plan(directory.path, images_per_shard) as plan:
         progress("Listing the source", 0, 1)
@@ -204,7 +204,7 @@ def encode_dataset(
         if ray is None:
             with Decoders(source, size_policy, workers) as decoders, opening.open() as vae:
                 start = time.perf_counter()
-                _run_here(map(work_of, numbers), decoders, vae, directory, storage, together, report)
+                _run_here(map(work_of, numbers), decoders, vae, directory, storage, at_once, report)
         else:
             from vae_export.dataset_ray import RayCluster, run_on_ray
 
@@ -212,7 +212,7 @@ def encode_dataset(
                 start = time.perf_counter()
                 run_on_ray(
                     cluster, numbers, work_of, directory, report, source, size_policy, storage, opening,
-                    batch_size=together, workers=ray_workers, gpus=ray_gpus,
+                    batch_size=at_once, workers=ray_workers, gpus=ray_gpus,
                 )  # fmt: skip
         for number in sorted(set(directory.numbers()) - set(numbers)):
             directory.begin_changes()
