@@ -6,7 +6,8 @@
 
 Every row is a process of its own that opens the whole VAE and sleeps until it is asked for one call. All are asked in
 turn, A B C A B C ..., so that a slow minute of the machine hits all of them alike. Where they do not fit the memory
-together, as many are asked in turn as fit, then the next. Peak memory is that of the process after its first call.
+together, as many are asked in turn as fit, then the next. Peak memory is that of the process after its first call; on
+a GPU (--device cuda) it is the GPU's.
 
 Writes OUT/compare.json (everything) and OUT/compare.png, prints tables and a verdict a graph, size and precision.
 """
@@ -105,10 +106,12 @@ class Worker:
                 pipe.close()
 
 
-def prepare(scratch: Path, model: str, cases: Sequence[tuple[Case, bool]], status: Status) -> dict[str, Any]:
+def prepare(
+    scratch: Path, model: str, cases: Sequence[tuple[Case, bool]], device: str, status: Status
+) -> dict[str, Any]:
     """Inputs and references -> {"parameters", "gflop" {case: number}, "peak_gflops" {precision: number or reason}}."""
     status.update("Building the model")
-    with contextlib.closing(Worker(scratch, do="prepare", model=model, cases=cases)) as worker:
+    with contextlib.closing(Worker(scratch, do="prepare", model=model, cases=cases, device=device)) as worker:
         found = worker.answer() | {"gflop": {}}
         for case, _ in cases:
             status.update(f"{case}: computing the reference")
@@ -306,7 +309,7 @@ def compare(arguments: argparse.Namespace, rows: Sequence[Row], save: Callable[[
         "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),
         "started": now(),
         "finished": None,
-        "machine": {**describe_machine(), "load_average_before": round(os.getloadavg()[0], 2)},
+        "machine": {**describe_machine(arguments.device), "load_average_before": round(os.getloadavg()[0], 2)},
         "model": arguments.model,
         **{name: [] for name in ("results", "turns", "memory", "verdicts")},
     }
@@ -316,7 +319,7 @@ def compare(arguments: argparse.Namespace, rows: Sequence[Row], save: Callable[[
     ):
         scratch = Path(directory)
         planned = [(case, True) for case in timed] + [(case, False) for case in sized]
-        found = prepare(scratch, arguments.model, planned, status)
+        found = prepare(scratch, arguments.model, planned, arguments.device, status)
         gflop = found["gflop"]
         report |= {name: found[name] for name in ("parameters", "peak_gflops")}
         report["gflop"] = [{**case._asdict(), "gflop": number} for case, number in gflop.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -27,13 +28,14 @@ COLUMNS = (
 )  # fmt: skip
 LEGEND = (
     "ratio: to the best peer of the precision. GFLOP/s: multiplications and additions of the model as written, by the "
-    "median; peak: their share of the fastest matrix product here. GB: peak memory. load, 1st: seconds to open, and of "
-    "the first call, in which some compile. PSNR (dB), max abs: against PyTorch in fp32."
+    "median; peak: their share of the fastest matrix product here. GB: peak memory, of the GPU where that computes. "
+    "load, 1st: seconds to open, and of the first call, in which some compile. PSNR (dB), max abs: against PyTorch in "
+    "fp32."
 )
 NARROWEST = 100  #: characters that a table needs
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(device: str) -> dict[str, Any]:
     cpu = _first_values(Path("/proc/cpuinfo"))
     memory = _first_values(Path("/proc/meminfo")).get("MemTotal", "0 kB")
     flags = cpu.get("flags", "").split()
@@ -45,7 +47,17 @@ def describe_machine() -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "packages": dict(_versions()),
+        **({"gpu": _describe_gpu()} if device == "cuda" else {}),
     }
+
+
+def _describe_gpu() -> str:
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        name, driver, memory = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0].split(", ")
+    except (OSError, ValueError):
+        return "a GPU of which nvidia-smi says nothing"
+    return f"{name}, {memory}, driver {driver}"
 
 
 def _first_values(path: Path) -> dict[str, str]:
@@ -98,8 +110,8 @@ def cells(result: Result) -> tuple[str, ...]:
 
 
 def short(number: float) -> str:
-    """Three digits, and no more than three behind the point."""
-    return f"{number:.{3 if number < 1 else 2 if number < 10 else 1 if number < 100 else 0}f}"
+    """Three digits, and no more than four behind the point."""
+    return f"{number:.{4 if number < 0.1 else 3 if number < 1 else 2 if number < 10 else 1 if number < 100 else 0}f}"
 
 
 def notes(results: list[Result]) -> Iterator[str]:
@@ -169,6 +181,8 @@ def introduction(report: dict[str, Any]) -> Iterator[str]:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, "
         f"{' '.join(machine['instruction_sets'])}"
     )
+    if "gpu" in machine:
+        yield machine["gpu"]
     yield ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     measured = {result["precision"] for result in report["results"]}
     peaks = (
@@ -212,7 +226,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
             _panel(axis, title, results)
         machine = report["machine"]
         figure.suptitle(
-            f"VAE of {report['parameters'] / 1e6:.0f} M parameters on {machine['cores']} cores, {machine['cpu']}",
+            f"VAE of {report['parameters'] / 1e6:.0f} M parameters on "
+            + machine.get("gpu", f"{machine['cores']} cores, {machine['cpu']}"),
             x=0.01, ha="left", fontsize=11,
         )  # fmt: skip
         handles = [Patch(color=OURS, label="ours"), Patch(color=PEERS, label="peers")]

@@ -11,6 +11,7 @@ import copy
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,13 +100,15 @@ def read_weights(path: Path, channels_last: bool) -> dict[str, torch.Tensor]:
     return weights
 
 
-def open_plain_onnxruntime(path: Path, precision: str) -> Run:
+def open_plain_onnxruntime(path: Path, precision: str, provider: str = "CPUExecutionProvider") -> Run:
     import onnxruntime
 
-    sessions = {
-        graph: onnxruntime.InferenceSession(path / f"{graph}.onnx", providers=["CPUExecutionProvider"])
-        for graph in GRAPHS
-    }
+    if provider != "CPUExecutionProvider":
+        onnxruntime.preload_dlls()
+    sessions = {graph: onnxruntime.InferenceSession(path / f"{graph}.onnx", providers=[provider]) for graph in GRAPHS}
+    for session in sessions.values():
+        if session.get_providers()[0] != provider:
+            raise RuntimeError(f"{provider} did not load")
     return lambda graph, x: sessions[graph].run(None, {sessions[graph].get_inputs()[0].name: x})[0]
 
 
@@ -215,6 +218,7 @@ ARTIFACTS: dict[str, Callable[[AutoencoderKL, Path], None]] = {
     "ours-openvino-fp32": partial(write_ours, target="openvino", precision="fp32"),
     "ours-openvino-bf16": partial(write_ours, target="openvino", precision="bf16"),
     "ours-flax-fp32": partial(write_ours, target="flax", precision="fp32"),
+    "ours-flax-bf16": partial(write_ours, target="flax", precision="bf16"),
     "ours-openvino-int8": partial(write_ours, target="openvino", precision="int8"),
 }
 #: what rows import; imported before the clock of loading starts
@@ -254,28 +258,37 @@ ROWS = (
     Row("ours openvino", "bf16", True, "ours-openvino-bf16", (*OURS, "openvino"), open_ours),
     Row("ours openvino", "int8", True, "ours-openvino-int8", (*OURS, "openvino"), open_ours),
 )
-#: the same on an NVIDIA GPU (--device cuda); arrays come from the host and go back there in every row
+#: the same on an NVIDIA GPU (--device cuda); arrays come from the host and go back there in every row. PyTorch and ONNX
+#: Runtime convolve in TF32 there unless told otherwise: what peers call fp32 has the mantissa of fp16.
 CUDA = {"device": "cuda"}
 PROFILES = ("1..4x256..1024x256..1024@1x512x512",)
+
+
+def ours_on_gpu(backend: str, module: str, precision: str, target: str = "onnx", **options: Any) -> Row:
+    opened = partial(open_ours, backend=backend, **CUDA | options)
+    return Row(f"ours {backend}", precision, True, f"ours-{target}-{precision}", (*OURS, module), opened)
+
+
 GPU_ROWS = (
     Row("torch cuda", "fp32", False, "diffusers-fp32", TORCH, partial(open_torch, **CUDA)),
+    Row("torch cuda channels_last", "fp32", False, "diffusers-fp32", TORCH, partial(channels_last, **CUDA)),
+    Row(
+        "onnxruntime plain cuda",
+        "fp32",
+        False,
+        "plain-onnx",
+        ("onnxruntime",),
+        partial(open_plain_onnxruntime, provider="CUDAExecutionProvider"),
+    ),
+    ours_on_gpu("onnxruntime", "onnxruntime", "fp32"),
+    ours_on_gpu("flax", "jax", "fp32", "flax", device="gpu"),
     Row("torch cuda channels_last", "fp16", False, "diffusers-fp16", TORCH, partial(channels_last, **CUDA)),
     Row("torch.compile cuda", "fp16", False, "diffusers-fp16", TORCH, partial(compiled, **CUDA)),
-    *(
-        Row(
-            f"ours {backend}",
-            "fp16",
-            True,
-            "ours-onnx-fp16",
-            (*OURS, module),
-            partial(open_ours, backend=backend, **CUDA, **options),
-        )
-        for backend, module, options in (
-            ("onnxruntime", "onnxruntime", {}),
-            ("tensorrt", "tensorrt", {"profiles": PROFILES}),
-            ("tensorrt-rtx", "tensorrt_rtx", {"profiles": PROFILES}),
-        )
-    ),
+    ours_on_gpu("onnxruntime", "onnxruntime", "fp16"),
+    ours_on_gpu("tensorrt", "tensorrt", "fp16", profiles=PROFILES),
+    ours_on_gpu("tensorrt-rtx", "tensorrt_rtx", "fp16", profiles=PROFILES),
+    Row("torch cuda channels_last", "bf16", False, "diffusers-bf16", TORCH, partial(channels_last, **CUDA)),
+    ours_on_gpu("flax", "jax", "bf16", "flax", device="gpu"),
 )
 
 
@@ -299,7 +312,7 @@ def work(answer: Answer, directory: Path, name: str, case: Case) -> None:
         start = time.perf_counter()
         y = run(case.graph, x)
         seconds = time.perf_counter() - start
-        memory = peak_memory()
+        memory = gpu_memory() if row in GPU_ROWS else peak_memory()
         if line.strip() == "keep":
             np.save(directory / "output.npy", y)
         waiting_since, cpu = time.perf_counter(), time.process_time()
@@ -315,10 +328,20 @@ def peak_memory() -> float | None:
     return None
 
 
+def gpu_memory() -> float | None:
+    """GB of the GPU's memory that this process holds: every row here keeps what it once took."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, ValueError):
+        said = subprocess.run(command, capture_output=True, text=True).stdout
+        held = dict(line.split(", ") for line in said.splitlines())
+        return int(held[str(os.getpid())]) * 2**20 / 1e9 if str(os.getpid()) in held else None
+    return None
+
+
 # The processes that prepare -------------------------------------------------------------------------------------------
 
 
-def prepare(answer: Answer, directory: Path, name: str, cases: Sequence[tuple[Case, bool]]) -> None:
+def prepare(answer: Answer, directory: Path, name: str, cases: Sequence[tuple[Case, bool]], device: str) -> None:
     """Write the input of each case, and the reference's output where the case is to be compared; measure the peak."""
     model = make_model(name)
     answer({"parameters": sum(parameter.numel() for parameter in model.parameters())})
@@ -328,7 +351,7 @@ def prepare(answer: Answer, directory: Path, name: str, cases: Sequence[tuple[Ca
         if compared:
             np.save(directory / f"{case.file}-reference.npy", reference(model, case.graph, x))
         answer({"gflop": count_flops(model, case.graph, x.shape) / 1e9})
-    answer({"peak_gflops": {precision: measure_peak(precision) for precision in PRECISIONS}})
+    answer({"peak_gflops": {precision: measure_peak(precision, device) for precision in PRECISIONS}})
 
 
 def export(answer: Answer, directory: Path, name: str, artifacts: Sequence[str]) -> None:
@@ -386,11 +409,15 @@ def count_flops(model: AutoencoderKL, graph: str, shape: Sequence[int]) -> int:
     return counter.get_total_flops()
 
 
-def measure_peak(precision: str) -> float | str:
+def measure_peak(precision: str, device: str) -> float | str:
     """GFLOP/s of the best of some large matrix products; or why there is no such number."""
-    if precision == "fp16":
-        return "of the CPU alone, and nothing is computed in fp16 there"
+    if (precision, device) == ("fp16", "cpu"):
+        return "nothing is computed in fp16 on the CPU"
+    if (precision, device) == ("int8", "cuda"):
+        return "no row is of int8 on a GPU"
     try:
+        if device == "cuda":
+            return max(matmul_on_gpu(side, precision) for side in (4096, 8192))
         if precision == "int8":
             return max(matmuls_int8(side) for side in (1024, 2048))
         return max(matmul(side, precision) for side in (1024, 2048, 3072))
@@ -403,6 +430,21 @@ def matmul(side: int, precision: str) -> float:
 
     a = torch.randn(side, side).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     return 2 * side**3 / fastest(lambda: a @ a) / 1e9
+
+
+def matmul_on_gpu(side: int, precision: str, times: int = 10) -> float:
+    """fp32 without TF32, as PyTorch has it for products of matrices."""
+    import torch
+
+    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    a = torch.randn(side, side, device="cuda").to(types[precision])
+
+    def products() -> None:
+        for _ in range(times):
+            a @ a
+        torch.cuda.synchronize()
+
+    return times * 2 * side**3 / fastest(products) / 1e9
 
 
 def matmuls_int8(side: int, depth: int = 8) -> float:
@@ -451,7 +493,8 @@ def main() -> None:
     directory = Path(job["directory"])
     try:
         if job["do"] == "prepare":
-            prepare(answer, directory, job["model"], [(Case(*case), compared) for case, compared in job["cases"]])
+            cases = [(Case(*case), compared) for case, compared in job["cases"]]
+            prepare(answer, directory, job["model"], cases, job["device"])
         elif job["do"] == "export":
             export(answer, directory, job["model"], job["artifacts"])
         else:

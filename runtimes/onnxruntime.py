@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +14,15 @@ import numpy as np
 
 from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
 from runtimes.bundle import GRAPHS, Bundle, Step
-from runtimes.errors import BackendUnavailable, CompatibilityError, OutOfMemoryError, VaeError, is_out_of_memory
+from runtimes.errors import (
+    BackendUnavailable,
+    CompatibilityError,
+    ConfigError,
+    OutOfMemoryError,
+    ShapeError,
+    VaeError,
+    is_out_of_memory,
+)
 from runtimes.onnx_scan import check_onnx
 from runtimes.posterior import array_module
 
@@ -40,19 +51,31 @@ class OnnxRuntimeVae(VaeRuntime):
     `device` is "cpu", "cuda" or "cuda:N"; where its provider does not load, that is `BackendUnavailable` and no
     fall-back. `threads` bounds the threads of one call (default: one per core). torch tensors on a GPU are read and
     answered there.
+
+    `allow_tf32` lets fp32 graphs be computed in TF32 on a GPU, with the 10 bits of mantissa of fp16: some 77 dB from
+    the reference in place of 137, and many times faster (docs/speed.md). The manifest's numbers are not those of TF32.
     """
 
     backend = "onnxruntime"
     runs_steps = True
 
     def __init__(
-        self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None, check_finite: bool = False
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        allow_tf32: bool = False,
+        check_finite: bool = False,
     ) -> None:
         super().__init__(bundle, check_finite=check_finite)
         check_count("threads", threads)
         self.device = device
         self._kind, self._index = _parse_device(device)
+        if allow_tf32 and (self._kind, self.precision) != ("cuda", "fp32"):
+            raise ConfigError(f"allow_tf32 is for fp32 bundles on cuda, not for {self.precision} on {device}")
         self._threads = threads
+        self._allow_tf32 = allow_tf32
         data = {graph: bundle.read(self.spec[graph].file) for graph in GRAPHS}  # all is sound before any is parsed
         self._sessions = {graph: self._open(graph, data.pop(graph)) for graph in GRAPHS}
         self._steps: dict[str, Any] = {}
@@ -95,9 +118,10 @@ class OnnxRuntimeVae(VaeRuntime):
         options.enable_cpu_mem_arena = arena
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        settings = {"device_id": self._index} if self._kind == "cuda" else {}
+        if self._kind == "cuda":
+            _preload_cuda()
         try:
-            session = ort.InferenceSession(data, options, providers=[(provider, settings)])
+            session = ort.InferenceSession(data, options, providers=[(provider, self._provider_options())])
         except Exception as error:  # onnxruntime's exceptions have no common base but Exception
             message = f"ONNX Runtime {ort.__version__} cannot load {file}: {_reason(error)}"
             raise CompatibilityError(message) from None
@@ -108,6 +132,17 @@ class OnnxRuntimeVae(VaeRuntime):
                 "another version; `vae-export doctor` says more"
             )
         return session
+
+    def _provider_options(self) -> dict[str, Any]:
+        if self._kind == "cpu":
+            return {}
+        # fp32 means fp32 unless TF32 was asked for, which is the provider's own choice.
+        options: dict[str, Any] = {"device_id": self._index, "use_tf32": int(self._allow_tf32)}
+        if self.precision == "fp16":
+            # Its default, a search, takes kernels 13 to 17 times slower than those that the heuristic finds. In fp32
+            # the search does better: 0.79 of the heuristic's time (docs/speed.md, both for a decoder on an H200).
+            options["cudnn_conv_algo_search"] = "HEURISTIC"
+        return options
 
     def _open_steps(self, steps: Sequence[Step]) -> None:
         for step in steps:
@@ -150,6 +185,8 @@ class OnnxRuntimeVae(VaeRuntime):
     def _run_on_device(self, graph: GraphName, x: Any) -> Any:
         """A torch tensor on the GPU: bound where it is, the answer allocated beside it."""
         torch, spec = array_module(x), self.spec[graph]
+        if x.is_cuda and x.device.index != self._index:
+            raise ShapeError(f"the array is on {x.device}, and this VAE on cuda:{self._index}")
         x = x.contiguous()
         shape = self._output_shape(graph, x.shape)
         result = torch.empty(shape, dtype=getattr(torch, spec.output.dtype), device=x.device)
@@ -174,6 +211,15 @@ class OnnxRuntimeVae(VaeRuntime):
     def _close(self) -> None:
         self._sessions.clear()
         self._steps.clear()
+
+
+@functools.cache
+def _preload_cuda() -> None:
+    """CUDA's libraries from NVIDIA's packages, where pip puts them and the loader does not look."""
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find: the provider may all the same
+        ort.preload_dlls()
+    # The provider logs each plan that cuDNN has no kernels for as an error, and goes on to the next.
+    ort.set_default_logger_severity(4)
 
 
 def _parse_device(device: str) -> tuple[str, int]:

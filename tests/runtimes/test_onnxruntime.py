@@ -31,6 +31,7 @@ ENCODER, DECODER = "vae_encoder/model.onnx", "vae_decoder/model.onnx"
 # The same fp32 arithmetic in another order: sums of some hundred terms of order 1, a dozen layers deep; and weights
 # of the upsampling added before they are multiplied.
 TOLERANCE = 2e-5
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SHAPES = [(1, 1, 1), (1, 8, 8), (3, 5, 7), (2, 1, 9)]  # [B, h, w] in latents
 RNG = np.random.default_rng(0)
 KINDS = pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
@@ -250,6 +251,48 @@ def test_too_little_memory_is_named_and_survived(vae, capfd):
 def test_a_missing_gpu_package_is_named_and_nothing_falls_back(tiny_bundle):
     with pytest.raises(BackendUnavailable, match=re.escape("pip install 'vae-export[gpu]'")):
         open_vae(tiny_bundle, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"device": "cuda:1"}, {"device_id": 1, "use_tf32": 0}),
+        ({"device": "cuda", "allow_tf32": True}, {"device_id": 0, "use_tf32": 1}),
+        ({"device": "cpu"}, {}),
+    ],
+    ids=str,
+)
+def test_fp32_is_fp32_on_a_gpu_unless_tf32_is_asked_for(tiny_bundle, monkeypatch, options, expected):
+    """What ONNX Runtime is asked for; `tests/gpu` shows what a GPU makes of it."""
+    asked = []
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, data, options, providers):
+            asked.extend(providers)
+            super().__init__(data, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return [asked[-1][0]]
+
+    preloaded = []
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(runtimes.onnxruntime, "_preload_cuda", lambda: preloaded.append(True))
+    with open_vae(tiny_bundle, **options) as vae:
+        kind = vae.device.partition(":")[0]
+        assert asked == 2 * [(PROVIDERS[kind], expected)]
+        assert bool(preloaded) == (kind == "cuda")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tf32_is_of_fp32_on_a_gpu_alone(tiny_bundle, bundle_copy, precision):
+    bundle, device = (tiny_bundle, "cpu") if precision == "fp32" else (bundle_copy(says_fp16), "cuda")
+    with pytest.raises(ConfigError, match=f"allow_tf32 is for fp32 bundles on cuda, not for {precision} on {device}"):
+        open_vae(bundle, device=device, allow_tf32=True)
+
+
+def says_fp16(manifest):
+    manifest["precision"] = "fp16"
 
 
 @pytest.mark.parametrize("device", ["tpu", "cpu:", "cuda:x", "CPU", ""])
