@@ -59,9 +59,8 @@ class LoadedPlan:
             raise (OutOfMemoryError if is_out_of_memory(error) else CompatibilityError)(str(error))
         self._check()
         self.config = self._runtime_config()
-        self._idle: SimpleQueue[_Slot | None] = SimpleQueue()  #: None once it is closed
+        self._idle: SimpleQueue[_Slot] = SimpleQueue()
         self._slots: list[_Slot] = []
-        self._closed = False
         self._lock = threading.Lock()
 
     @property
@@ -124,20 +123,17 @@ class LoadedPlan:
     def _slot(self) -> Iterator[_Slot]:
         """A slot for this thread alone; waits where all are at work."""
         slot = self._take()
-        if slot is None:
-            self._idle.put(None)  # for the next one
-            raise VaeError("this VAE was closed; open the bundle again")
         try:
             self.cuda.use()  # of this thread
             yield slot
         finally:
             self._idle.put(slot)
 
-    def _take(self) -> _Slot | None:
+    def _take(self) -> _Slot:
         with suppress(Empty):
             return self._idle.get_nowait()
         with self._lock:
-            if not self._closed and len(self._slots) < self.settings.contexts:
+            if len(self._slots) < self.settings.contexts:
                 self._slots.append(_Slot(self))
                 return self._slots[-1]
         return self._idle.get()
@@ -164,15 +160,14 @@ class LoadedPlan:
 
     def free_idle(self) -> None:
         """Give back the device memory of all slots that are not at work."""
-        idle = []
+        idle: list[_Slot] = []
         with suppress(Empty):
-            while (slot := self._idle.get_nowait()) is not None:
-                idle.append(slot)
-            self._idle.put(None)  # closed
+            while True:
+                idle.append(self._idle.get_nowait())
         try:
             for slot in idle:
                 slot.free()
-        finally:  # `close` waits for all of them
+        finally:  # other threads wait for them
             for slot in idle:
                 self._idle.put(slot)
 
@@ -213,13 +208,8 @@ class LoadedPlan:
         )
 
     def close(self) -> None:
-        """When the calls at work have ended; those that wait are told."""
-        with self._lock:
-            self._closed = True
-        slots = [self._idle.get() for _ in self._slots]
-        self._idle.put(None)
-        for slot in slots:
-            assert slot is not None
+        """To be called when no call is at work."""
+        for slot in self._slots:
             slot.close()
         self._slots.clear()
         try:
