@@ -42,7 +42,8 @@ ROOT = Path(__file__).parents[1]
 MULTIPLE = 8  #: pixels per latent of both models
 FULL = {"sizes": [256, 512], "rounds": 5}
 QUICK = {"sizes": [256], "rounds": 3}
-TOO_SLOW_TO_COMPILE = "torch.compile"  #: left out by --quick: a minute a row, graph and size before the first call
+#: left out by --quick: a minute a row, graph and size before the first call; a minute and a half to quantize
+SLOW_TO_MAKE = ("torch.compile", "int8")
 ROOM = 1.5  #: a row not yet run is taken to need this much more than the hungriest before it
 #: seconds between calls: threads of ONNX Runtime and OpenMP spin some 10 ms after a call, before they sleep
 SETTLE = 0.05
@@ -364,7 +365,9 @@ def parse() -> tuple[argparse.Namespace, list[Row]]:
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the rows of NVIDIA GPUs")
     parser.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
-    parser.add_argument("--quick", action="store_true", help=f"sizes {QUICK['sizes']}, few rounds, no torch.compile")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"sizes {QUICK['sizes']}, few rounds, no {' and no '.join(SLOW_TO_MAKE)}"
+    )
     arguments = parser.parse_args()
     for name, value in (QUICK if arguments.quick else FULL).items():
         if getattr(arguments, name) is None:
@@ -373,7 +376,7 @@ def parse() -> tuple[argparse.Namespace, list[Row]]:
     if arguments.rows:
         rows = [row for row in known if any(text in str(row) for text in arguments.rows)]
     else:
-        rows = [row for row in known if not (arguments.quick and row.name == TOO_SLOW_TO_COMPILE)]
+        rows = [row for row in known if not (arguments.quick and {row.name, row.precision} & {*SLOW_TO_MAKE})]
     if not rows:
         parser.error(f"no row has {' or '.join(arguments.rows)} in its name; there are {', '.join(map(str, known))}")
     try:

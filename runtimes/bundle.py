@@ -13,6 +13,7 @@ import math
 import os
 import re
 import stat
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -217,16 +218,25 @@ class Bundle:
     def _read_manifest(self) -> bytes:
         for _ in range(3):  # an export may replace the directory between opening it and its file
             with suppress(FileNotFoundError):
-                return _read_regular_file(self.path, MANIFEST_FILE, limit=MANIFEST_LIMIT)
+                descriptor = _open_regular_file(self.path, MANIFEST_FILE)
+                try:
+                    return _read_open_file(descriptor, MANIFEST_FILE, limit=MANIFEST_LIMIT)
+                finally:
+                    os.close(descriptor)
         raise BundleError(f"{self.path} has no {MANIFEST_FILE}: not a bundle of vae-export")
 
     def read(self, name: str) -> bytes:
         """The bytes of a file that the manifest lists, checked: parse these, not the file."""
+        with self.hold(name) as file:
+            return file.read()
+
+    def hold(self, name: str) -> HeldFile:
+        """A file that the manifest lists, opened, for what is to be read again later."""
         entry = self.manifest.files.get(name)
         if entry is None:
             raise IntegrityError(f"{name} is not listed in the manifest of {self.path}")
         try:
-            return _read_regular_file(self.path, name, limit=entry.size, entry=entry)
+            return HeldFile(_open_regular_file(self.path, name), name, entry)
         except FileNotFoundError:
             raise IntegrityError(f"{name} is missing from {self.path}") from None
 
@@ -239,11 +249,29 @@ class Bundle:
 # Files ------------------------------------------------------------------------------------------------------------
 
 
-def _read_regular_file(root: Path, name: str, *, limit: int, entry: FileEntry | None = None) -> bytes:
-    """Read `root/name`, following no link below `root`: at most `limit` bytes, and those of `entry` where it is given.
+class HeldFile:
+    """A file of a bundle, open: each `read` gives its bytes, checked. It stays whole where the bundle is replaced."""
 
-    A large file is hashed once more before it is read: one that is not what the manifest says takes no memory.
-    """
+    def __init__(self, descriptor: int, name: str, entry: FileEntry) -> None:
+        self._descriptor, self._name, self._entry = descriptor, name, entry
+        self._finish = weakref.finalize(self, os.close, descriptor)
+
+    def read(self) -> bytes:
+        """`IntegrityError` where they are not those that the manifest lists. For one thread at a time."""
+        return _read_open_file(self._descriptor, self._name, limit=self._entry.size, entry=self._entry)
+
+    def close(self) -> None:
+        self._finish()
+
+    def __enter__(self) -> HeldFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open_regular_file(root: Path, name: str) -> int:
+    """A descriptor of `root/name`, following no link below `root`."""
     *folders, last = name.split("/")
     directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -256,24 +284,36 @@ def _read_regular_file(root: Path, name: str, *, limit: int, entry: FileEntry | 
     finally:
         os.close(directory)
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):  # before fdopen, which refuses a directory in its own way
-        os.close(descriptor)
-        raise IntegrityError(f"{name} is not a regular file")
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_nlink > 1:  # 0 where an export has just replaced the bundle: the open file stays whole
-            raise IntegrityError(f"{name} is a hard link: a bundle's files belong to it alone; copy it with cp -r")
-        if status.st_size > limit or (entry is not None and status.st_size != entry.size):
-            rule = "and the most is" if entry is None else "and the manifest says"
-            raise IntegrityError(f"{name} has {status.st_size} bytes, {rule} {limit}")
+    if not stat.S_ISREG(status.st_mode):
+        problem = "is not a regular file"
+    elif status.st_nlink > 1:  # 0 where an export has just replaced the bundle: the open file stays whole
+        problem = "is a hard link: a bundle's files belong to it alone; copy it with cp -r"
+    else:
+        return descriptor
+    os.close(descriptor)
+    raise IntegrityError(f"{name} {problem}")
+
+
+def _read_open_file(descriptor: int, name: str, *, limit: int, entry: FileEntry | None = None) -> bytes:
+    """All of an open file, from its start: at most `limit` bytes, and those of `entry` where it is given.
+
+    A large file is hashed once more before it is read: one that is not what the manifest says takes no memory.
+    """
+    size = os.fstat(descriptor).st_size
+    if size > limit or (entry is not None and size != entry.size):
+        rule = "and the most is" if entry is None else "and the manifest says"
+        raise IntegrityError(f"{name} has {size} bytes, {rule} {limit}")
+    with os.fdopen(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
         if entry is not None and entry.size > LARGE_FILE:
             _check_digest(name, hashlib.file_digest(file, "sha256").hexdigest(), entry)
             file.seek(0)
-        data = file.read(status.st_size)
-        if len(data) != status.st_size or file.read(1):
+        data = file.read(size)
+        if len(data) != size or file.read(1):
             raise IntegrityError(f"{name} changed while it was read")
-        if entry is not None:
-            _check_digest(name, hashlib.sha256(data).hexdigest(), entry)
-        return data
+    if entry is not None:
+        _check_digest(name, hashlib.sha256(data).hexdigest(), entry)
+    return data
 
 
 def _check_digest(name: str, found: str, entry: FileEntry) -> None:

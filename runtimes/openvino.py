@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
-from runtimes.bundle import GRAPHS, Bundle
+from runtimes.bundle import GRAPHS, Bundle, HeldFile
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -70,9 +71,13 @@ class OpenVinoVae(VaeRuntime):
         self._core = ov.Core()
         self._device = _find_device(self._core, device)
         self._settings = self._choose_settings(threads, cache_dir)
-        data = {graph: self._read(bundle, graph) for graph in GRAPHS}  # all is sound before any is parsed
+        self._files = {graph: self._hold(bundle, graph) for graph in GRAPHS}
+        data = {graph: self._read(graph) for graph in GRAPHS}  # all is sound before any is parsed
+        for graph in GRAPHS:
+            self._parse(graph, *data.pop(graph))
+        # Weights are read again when a graph is first called: of one that is never called nothing is held.
         self._graphs = {
-            graph: _Graph(self._parse(graph, *data.pop(graph)), self._compile, max_shapes) for graph in GRAPHS
+            graph: _Graph(functools.partial(self._load, graph), self._compile, max_shapes) for graph in GRAPHS
         }
 
     @staticmethod
@@ -93,16 +98,24 @@ class OpenVinoVae(VaeRuntime):
             settings["CACHE_DIR"] = str(_made(Path(cache_dir)))
         return settings
 
-    def _read(self, bundle: Bundle, graph: str) -> tuple[bytes, Array]:
+    def _hold(self, bundle: Bundle, graph: str) -> tuple[HeldFile, HeldFile]:
         """The structure of a graph, and its weights."""
         file = self.spec[graph].file
-        structure, weights = bundle.read(file), bundle.read(str(PurePosixPath(file).with_suffix(".bin")))
-        check_ir(structure, file)
-        # A copy, since OpenVINO shares the memory of writable arrays only; it makes no copy of its own then.
-        return structure, np.frombuffer(weights, np.uint8).copy()
+        return bundle.hold(file), bundle.hold(str(PurePosixPath(file).with_suffix(".bin")))
 
-    def _parse(self, graph: str, structure: bytes, weights: Array) -> tuple[Any, Array]:
+    def _read(self, graph: str) -> tuple[bytes, bytes]:
+        structure, weights = (file.read() for file in self._files[graph])
+        check_ir(structure, self.spec[graph].file)
+        return structure, weights
+
+    def _load(self, graph: str) -> tuple[Any, Array]:
+        return self._parse(graph, *self._read(graph))
+
+    def _parse(self, graph: str, structure: bytes, data: bytes) -> tuple[Any, Array]:
+        """The model, and its weights, which it shares: they must live as long."""
         spec = self.spec[graph]
+        # A copy, since OpenVINO shares the memory of writable arrays only; it makes no copy of its own then.
+        weights = np.frombuffer(data, np.uint8).copy()
         try:
             model = self._core.read_model(structure, ov.Tensor(weights, shared_memory=True))
         except RuntimeError as error:
@@ -138,6 +151,9 @@ class OpenVinoVae(VaeRuntime):
 
     def _close(self) -> None:
         self._graphs.clear()
+        for files in self._files.values():
+            for file in files:
+                file.close()
 
 
 class _Shape:
@@ -153,10 +169,11 @@ class _Graph:
     """A graph, compiled for the shapes last used, each with its pool of infer requests."""
 
     def __init__(
-        self, model_and_weights: tuple[Any, Array], compile_model: Callable[..., Any], max_shapes: int
+        self, load: Callable[[], tuple[Any, Array]], compile_model: Callable[..., Any], max_shapes: int
     ) -> None:
-        self._model, self._weights = model_and_weights  # the weights are the model's memory: they live as long
-        self._compile = compile_model
+        self._load, self._compile = load, compile_model
+        self._loaded: tuple[Any, Array] | None = None
+        self._loading = threading.Lock()
         self._max_shapes = max(1, max_shapes)
         self._shapes: OrderedDict[tuple[int, ...], _Shape] = OrderedDict()
         self._lock = threading.Lock()
@@ -172,7 +189,7 @@ class _Graph:
         with shape.lock:
             if shape.compiled is None:
                 try:
-                    shape.compiled = self._compile(self._model, size)
+                    shape.compiled = self._compile(self.model(), size)
                 except VaeError:
                     with self._lock:
                         self._shapes.pop(size, None)  # it takes no place from those that work
@@ -185,6 +202,13 @@ class _Graph:
             yield request
         finally:
             shape.idle.put(request)
+
+    def model(self) -> Any:
+        """Of free sizes, loaded when it is first asked for."""
+        with self._loading:
+            if self._loaded is None:
+                self._loaded = self._load()
+            return self._loaded[0]
 
 
 def precision_hint(core: Any, device: str, precision: str) -> str:

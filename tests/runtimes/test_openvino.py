@@ -3,6 +3,7 @@
 import gc
 import re
 import resource
+import shutil
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -125,7 +126,7 @@ def test_fp32_is_computed_in_fp32_even_where_the_plugin_prefers_bf16(vae, tiny_m
     assert alive(compiled)[0].get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
     if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("the rest needs a CPU with bf16")
-    by_itself = ov.Core().compile_model(vae._graphs["decoder"]._model.clone(), "CPU")
+    by_itself = ov.Core().compile_model(vae._graphs["decoder"].model().clone(), "CPU")
     assert np.abs(by_itself([z])[0] - expected).max() > 100 * TOLERANCE  # else this test could not fail
 
 
@@ -197,6 +198,35 @@ def test_threads_that_meet_a_new_shape_compile_it_once(tiny_bundle, compiled):
         answers = list(pool.map(lambda _: vae.decode(z).sample, range(16)))
     assert len(compiled) == 1
     assert all(np.array_equal(answer, answers[0]) for answer in answers)
+
+
+def test_weights_are_held_of_graphs_that_are_called_alone(vae):
+    assert [graph._loaded for graph in vae._graphs.values()] == [None, None]
+    vae.decode(latents())
+    assert vae._graphs["encoder"]._loaded is None and vae._graphs["decoder"]._loaded is not None
+
+
+def test_a_bundle_that_is_replaced_after_it_was_opened_is_read_as_it_was(bundle_copy, tiny_model):
+    path, z = bundle_copy(), latents()
+    with open_vae(path) as vae:
+        shutil.rmtree(path)
+        case = next(iter(cases(tiny_model, [z])))
+        assert compare([case], "openvino", opened_bundle(vae), "fp32")
+
+
+@pytest.mark.parametrize("file", [XML, BIN])
+def test_a_file_that_is_changed_after_the_bundle_was_opened_is_not_parsed(bundle_copy, parsed, file):
+    path = bundle_copy()
+    with open_vae(path) as vae:
+        before = len(parsed)
+        data = bytearray((path / file).read_bytes())
+        data[len(data) // 2] ^= 1
+        with open(path / file, "r+b") as opened:  # in place: the file that is open
+            opened.write(data)
+        with pytest.raises(IntegrityError, match=f"{file} was changed"):
+            vae.decode(latents())
+        assert len(parsed) == before
+        vae.encode(images())  # the rest works
 
 
 @pytest.mark.parametrize("threads", [1, 2])
