@@ -48,6 +48,10 @@ class OpenVinoVae(VaeRuntime):
     graph with free sizes. A new shape costs a compilation, about a second for a model of Stable Diffusion's size, and
     holds a copy of the weights; `cache_dir` keeps compiled graphs on disk (they are code: keep it to yourself).
 
+    Weights are read, and their hash checked again, when a graph is first called: of one that is never called none are
+    held. The files stay open until the runtime is closed, so that a bundle may be replaced meanwhile; one changed in
+    place is an `IntegrityError` of that call.
+
     `device` is "cpu", "gpu", "gpu.N" or "npu"; where it is not there, that is `BackendUnavailable` and no fall-back.
     `threads` bounds the threads of one call (default: one per core).
     """
