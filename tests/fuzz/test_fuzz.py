@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vae_export.checkpoint import EMBEDDED
 
 SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-FEW, MANY = settings(SETTINGS, max_examples=80), settings(SETTINGS, max_examples=200)
+FEW, MANY = settings(SETTINGS, max_examples=50), settings(SETTINGS, max_examples=120)
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=20),

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-FEW = {"threads": 8, "calls_of_each": 25, "long": 300, "opens": 40}
+FEW = {"threads": 8, "calls_of_each": 12, "long": 150, "opens": 25}
 MANY = {"threads": 8, "calls_of_each": 500, "long": 10_000, "opens": 500}
 GROWTH = 10  # MB: an allocator's slack; a leak of one 64x64 image in a call would be 490 MB in 10,000
 COUNTS = [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)]
