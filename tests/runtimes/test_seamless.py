@@ -145,9 +145,13 @@ MODELS = {
 
 
 FORMS_OF_MODELS = (Form(), Form(upsample="deconv", norm="rows"), Form())
+ARCHITECTURES = [
+    pytest.param(fields, form, id=name, marks=[pytest.mark.slow] if "two levels" in name else [])  # 14 s
+    for (name, fields), form in zip(MODELS.items(), FORMS_OF_MODELS, strict=True)
+]
 
 
-@pytest.mark.parametrize(("fields", "form"), list(zip(MODELS.values(), FORMS_OF_MODELS, strict=True)), ids=MODELS)
+@pytest.mark.parametrize(("fields", "form"), ARCHITECTURES)
 def test_every_architecture_is_cut(fields, form, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(1)
