@@ -200,7 +200,7 @@ def test_threads_that_meet_a_new_shape_compile_it_once(tiny_bundle, compiled):
     assert all(np.array_equal(answer, answers[0]) for answer in answers)
 
 
-def test_weights_are_held_of_graphs_that_are_called_alone(vae):
+def test_weights_are_held_of_those_graphs_only_that_are_called(vae):
     assert [graph._loaded for graph in vae._graphs.values()] == [None, None]
     vae.decode(latents())
     assert vae._graphs["encoder"]._loaded is None and vae._graphs["decoder"]._loaded is not None

@@ -146,7 +146,7 @@ MODELS = {
 
 FORMS_OF_MODELS = (Form(), Form(upsample="deconv", norm="rows"), Form())
 ARCHITECTURES = [
-    pytest.param(fields, form, id=name, marks=[pytest.mark.slow] if "two levels" in name else [])  # 14 s
+    pytest.param(fields, form, id=name, marks=[pytest.mark.slow] if "two levels" in name else [])  # that takes 14 s
     for (name, fields), form in zip(MODELS.items(), FORMS_OF_MODELS, strict=True)
 ]
 
