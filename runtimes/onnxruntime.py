@@ -7,13 +7,14 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
 from runtimes.bundle import GRAPHS, Bundle, Step
+from runtimes.cancellation import cancellable
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -152,11 +153,11 @@ class OnnxRuntimeVae(VaeRuntime):
             self._steps[step.file] = self._load(self._bundle.read(step.file), step.file, arena=arena)
 
     def _run_step(self, step: Step, inputs: Mapping[str, Array]) -> Sequence[Array]:
-        options = ort.RunOptions()
-        if self._kind == "cpu" and step.kind == "whole":
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         try:
-            result: Sequence[Array] = self._steps[step.file].run(None, dict(inputs), options)
+            with _run_options() as options:
+                if self._kind == "cpu" and step.kind == "whole":
+                    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+                result: Sequence[Array] = self._steps[step.file].run(None, dict(inputs), options)
             return result
         except (*_RUN_ERRORS, MemoryError) as error:
             shape = list(next(iter(inputs.values())).shape)
@@ -178,8 +179,9 @@ class OnnxRuntimeVae(VaeRuntime):
             raise VaeError(f"ONNX Runtime failed in the {graph} of {list(x.shape)}: {_reason(error)}") from None
 
     def _run_on_host(self, graph: GraphName, x: Array) -> Array:
-        spec = self.spec[graph]
-        result: Array = self._sessions[graph].run([spec.output.name], {spec.input.name: np.ascontiguousarray(x)})[0]
+        spec, feeds = self.spec[graph], {self.spec[graph].input.name: np.ascontiguousarray(x)}
+        with _run_options() as options:
+            result: Array = self._sessions[graph].run([spec.output.name], feeds, options)[0]
         return result
 
     def _run_on_device(self, graph: GraphName, x: Any) -> Any:
@@ -205,12 +207,21 @@ class OnnxRuntimeVae(VaeRuntime):
             )
         if x.is_cuda:
             torch.cuda.current_stream(x.device).synchronize()  # ONNX Runtime works on a stream of its own
-        self._sessions[graph].run_with_iobinding(binding)
+        with _run_options() as options:
+            self._sessions[graph].run_with_iobinding(binding, options)
         return result
 
     def _close(self) -> None:
         self._sessions.clear()
         self._steps.clear()
+
+
+@contextlib.contextmanager
+def _run_options() -> Iterator[Any]:
+    """Options for one run, which another thread can end by them."""
+    options = ort.RunOptions()
+    with cancellable(functools.partial(setattr, options, "terminate", True)):
+        yield options
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import numpy as np
 
 from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
 from runtimes.bundle import GRAPHS, Bundle, HeldFile
+from runtimes.cancellation import cancellable
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -146,8 +147,9 @@ class OpenVinoVae(VaeRuntime):
         x = np.ascontiguousarray(x)
         with self._graphs[graph].request(x.shape) as request:
             try:
-                # The request's own output is overwritten by whoever takes it next: a copy leaves.
-                result: Array = request.infer([x], share_inputs=True, share_outputs=True)[0].copy()
+                with cancellable(request.cancel):
+                    # The request's own output is overwritten by whoever takes it next: a copy leaves.
+                    result: Array = request.infer([x], share_inputs=True, share_outputs=True)[0].copy()
             except _ERRORS as error:
                 _raise_out_of_memory(error, self.device, x.shape)
                 raise VaeError(f"OpenVINO failed in the {graph} of {list(x.shape)}: {_reason(error)}") from None

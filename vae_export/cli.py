@@ -10,6 +10,9 @@ import json
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -17,6 +20,7 @@ import typer
 
 from runtimes import Bundle
 from runtimes.bundle import ENGINE_TARGETS
+from runtimes.cancellation import cancel_calls
 from runtimes.errors import BackendUnavailable, NumericsError, VaeError
 from vae_export import __version__
 from vae_export.cli_dataset import dataset
@@ -264,12 +268,11 @@ def _import_exporter() -> Any:
 
 def main() -> NoReturn:
     """Entry point: runs the command and turns every error into one line and an exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _stop)
     try:
-        app(prog_name="vae-export")
+        with _heeding_signals():
+            app(prog_name="vae-export")
     except VaeError as error:
+        _exit_if_stopped()  # a call that was ended says so
         if isinstance(error, NumericsError) and error.measurements:
             err.print(validation_table(error.measurements))
         _complain("error", error)
@@ -290,6 +293,32 @@ def main() -> NoReturn:
 def _complain(what: str, error: Exception) -> None:
     err.print(what, style="bold red", end="")
     say(f" ({type(error).__name__}): {str(error) or 'no message'}", err)
+
+
+@contextmanager
+def _heeding_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM call `_stop`, and end what may keep it waiting: a call at work in native code."""
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    reading, writing = os.pipe()  # Python writes each signal to it, whatever the main thread is at
+    os.set_blocking(writing, False)
+    left = threading.Event()
+
+    def watch() -> None:
+        while said := os.read(reading, 1):
+            while said[0] in numbers and not left.wait(0.1):
+                cancel_calls()  # again and again: the main thread may be just about to call
+        os.close(reading)
+
+    for number in numbers:  # SIG_IGN stays, as under nohup
+        signal.signal(number, _stop)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+        signal.set_wakeup_fd(before)
+        os.close(writing)
 
 
 def _stop(number: int, _: object) -> NoReturn:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from runtimes import VaeError, open_vae
+from runtimes.cancellation import cancel_calls
 
 X = np.zeros((1, 3, 32, 32), np.float32)
 
@@ -127,3 +128,25 @@ def test_closing_twice_or_from_several_threads_releases_once(tiny_bundle, monkey
     for thread in threads:
         thread.join()
     assert released == [1]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_another_thread_ends_a_call_at_work(tiny_bundle, openvino_bundle, backend):
+    z, over = np.ones((1, 4, 96, 96), np.float32), threading.Event()
+
+    def cancel():
+        while not over.wait(0.02):
+            cancel_calls()
+
+    with open_vae(tiny_bundle if backend == "onnxruntime" else openvino_bundle("fp32")) as vae:
+        assert vae.backend == backend
+        expected = vae.decode(z)[0]
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        try:
+            with pytest.raises(VaeError, match="terminate|canceled"):
+                vae.decode(z)
+        finally:
+            over.set()
+            thread.join()
+        assert np.array_equal(vae.decode(z)[0], expected)
