@@ -22,7 +22,7 @@ from vae_export.model import AutoencoderKL
 from vae_export.photos import HELD_OUT, crops, photographs
 from vae_export.ranges import HALVES, Ranges, calibration_inputs, probe
 from vae_export.rescale import HEADROOM, rescale_activations
-from vae_export.rewrite import Form, rewrite
+from vae_export.rewrite import Form, fitted, rewrite
 from vae_export.tensorrt_engines import memory_lines, plan_engine, rebuild_bundle
 from vae_export.tileable import TileableExport
 from vae_export.validate import (
@@ -72,7 +72,7 @@ FORMS = {
     ("onnx", "fp16"): Form(upsample="conv", norm="rows", attention_blocks=16),
     ("onnx", "bf16"): Form(upsample="conv", norm="rows", attention_blocks=16),
     # OpenVINO computes attention in blocks of its own.
-    ("openvino", "fp32"): Form(upsample="deconv", norm="rows", last_block="lean"),
+    ("openvino", "fp32"): Form(upsample="deconv", norm="rows", last_block="lean", convolutions="winograd"),
     ("openvino", "fp16"): Form(upsample="deconv"),
     ("openvino", "bf16"): Form(upsample="deconv", norm="rows", last_block="lean"),
     ("openvino", "int8"): Form(upsample="deconv", norm="rows", last_block="lean"),
@@ -138,6 +138,7 @@ def export_bundle(
     elif engine is not None:
         raise ConfigError(f"profiles and GPUs are for TensorRT, and {target} bundles take any shape")
     forms = forms or dict.fromkeys(GRAPHS, FORMS[target, precision])
+    forms = {graph: fitted(form, model) for graph, form in forms.items()}
     exact: AutoencoderKL = model
     rewrites: list[Mapping[str, Any]] = []
     if precision in HALVES and rescale and target != "flax":

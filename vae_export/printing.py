@@ -164,9 +164,10 @@ def ranges_table(found: MeasuredRanges, picture: Path) -> Table:
 
 def tuning_table(tuned: Tuned, path: str) -> Table:
     """Every form that was timed, the winners marked."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=printable(f"Tuned: {path}"), title_justify="left")
-    for heading in ("graph", "upsample", "norm", "last block", "threads", "median s", "of best", ""):
-        table.add_column(heading, no_wrap=True, justify="right" if heading in ("median s", "of best") else "left")
+    title = printable(f"Tuned: {path}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
+    for heading in ("graph", "upsample", "norm", "last block", "convs", "threads", "median s", "ratio", ""):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("median s", "ratio") else "left")
     fastest: dict[tuple[str, str], float] = {}
     for trial in tuned.trials:
         race = trial.graph, trial.race
@@ -179,6 +180,7 @@ def tuning_table(tuned: Tuned, path: str) -> Table:
             trial.form.upsample if trial.graph == "decoder" else "",
             trial.form.norm,
             trial.form.last_block if trial.graph == "decoder" else "",
+            trial.form.convolutions,
             str(trial.threads or "auto"),
             f"{trial.median:.3f}",
             f"{trial.median / fastest[trial.graph, trial.race]:.2f}",

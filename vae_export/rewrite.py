@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from vae_export.model import Attention, AutoencoderKL, ResnetBlock, Upsample
 from vae_export.operators import attend_in_blocks, row_norm
+from vae_export.winograd import use_winograd, wide_convolutions
 
 UPSAMPLES = ("none", "conv", "deconv")
 NORMS = ("group", "rows")
 LAST_BLOCKS = ("plain", "lean")
+CONVOLUTIONS = ("direct", "winograd")
 
 
 class Form(NamedTuple):
@@ -29,6 +31,7 @@ class Form(NamedTuple):
     norm: str = "group"  #: one of NORMS, see `use_row_norms`
     last_block: str = "plain"  #: one of LAST_BLOCKS, see `slim_last_block`
     attention_blocks: int = 1  #: see `use_portable_attention`
+    convolutions: str = "direct"  #: one of CONVOLUTIONS, see `winograd.use_winograd`
 
     def records(self) -> list[dict[str, Any]]:
         """What the manifest says of the rewrites in this form."""
@@ -39,6 +42,8 @@ class Form(NamedTuple):
             records.append({"name": "slim_last_block"})
         if self.norm == "rows":
             records.append({"name": "row_norms"})
+        if self.convolutions != "direct":
+            records.append({"name": "convolutions", "form": self.convolutions})
         if self.attention_blocks > 1:
             records.append({"name": "attention_in_blocks", "blocks": self.attention_blocks})
         return records
@@ -54,7 +59,16 @@ def rewrite(model: AutoencoderKL, form: Form) -> AutoencoderKL:
     model = fold_upsample(model, form.upsample)
     if form.norm == "rows":
         model = use_row_norms(model)
+    if form.convolutions == "winograd":
+        model = use_winograd(model)
     return use_portable_attention(model, form.attention_blocks)
+
+
+def fitted(form: Form, model: AutoencoderKL) -> Form:
+    """The form less what changes nothing in this model: what its manifest is to tell of."""
+    if not any(wide_convolutions(model)):
+        form = form._replace(convolutions="direct")
+    return form if _has_lean_form(model) else form._replace(last_block="plain")
 
 
 # Attention --------------------------------------------------------------------------------------------------------
@@ -248,11 +262,16 @@ def slim_last_block(model: AutoencoderKL) -> AutoencoderKL:
     A model whose last block has no such shortcut is left as it is.
     """
     model = copy.deepcopy(model)
-    blocks = cast(Any, model.decoder.up_blocks)
-    if len(blocks) < 2 or blocks[-1].resnets[0].conv_shortcut is None:
+    if not _has_lean_form(model):
         return model
+    blocks = cast(Any, model.decoder.up_blocks)
     resnet = blocks[-1].resnets[0]
     parts = next(count for count in (4, 2, 1) if resnet.norm1.num_groups % count == 0)
     blocks[-2].upsamplers[0] = LeanUpsample(blocks[-2].upsamplers[0].conv, resnet.conv_shortcut, parts)
     blocks[-1].resnets[0] = LeanResnet(resnet, parts)
     return model
+
+
+def _has_lean_form(model: AutoencoderKL) -> bool:
+    blocks = cast(Any, model.decoder.up_blocks)
+    return len(blocks) > 1 and blocks[-1].resnets[0].conv_shortcut is not None

@@ -172,7 +172,7 @@ class TileableExport:
 
     def __init__(self, model: AutoencoderKL, directory: Path, precision: str, form: Form) -> None:
         # A lean last block shares its input between two convolutions; here they are steps of their own.
-        form = form._replace(last_block="plain", attention_blocks=ATTENTION_BLOCKS)
+        form = form._replace(last_block="plain", convolutions="direct", attention_blocks=ATTENTION_BLOCKS)
         self.model = rewrite(model, form).to(DTYPES[precision])
         self.directory, self.precision = directory, precision
 

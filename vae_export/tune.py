@@ -26,9 +26,10 @@ from runtimes.profiles import DEFAULT, Profile, make_profile
 from vae_export.bundle import check_output
 from vae_export.export import DEFAULT_PRECISION, FORMS, check_choices, export_bundle
 from vae_export.model import AutoencoderKL
-from vae_export.rewrite import LAST_BLOCKS, NORMS, UPSAMPLES, Form
+from vae_export.rewrite import CONVOLUTIONS, LAST_BLOCKS, NORMS, UPSAMPLES, Form
 from vae_export.tensorrt_engines import plan_engine, present_gpu
 from vae_export.validate import Progress
+from vae_export.winograd import wide_convolutions
 
 NOISE = 0.02  #: a form that is faster by less than this is not preferred
 
@@ -36,7 +37,7 @@ NOISE = 0.02  #: a form that is faster by less than this is not preferred
 class Trial(NamedTuple):
     """One graph in one form with a number of threads (None: the runtime's choice), and how long its calls took."""
 
-    race: str  #: "forms", "last block" or "threads": what it was timed against, in turn
+    race: str  #: "forms", "last block", "convolutions" or "threads": what it was timed against, in turn
     graph: str
     form: Form
     threads: int | None
@@ -146,7 +147,8 @@ class _Bench:
         }
 
     def winner(self, graph: str) -> Trial:
-        """The fastest: first among upsamplings and norms, then with another last block, then with other threads."""
+        """The fastest: first among upsamplings and norms, then with another last block, other convolutions in fp32
+        (where others lose digits), and other threads."""
         start = FORMS[self._target, self._precision]
         upsamples: tuple[str, ...] = UPSAMPLES if graph == "decoder" else (start.upsample,)
         if self._engine is not None and self._precision == "bf16":
@@ -157,6 +159,9 @@ class _Bench:
         if graph == "decoder":
             blocks = sorted(LAST_BLOCKS, key=lambda block: block != start.last_block)
             best = self._race("last block", graph, [(best.form._replace(last_block=b), None) for b in blocks])
+        if self._precision == "fp32" and self._engine is None and any(wide_convolutions(self._model)):
+            kinds = sorted(CONVOLUTIONS, key=lambda kind: kind != start.convolutions)
+            best = self._race("convolutions", graph, [(best.form._replace(convolutions=k), None) for k in kinds])
         if self._engine is not None:
             return best  # no threads to choose
         cores = os.cpu_count() or 1
@@ -223,7 +228,8 @@ def _profiles_with(height: int, width: int, tuned: tuple[Profile, ...]) -> tuple
 
 def describe(form: Form) -> str:
     """A form in a few words, for tables."""
-    return f"upsample {form.upsample}, norm {form.norm}, last block {form.last_block}"
+    said = f"upsample {form.upsample}, norm {form.norm}, last block {form.last_block}"
+    return f"{said}, convolutions {form.convolutions}"
 
 
 def _timed(runtime: VaeRuntime, graph: str, x: Any) -> float:

@@ -12,9 +12,10 @@ from test_export import TABLE, tree
 
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError
 from runtimes.bundle import GRAPHS, GraphSpec, TensorSpec
-from vae_export import AutoencoderKL, export_bundle, openvino_ir, validate_bundle
+from vae_export import AutoencoderKL, export_bundle, openvino_ir, validate_bundle, winograd
 from vae_export.export import FORMS
 from vae_export.openvino_ir import export_ir
+from vae_export.rewrite import fitted, rewrite
 from vae_export.validate import THRESHOLDS
 
 try:
@@ -77,7 +78,7 @@ def test_inputs_and_outputs_are_those_of_the_table(bundle, graph):
 def test_manifest_says_what_was_made_of_what_and_with_what(bundle, tiny_model):
     manifest = Bundle(bundle).manifest
     assert (manifest.target, manifest.precision, manifest.config) == ("openvino", bundle.name, tiny_model.config)
-    assert list(manifest.rewrites) == FORMS["openvino", bundle.name].records()
+    assert list(manifest.rewrites) == fitted(FORMS["openvino", bundle.name], tiny_model).records()
     assert manifest.tools["openvino"] == ov.__version__
     assert {"python", "torch", "onnx"} <= set(manifest.tools)
 
@@ -105,6 +106,20 @@ def test_weights_are_of_the_precision(openvino_bundle, graph, precision, stored)
     # Kernels: bias and weight of a norm are one number a channel, and fp32 where its statistics are.
     weights = [kind for kind, shape in kinds if len(shape) == 4 and shape[0] > 1 and kind not in ("i64", "i32")]
     assert len(weights) > 10 and set(weights) == {stored}
+
+
+def test_wide_convolutions_are_those_of_winograd_in_fp32(tmp_path, monkeypatch):
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 8)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, mid_block_add_attention=False, **kinds)
+    manifest = export_bundle(model, tmp_path / "b", target="openvino").manifest
+    assert {"name": "convolutions", "form": "winograd"} in manifest.rewrites
+    assert manifest.validation["verdict"] == "passed"
+    rewritten = rewrite(model, FORMS["openvino", "fp32"])
+    for graph in GRAPHS:
+        kinds = [op.get_type_name() for op in ov.Core().read_model(tmp_path / "b" / file_of(graph, "xml")).get_ops()]
+        count = sum(isinstance(part, winograd.WinogradConv) for part in getattr(rewritten, graph).modules())
+        assert kinds.count("GroupConvolution") == 16 * count > 0
 
 
 def test_files_tell_nothing_of_the_machine_they_were_made_on(bundle, graph):

@@ -12,7 +12,7 @@ from onnx import TensorProto
 from test_rescale import inputs_of, run, small_model
 from torch.nn import functional as F
 
-from vae_export import AutoencoderKL
+from vae_export import AutoencoderKL, winograd
 from vae_export.checkpoint import load_model
 from vae_export.export import FORMS
 from vae_export.model import Attention, Upsample
@@ -25,6 +25,7 @@ from vae_export.rewrite import (
     UPSAMPLES,
     Form,
     RowNorm,
+    fitted,
     fold_upsample,
     rewrite,
     slim_last_block,
@@ -160,6 +161,39 @@ def test_folding_the_upsampling_changes_nothing_but_rounding(form):
         z = torch.randn(2, 4, height, width)
         # Weights are added before instead of after the products: fp32 rounding.
         torch.testing.assert_close(folded.decode_latents(z), model.decode_latents(z), rtol=0, atol=1e-5)
+
+
+# Wide convolutions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 10), (1, 3, 2, 2), (1, 7, 4, 2)], ids=str)
+def test_a_convolution_by_winograd_is_the_same_to_twice_the_digits_of_fp32(shape):
+    conv = torch.nn.Conv2d(shape[1], 4, 3, padding=1).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    same(winograd.WinogradConv(conv)(x), conv(x), 1e-13)
+
+
+@pytest.mark.parametrize("name", ["three levels", "attention in every block", "two layers, no attention", "one level"])
+def test_models_with_wide_convolutions_are_the_same_at_odd_sizes_too(monkeypatch, name):
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 24)
+    model = model_of(**MODELS[name]).double()
+    form = Form(last_block="lean", convolutions="winograd")
+    rewritten = rewrite(model, form)
+    replaced = [path for path, module in rewritten.named_modules() if isinstance(module, winograd.WinogradConv)]
+    # Neither the first level of the decoder nor the last of the encoder, whose sides may be odd.
+    assert bool(replaced) == (name != "one level") == (fitted(form, model).convolutions == "winograd")
+    odd = ("mid_block", "decoder.up_blocks.0", f"encoder.down_blocks.{len(model.encoder.down_blocks) - 1}")
+    assert not [path for path in replaced if any(part in path for part in odd)]
+    for graph, x in arrays_for(model):
+        same(run(rewritten, graph, x.double()), run(model, graph, x.double()), 1e-12)
+
+
+def test_narrow_convolutions_are_left_as_they_are_and_the_manifest_does_not_tell_of_them():
+    model = model_of()
+    form = Form(convolutions="winograd")
+    assert repr(winograd.use_winograd(model)) == repr(model)
+    assert fitted(form, model) == PLAIN
+    assert fitted(Form(last_block="lean"), model_of(channels=(16, 16))) == PLAIN
 
 
 # The last block ---------------------------------------------------------------------------------------------------

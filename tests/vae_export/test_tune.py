@@ -95,7 +95,7 @@ def test_the_command_prints_what_it_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "tune_bundle", lambda *_, **__: found)
     result = CliRunner().invoke(app, ["tune", "--out", str(tmp_path / "b")])
     assert result.exit_code == 0
-    assert re.search(r"decoder\s+conv\s+rows\s+plain\s+auto\s+0\.600\s+1\.00\s+kept", result.output)
+    assert re.search(r"decoder\s+conv\s+rows\s+plain\s+direct\s+auto\s+0\.600\s+1\.00\s+kept", result.output)
     result = CliRunner().invoke(app, ["tune", "--out", str(tmp_path / "b"), "--json"])
     assert json.loads(result.stdout)["trials"][0]["seconds"] == [0.5, 0.7, 0.6]
 
