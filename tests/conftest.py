@@ -76,6 +76,24 @@ def tileable_bundle(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def two_level_model():
+    """Two levels, no attention, random weights: where any model will do, quickly exported. Do not change it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoencoderKL(
+            block_out_channels=(16, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+            sample_size=64,
+            scaling_factor=0.5,
+        )
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(onnx_bundle):
     """The same; the tests of other backends put theirs in its place."""
     return onnx_bundle

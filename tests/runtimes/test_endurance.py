@@ -11,8 +11,7 @@ import pytest
 FEW = {"threads": 8, "calls_of_each": 12, "long": 150, "opens": 25}
 MANY = {"threads": 8, "calls_of_each": 500, "long": 10_000, "opens": 500}
 GROWTH = 10  # MB: an allocator's slack; a leak of one 64x64 image in a call would be 490 MB in 10,000
-COUNTS = [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)]
-BACKENDS = ["onnxruntime", "openvino", "flax"]
+BACKENDS = ("onnxruntime", "openvino", "flax")
 
 COMMON = """
 import ctypes, gc, json, os, random, sys
@@ -89,7 +88,18 @@ print(json.dumps([before, status()]))
 """
 
 
-@pytest.fixture(params=BACKENDS)
+def runs(few):
+    """(backend, counts): few on these backends, many on all."""
+    yield from (pytest.param(backend, FEW, id=f"{backend}-few") for backend in few)
+    yield from (pytest.param(backend, MANY, id=f"{backend}-many", marks=pytest.mark.slow) for backend in BACKENDS)
+
+
+every_backend = pytest.mark.parametrize(("bundle", "counts"), runs(BACKENDS), indirect=["bundle"])
+#: JAX takes 25 s to compile what the others have at once.
+few_without_jax = pytest.mark.parametrize(("bundle", "counts"), runs(BACKENDS[:2]), indirect=["bundle"])
+
+
+@pytest.fixture
 def bundle(request, tiny_bundle):
     backend = request.param
     if backend == "onnxruntime":
@@ -105,12 +115,12 @@ def run(alone, bundle):
     return lambda program, counts: json.loads(alone(COMMON + program, bundle, json.dumps(counts), timeout=1500)[-1])
 
 
-@pytest.mark.parametrize("counts", COUNTS)
+@every_backend
 def test_threads_get_to_the_bit_what_one_gets(run, counts):
     assert run(THREADS, counts) == counts["threads"] * counts["calls_of_each"]
 
 
-@pytest.mark.parametrize("counts", COUNTS)
+@few_without_jax
 def test_memory_does_not_grow_with_calls(run, counts):
     before, after = run(LONG, counts)
     print(before, after)
@@ -118,7 +128,7 @@ def test_memory_does_not_grow_with_calls(run, counts):
     assert (after["threads"], after["files"]) == (before["threads"], before["files"])
 
 
-@pytest.mark.parametrize("counts", COUNTS)
+@few_without_jax
 def test_opening_and_closing_leaves_nothing(run, counts):
     before, after = run(OPENS, counts)
     print(before, after)

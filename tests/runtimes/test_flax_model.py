@@ -76,7 +76,11 @@ def of_reference(reference):
     return vae, params
 
 
-@pytest.mark.parametrize("name", CASES)
+#: differ from others in numbers alone, and take 4 s each to compile
+SLOW = ("sdxl-32-groups", "cogview", "x4-upscaler")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
 @torch.no_grad()
 def test_results_are_those_of_the_pytorch_reference(name):
     config, shape = CASES[name]

@@ -58,13 +58,13 @@ def test_weights_are_fp16_and_the_interface_as_asked(io_precision, dtype, tiny_m
     assert np.isfinite(session.run(None, {spec.input.name: z})[0]).all()
 
 
-def test_a_bf16_bundle_says_what_could_not_be_run(tiny_model, tmp_path):
-    bundle = export_bundle(tiny_model, tmp_path / "bf16", precision="bf16")
+def test_a_bf16_bundle_says_what_could_not_be_run(two_level_model, tmp_path):
+    bundle = export_bundle(two_level_model, tmp_path / "bf16", precision="bf16")
     validation = bundle.manifest.validation
     assert "bfloat16" in validation["not_run"]
     assert {m["by"] for m in validation["measurements"]} == {"simulated bf16"}
     with pytest.raises(ConfigError, match="no bfloat16"):
-        export_bundle(tiny_model, tmp_path / "same", precision="bf16", io_precision="same")
+        export_bundle(two_level_model, tmp_path / "same", precision="bf16", io_precision="same")
 
 
 @pytest.mark.parametrize("exponent", [0, 15, 30])

@@ -241,8 +241,8 @@ def test_a_graph_that_is_off_by_a_step_everywhere_is_not_written(tiny_model, bun
     assert thresholds_of("fp16", pixels=True) == thresholds_of("fp16", pixels=False)
 
 
-def test_half_precision_is_simulated_through_pixels_and_run(tiny_model, tmp_path):
-    bundle = export_bundle(tiny_model, tmp_path / "half", precision="fp16", io_precision="same", io="uint8")
+def test_half_precision_is_simulated_through_pixels_and_run(two_level_model, tmp_path):
+    bundle = export_bundle(two_level_model, tmp_path / "half", precision="fp16", io_precision="same", io="uint8")
     graphs = bundle.manifest.graphs
     types = [(graphs[graph].input.dtype, graphs[graph].output.dtype) for graph in ("encoder", "decoder")]
     assert types == [("uint8", "float16"), ("float16", "uint8")]
