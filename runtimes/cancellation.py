@@ -25,7 +25,7 @@ def cancellable(cancel: Callable[[], object]) -> Iterator[None]:
 def cancel_calls() -> None:
     """End all calls that are at work in this process, of ONNX Runtime and OpenVINO: each raises a `VaeError`.
 
-    ONNX Runtime ends behind the operation that it is at, OpenVINO at the next place where it looks.
+    They end behind the operation that they are at. In OpenVINO a whole attention is one, in ONNX bundles a block of it.
     """
     for cancel in list(_at_work):
         cancel()
