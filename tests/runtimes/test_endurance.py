@@ -90,8 +90,10 @@ print(json.dumps([before, status()]))
 
 def runs(few):
     """(backend, counts): few on these backends, many on all."""
-    yield from (pytest.param(backend, FEW, id=f"{backend}-few") for backend in few)
-    yield from (pytest.param(backend, MANY, id=f"{backend}-many", marks=pytest.mark.slow) for backend in BACKENDS)
+    return [
+        *(pytest.param(backend, FEW, id=f"{backend}-few") for backend in few),
+        *(pytest.param(backend, MANY, id=f"{backend}-many", marks=pytest.mark.slow) for backend in BACKENDS),
+    ]
 
 
 every_backend = pytest.mark.parametrize(("bundle", "counts"), runs(BACKENDS), indirect=["bundle"])
