@@ -367,8 +367,8 @@ def test_encoded_images_are_decoded_again(run, tiny_bundle, files):
     assert Path("image.png").read_bytes() == Path("y-1.png").read_bytes() == Path("y-2.png").read_bytes()
 
 
-def test_pixels_are_exported_and_used(run, tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "model")
+def test_pixels_are_exported_and_used(run, two_level_model, tmp_path):
+    two_level_model.save_pretrained(tmp_path / "model")
     command = ("--to", "onnx", "--io", "uint8", "--model", tmp_path / "model", "--no-validate", "--out", "pixels")
     graphs = run(*command, "--json").json["manifest"]["graphs"]
     assert graphs["encoder"]["input"]["dtype"] == graphs["decoder"]["output"]["dtype"] == "uint8"

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from runtimes import BackendUnavailable, Bundle, ConfigError
-from vae_export import AutoencoderKL, export, tune
+from vae_export import AutoencoderKL, export, tune, winograd
 from vae_export.cli import app
 from vae_export.rewrite import UPSAMPLES, Form
 from vae_export.tensorrt_engines import present_gpu
@@ -60,6 +60,19 @@ def test_a_form_that_wins_by_noise_alone_is_not_preferred(tiny_model, tmp_path, 
     default = export.FORMS["onnx", "fp32"]
     assert tuned.winners["decoder"].form == default
     assert tuned.winners["encoder"].form == default._replace(last_block="plain")  # it has none
+
+
+def test_wide_convolutions_are_raced_in_fp32_alone(two_level_model, tmp_path, race, monkeypatch):
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 16)
+    monkeypatch.setattr(tune, "export_bundle", lambda *_, **__: None)
+    race(lambda form, threads: 1.0 if form.convolutions == "winograd" else 2.0)
+    for precision, kinds in (("fp32", {"direct", "winograd"}), ("fp16", {"direct"})):
+        tuned = tune_bundle(two_level_model, tmp_path / "b", precision=precision, height=16, width=16, rounds=1)
+        assert {trial.form.convolutions for trial in tuned.trials} == kinds
+        assert {winner.form.convolutions for winner in tuned.winners.values()} == {max(kinds)}  # the latter, if timed
+    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 512)
+    tuned = tune_bundle(two_level_model, tmp_path / "b", height=16, width=16, rounds=1)
+    assert "convolutions" not in {trial.race for trial in tuned.trials}, "it has none"
 
 
 def test_what_is_timed_is_the_graph_in_its_form(tmp_path):
