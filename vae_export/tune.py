@@ -147,8 +147,8 @@ class _Bench:
         }
 
     def winner(self, graph: str) -> Trial:
-        """The fastest: first among upsamplings and norms, then with another last block, other convolutions in fp32
-        (where others lose digits), and other threads."""
+        """The fastest: first among upsamplings and norms, then with another last block, with other convolutions (in
+        fp32 alone, since they lose digits in half precision), and with other threads."""
         start = FORMS[self._target, self._precision]
         upsamples: tuple[str, ...] = UPSAMPLES if graph == "decoder" else (start.upsample,)
         if self._engine is not None and self._precision == "bf16":
