@@ -177,11 +177,11 @@ def test_every_architecture_is_cut(fields, form, tmp_path):
         assert decibels(found, expected) >= SEAMLESS_DB
 
 
-def test_half_precision_and_pixels_keep_to_their_bars(two_level_model, tmp_path):
-    bundle = export_bundle(two_level_model, tmp_path / "b", precision="fp16", io="uint8", tileable=True)
+def test_half_precision_and_pixels_keep_to_their_bars(tiny_model, tmp_path):
+    bundle = export_bundle(tiny_model, tmp_path / "b", precision="fp16", io="uint8", tileable=True)
     seamless = [m for m in bundle.manifest.validation["measurements"] if m["by"] == "onnxruntime seamless"]
     assert {m["graph"] for m in seamless} == {"encoder", "decoder"}
-    assert all(m["psnr_db"] is None or m["psnr_db"] >= 50 for m in seamless)  # None: not a pixel is another
+    assert min(m["psnr_db"] for m in seamless) >= 50
     images = np.random.default_rng(0).integers(0, 256, (1, 80, 104, 3), np.uint8)
     with open_vae(bundle.path) as vae:
         latents = vae.images_to_latents(images)

@@ -132,7 +132,7 @@ def heeding(number, *arguments):
 
 
 def test_call_in_native_code_is_interrupted_and_no_picture_is_left(tileable_bundle, tmp_path):
-    """Of 2048x2048 pixels at once, half a minute of it: Python's handlers would wait that long."""
+    """Of 2048x2048 pixels at once, which takes longer than is waited here: Python's handlers would wait as long."""
     Image.new("RGB", (2048, 2048)).save(tmp_path / "large.png")
     command = heeding(signal.SIGINT, "roundtrip", tileable_bundle, "large.png")
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
