@@ -77,7 +77,7 @@ def of_reference(reference):
 
 
 #: differ from others in numbers alone, and take 4 s each to compile
-SLOW = ("sdxl-32-groups", "cogview", "x4-upscaler")
+SLOW = ("sdxl-32-groups", "x4-upscaler")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
