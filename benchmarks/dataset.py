@@ -37,12 +37,12 @@ from benchmarks.memory_model import status
 from runtimes import Bundle, open_vae
 from runtimes.images import load_image
 from runtimes.latents import LatentDataset
-from vae_export.dataset import Opening, encode_dataset, make_contract
-from vae_export.dataset_encode import BatchSize, Storage, encode_batch
-from vae_export.dataset_images import Prepared, SizePolicy, prepare
-from vae_export.dataset_plan import Plan
-from vae_export.dataset_shards import Entry, LatentDirectory, write_shard
-from vae_export.dataset_sources import open_source
+from vae_export.dataset.encode import BatchSize, Storage, encode_batch
+from vae_export.dataset.images import Prepared, SizePolicy, prepare
+from vae_export.dataset.job import Opening, encode_dataset, make_contract
+from vae_export.dataset.plan import Plan
+from vae_export.dataset.shards import Entry, LatentDirectory, write_shard
+from vae_export.dataset.sources import open_source
 
 STORAGE = Storage(stored="mean", scaled=True, dtype="float32")
 PHOTO = (1024, 768)  #: pixels, of the JPEGs that are read

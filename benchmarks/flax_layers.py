@@ -16,13 +16,13 @@ from jax import lax
 from jax import numpy as jnp
 
 from runtimes.config import VaeConfig
-from runtimes.flax_layers import FoldedConv, GroupNorm
+from runtimes.flax.layers import FoldedConv, GroupNorm
 
 CALLS = 5
 MAPS = ((32, 512), (64, 512), (128, 256))  #: side and channels in front of each upsampling of an image of 256 pixels
 NORMS = ((128, 512), (256, 256), (512, 128))
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-TAPS = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float32)  #: see vae_export.rewrite.DeconvUpsample
+TAPS = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float32)  #: see `DeconvUpsample`
 
 
 def plain(x: Any, kernel: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How much memory a call needs, for `runtimes.memory.RATES`: python -m benchmarks.memory_model
+"""How much memory a call needs, for `runtimes.tiling.budget.RATES`: python -m benchmarks.memory_model
 
 A model of Stable Diffusion's size with random weights; each number is the growth of a fresh process's peak over one
 call.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vae_export.model import AutoencoderKL
+from vae_export.families.autoencoder_kl import AutoencoderKL
 
 
 def stable_diffusion_sized() -> AutoencoderKL:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as DiffusersVae
 
-    from vae_export.model import AutoencoderKL
+    from vae_export.families.autoencoder_kl import AutoencoderKL
 
 Array = npt.NDArray[np.float32]
 Run = Callable[[str, Array], Array]  #: ("encode" or "decode", images or latents) -> moments or images

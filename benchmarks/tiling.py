@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.memory_model import status
 from runtimes import open_vae
 from runtimes.images import load_image, to_float
-from runtimes.tiling import TILINGS
+from runtimes.tiling.blended import TILINGS
 
 MODES = ("untiled", *TILINGS)
 PHOTO_SIDE, PHOTO_TILES = 512, (256, 128)  #: pixels

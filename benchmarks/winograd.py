@@ -20,7 +20,7 @@ from benchmarks.models import stable_diffusion_sized
 from runtimes import open_vae
 from runtimes.bundle import GRAPHS
 from vae_export.export import FORMS, export_bundle
-from vae_export.rewrite import CONVOLUTIONS
+from vae_export.rewrites.form import CONVOLUTIONS
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.tiny_pipelines import KINDS, tiny_pipeline
 from runtimes import open_vae
 from vae_export import AutoencoderKL, export_bundle
-from vae_export.checkpoint import load_model
+from vae_export.checkpoints.load import load_model
 from vae_export.diffusers import as_diffusers_vae
 
 

@@ -53,9 +53,9 @@ __all__ = [
 BACKENDS = {
     "onnxruntime": "runtimes.onnxruntime:OnnxRuntimeVae",
     "openvino": "runtimes.openvino:OpenVinoVae",
-    "flax": "runtimes.flax:FlaxVae",
-    "tensorrt": "runtimes.tensorrt:TensorRtVae",
-    "tensorrt-rtx": "runtimes.tensorrt:TensorRtRtxVae",
+    "flax": "runtimes.flax.runtime:FlaxVae",
+    "tensorrt": "runtimes.tensorrt.runtime:TensorRtVae",
+    "tensorrt-rtx": "runtimes.tensorrt.runtime:TensorRtRtxVae",
 }
 #: target of a bundle -> the backends that open it, the default first
 BACKENDS_OF_TARGET: dict[str, tuple[str, ...]] = {

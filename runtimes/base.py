@@ -23,11 +23,11 @@ from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError, NumericsError, OutOfMemoryError, ShapeError, VaeError
 from runtimes.images import Images, as_uint8_batch, to_float, to_uint8
 from runtimes.layout import as_pixels, channels_first, channels_first_floats, channels_last, padded
-from runtimes.memory import Rate, call_bytes, parse_bytes, rate_of
 from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
 from runtimes.posterior import DiagonalGaussianDistribution, array_module
-from runtimes.seamless import largest_maps, run_seamless
-from runtimes.tiling import TilingAndSlicing
+from runtimes.tiling.blended import TilingAndSlicing
+from runtimes.tiling.budget import Rate, call_bytes, parse_bytes, rate_of
+from runtimes.tiling.seamless import largest_maps, run_seamless
 
 Array = npt.NDArray[Any]
 GraphName = Literal["encoder", "decoder"]
@@ -193,7 +193,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
 
         Set to a number or a text such as "2GiB": what fits is computed untiled, and what does not in the largest tiles
         that do (of the kind that `enable_tiling` chose, blended unless it was called). How much a call needs is a
-        model, measured for each backend and precision: see `runtimes.memory`. `ConfigError` where there is none.
+        model, measured for each backend and precision: see `runtimes.tiling.budget`. `ConfigError` where there is none.
         """
         return None if self._budget is None else self._budget[0]
 

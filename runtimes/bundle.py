@@ -22,7 +22,7 @@ from typing import Any
 
 from runtimes.config import VaeConfig
 from runtimes.errors import BundleError, CompatibilityError, ConfigError, IntegrityError
-from runtimes.profiles import Profile
+from runtimes.tensorrt.profiles import Profile
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -84,7 +84,7 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class Step:
-    """A part of a graph that seamless tiling runs by itself: see `runtimes.seamless`."""
+    """A part of a graph that seamless tiling runs by itself: see `runtimes.tiling.seamless`."""
 
     kind: str  #: one of STEP_KINDS
     file: str

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtimes import open_vae, tensorrt_flavours
-from runtimes.profiles import parse_profile
+from runtimes import open_vae
+from runtimes.tensorrt import flavours as tensorrt_flavours
+from runtimes.tensorrt.profiles import parse_profile
 from vae_export import AutoencoderKL, export, export_bundle
-from vae_export.tensorrt_engines import plan_engine, rebuild_bundle
+from vae_export.targets.tensorrt import plan_engine, rebuild_bundle
 from vae_export.validate import Case
 
 FAKES = Path(__file__).parent / "fakes"

@@ -24,7 +24,7 @@ ROUNDTRIP = """
 import importlib.util, sys
 import numpy as np
 from runtimes import open_vae
-import vae_export, vae_export.cli
+import vae_export, vae_export.cli.app
 
 assert sys.prefix != sys.base_prefix and vae_export.__file__.startswith(sys.prefix)
 assert not any(importlib.util.find_spec(name) for name in ("torch", "onnx", "safetensors"))

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from vae_export.checkpoint import load_model
-from vae_export.model import AutoencoderKL
-from vae_export.rescale import stages
+from vae_export.checkpoints.load import load_model
+from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.rewrites.rescale import stages
 
 Draw = Callable[[float, float], float]
 

@@ -86,7 +86,7 @@ def check(directory, flax_class):
 def main():
     command, directory = sys.argv[1], Path(sys.argv[2])
     if command == "write":
-        from runtimes.flax_model import FlaxAutoencoderKL
+        from runtimes.flax.model import FlaxAutoencoderKL
 
         write(directory, FlaxAutoencoderKL)
     else:

@@ -24,7 +24,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 from runtimes.config import VaeConfig
-from vae_export.model import AutoencoderKL
+from vae_export.families.autoencoder_kl import AutoencoderKL
 
 # Photograph -> its licence, as the docstrings of skimage.data state it.
 TRAINING_PHOTOS = {

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runtimes.config import VaeConfig as VaeConfig
-    from vae_export.model import AutoencoderKL as AutoencoderKL
+    from vae_export.families.autoencoder_kl import AutoencoderKL as AutoencoderKL
 
 _HOMES = {
-    "AutoencoderKL": "vae_export.model",
+    "AutoencoderKL": "vae_export.families.autoencoder_kl",
     "VaeConfig": "runtimes.config",
     "export_bundle": "vae_export.export",
     "validate_bundle": "vae_export.export",

@@ -13,18 +13,22 @@ import torch
 from runtimes import Bundle, open_vae
 from runtimes.bundle import ENGINE_TARGETS, GRAPHS, Engine, GraphSpec, Manifest
 from runtimes.errors import ConfigError
-from runtimes.profiles import checked
-from vae_export import __version__, flax_export, onnx_graphs, openvino_ir, tensorrt_engines
+from runtimes.tensorrt.profiles import checked
+from vae_export import __version__
 from vae_export.bundle import check_output, write_bundle
-from vae_export.checkpoint import CONFIG_FILE, is_single_file, load_model
-from vae_export.hub import Hub
-from vae_export.model import AutoencoderKL
+from vae_export.checkpoints.hub import Hub
+from vae_export.checkpoints.load import CONFIG_FILE, is_single_file, load_model
+from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.photos import HELD_OUT, crops, photographs
-from vae_export.ranges import HALVES, Ranges, calibration_inputs, probe
-from vae_export.rescale import HEADROOM, rescale_activations
-from vae_export.rewrite import Form, fitted, rewrite
-from vae_export.tensorrt_engines import memory_lines, plan_engine, rebuild_bundle
-from vae_export.tileable import TileableExport
+from vae_export.rewrites.form import Form, fitted, rewrite
+from vae_export.rewrites.ranges import HALVES, Ranges, calibration_inputs, probe
+from vae_export.rewrites.rescale import HEADROOM, rescale_activations
+from vae_export.rewrites.tileable import TileableExport
+from vae_export.targets import flax as flax_export
+from vae_export.targets import onnx as onnx_graphs
+from vae_export.targets import openvino as openvino_ir
+from vae_export.targets import tensorrt as tensorrt_engines
+from vae_export.targets.tensorrt import memory_lines, plan_engine, rebuild_bundle
 from vae_export.validate import (
     THRESHOLDS,
     Case,
@@ -119,7 +123,7 @@ def export_bundle(
     before). `forms` chooses, for each graph, among its exact rewrites; without it, `FORMS` has what was the fastest
     where it was measured. `tuning` is a record of how they were chosen, for the manifest. `engine` says for which GPUs
     and shapes TensorRT builds (`plan_engine`). With `tileable` the bundle also holds both graphs cut into steps, for
-    seamless tiling (`runtimes.seamless`); it takes twice the space.
+    seamless tiling (`runtimes.tiling.seamless`); it takes twice the space.
 
     The bundle appears whole or not at all; with `overwrite` an existing bundle is replaced in one step. Without
     `run_validation` the manifest says that nothing was compared.

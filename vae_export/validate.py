@@ -19,9 +19,9 @@ import torch
 from runtimes import VaeRuntime
 from runtimes.errors import NumericsError
 from runtimes.images import to_float, to_uint8
-from vae_export.model import AutoencoderKL
+from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.photos import middle_of, photographs
-from vae_export.ranges import SimulatedHalf
+from vae_export.rewrites.ranges import SimulatedHalf
 
 Array = npt.NDArray[Any]  #: float32, or uint8 where graphs take and give pixels
 Candidate = Callable[[str, Array], Array]  #: (graph, input) -> output, as the reference computes it in fp32

@@ -22,10 +22,10 @@ from runtimes.config import VaeConfig
 from runtimes.errors import VaeError
 from runtimes.images import load_image
 from runtimes.ir_scan import check_ir
-from runtimes.latent_shards import open_shard
+from runtimes.latents.shards import open_shard
 from runtimes.onnx_scan import check_onnx
-from vae_export.checkpoint import EMBEDDED, load_model
-from vae_export.model import AutoencoderKL
+from vae_export.checkpoints.load import EMBEDDED, load_model
+from vae_export.families.autoencoder_kl import AutoencoderKL
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CASES = Path(__file__).parent / "cases"  #: CASES/ENTRY/*: what was found, to be found no more

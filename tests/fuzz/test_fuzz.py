@@ -11,7 +11,7 @@ from entries import CASES, ENTRIES, seeds, small_checkpoint, survives
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vae_export.checkpoint import EMBEDDED
+from vae_export.checkpoints.load import EMBEDDED
 
 SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 FEW, MANY = settings(SETTINGS, max_examples=50), settings(SETTINGS, max_examples=120)

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 
 from runtimes import BackendUnavailable, OutOfMemoryError
-from runtimes.cuda import Cuda
-from vae_export.checkpoint import load_model
+from runtimes.tensorrt.cuda import Cuda
+from vae_export.checkpoints.load import load_model
 
 
 @pytest.fixture(scope="session")

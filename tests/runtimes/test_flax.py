@@ -24,12 +24,12 @@ from test_onnxruntime import (  # noqa: F401  (tests that hold for this backend 
 
 from runtimes import BackendUnavailable, CompatibilityError, ConfigError, IntegrityError, VaeError, open_vae
 
-backend = pytest.importorskip("runtimes.flax", exc_type=BackendUnavailable)
+backend = pytest.importorskip("runtimes.flax.runtime", exc_type=BackendUnavailable)
 
 import jax  # noqa: E402
 from jax import export  # noqa: E402
 
-from runtimes import flax_params  # noqa: E402
+from runtimes.flax import params as flax_params  # noqa: E402
 
 ENCODER, DECODER = "vae_encoder/model.stablehlo", "vae_decoder/model.stablehlo"
 MSGPACK = flax_params.FLAX_FILE
@@ -299,7 +299,7 @@ print(*sys.modules)
     assert printed == ["(2, 8, 16, 3)"]
     loaded = {name.partition(".")[0] for name in after.split()}
     assert {"runtimes", "jax"} <= loaded and not loaded & (BANNED | {"onnxruntime"})
-    assert not {"runtimes.flax_model", "runtimes.flax_layers"} & set(after.split())
+    assert not {"runtimes.flax.model", "runtimes.flax.layers"} & set(after.split())
 
 
 @pytest.mark.parametrize("missing", ["jax", "flax", "flatbuffers"])
@@ -309,7 +309,7 @@ import sys, runtimes
 sys.modules["{missing}"] = None
 try: runtimes.open_vae(sys.argv[1])
 except runtimes.BackendUnavailable as error: print(error)
-try: import runtimes.flax
+try: import runtimes.flax.runtime
 except runtimes.BackendUnavailable as error: print(error)
 """
     assert all("pip install 'vae-export[flax]'" in line for line in alone(program, tiny_bundle))

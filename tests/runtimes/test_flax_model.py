@@ -17,13 +17,14 @@ from runtimes.errors import BundleError, CompatibilityError, IntegrityError
 from tools.make_flax_fixtures import random_params
 from vae_export import AutoencoderKL
 
-model = pytest.importorskip("runtimes.flax_model", exc_type=BackendUnavailable)
+model = pytest.importorskip("runtimes.flax.model", exc_type=BackendUnavailable)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from runtimes import flax_layers, flax_params  # noqa: E402
-from runtimes.flax_model import FlaxAutoencoderKL, FlaxDiagonalGaussianDistribution  # noqa: E402
+from runtimes.flax import layers as flax_layers  # noqa: E402
+from runtimes.flax import params as flax_params  # noqa: E402
+from runtimes.flax.model import FlaxAutoencoderKL, FlaxDiagonalGaussianDistribution  # noqa: E402
 
 FIXTURES = Path(__file__).parents[1] / "data" / "flax"
 FIXTURE = FIXTURES / "two-levels"

@@ -15,7 +15,7 @@ PARSERS = {
     "onnx": ["onnxruntime.InferenceSession"],
     "openvino": ["openvino.Core.read_model"],
     "flax": ["jax.export.deserialize", "msgpack.unpackb"],
-    "tensorrt-rtx": ["runtimes.tensorrt.LoadedPlan"],
+    "tensorrt-rtx": ["runtimes.tensorrt.runtime.LoadedPlan"],
 }
 
 

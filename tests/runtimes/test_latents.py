@@ -12,8 +12,8 @@ import torch
 from dataset_samples import encode, image_bytes, make_folder
 
 from runtimes import Bundle, BundleError, CompatibilityError, ConfigError, IntegrityError
-from runtimes.latent_shards import from_stored, open_shard, to_stored
 from runtimes.latents import LatentDataset
+from runtimes.latents.shards import from_stored, open_shard, to_stored
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 

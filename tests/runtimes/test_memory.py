@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from runtimes import ConfigError, OutOfMemoryError, open_vae
-from runtimes.memory import RATES, Rate, call_bytes, parse_bytes, rate_of
+from runtimes.tiling.budget import RATES, Rate, call_bytes, parse_bytes, rate_of
 
 RATE = Rate(encoder=10.0, decoder=20.0, step=5.0)
 

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 from runtimes import CompatibilityError, IntegrityError, onnx_scan, open_vae
 from runtimes.bundle import GRAPHS
 from runtimes.onnx_scan import check_onnx
-from runtimes.tensorrt_builder import BuildJob, build_plan
+from runtimes.tensorrt.builder import BuildJob, build_plan
 
 SAMPLE = helper.make_tensor_value_info("sample", TensorProto.FLOAT, ["b", 3, "h", "w"])
 MOMENTS = helper.make_tensor_value_info("latent_parameters", TensorProto.FLOAT, ["b", 8, "y", "x"])
@@ -140,7 +140,7 @@ def test_onnx_runtime_and_tensorrt_never_see_it(bundle_copy, monkeypatch, case):
     monkeypatch.setattr("onnxruntime.InferenceSession", pytest.fail)
     with pytest.raises(IntegrityError, match=r"vae_encoder/model\.onnx"):
         open_vae(bundle_copy(files={"vae_encoder/model.onnx": data}))
-    monkeypatch.setattr("runtimes.tensorrt_builder.load_flavour", pytest.fail)
+    monkeypatch.setattr("runtimes.tensorrt.builder.load_flavour", pytest.fail)
     with pytest.raises(IntegrityError, match="graph of the encoder"):
         build_plan(data, BuildJob("tensorrt-rtx", "sample", ()), "encoder")
 

@@ -40,7 +40,7 @@ from runtimes import (
     open_vae,
 )
 from vae_export.export import FORMS
-from vae_export.rewrite import rewrite
+from vae_export.rewrites.form import rewrite
 from vae_export.validate import THRESHOLDS, Case, compare, opened_bundle
 
 backend = pytest.importorskip("runtimes.openvino", exc_type=BackendUnavailable)

@@ -21,9 +21,10 @@ import pytest
 from test_cli import run  # noqa: F401  (a fixture)
 from test_onnxruntime import images, latents, results
 
-from runtimes import ConfigError, VaeError, open_vae, tensorrt
-from runtimes.plan_cache import CachedPlan, PlanCache, default_directory, key_of
-from runtimes.profiles import Profile, Range, parse_profile
+from runtimes import ConfigError, VaeError, open_vae
+from runtimes.tensorrt import runtime as tensorrt
+from runtimes.tensorrt.plan_cache import CachedPlan, PlanCache, default_directory, key_of
+from runtimes.tensorrt.profiles import Profile, Range, parse_profile
 
 MADE_OF = {"onnx": "abc", "flavour": "tensorrt"}
 
@@ -167,7 +168,7 @@ def test_threads_that_ask_at_once_build_once(tmp_path):
 
 BUILD_SLOWLY = """
 import os, sys, time
-from runtimes.plan_cache import PlanCache
+from runtimes.tensorrt.plan_cache import PlanCache
 
 def build():
     open(f"{sys.argv[1]}/built-{os.getpid()}", "x").close()
@@ -340,7 +341,7 @@ def test_a_plan_whose_file_is_gone_is_built_again(cache):
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
-from runtimes.plan_cache import PlanCache
+from runtimes.tensorrt.plan_cache import PlanCache
 
 os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 PlanCache(sys.argv[1]).get_or_build({"onnx": "abc", "flavour": "tensorrt"}, lambda: b"plan")

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from runtimes.errors import ConfigError, ShapeError
-from runtimes.profiles import DEFAULT, Profile, Range, checked, make_profile, nearest, parse_profile
+from runtimes.tensorrt.profiles import DEFAULT, Profile, Range, checked, make_profile, nearest, parse_profile
 
 
 def test_a_profile_is_what_was_written():

@@ -11,12 +11,12 @@ import torch
 from runtimes import Bundle, ConfigError, IntegrityError, NumericsError, OutOfMemoryError, open_vae
 from runtimes.bundle import Step
 from runtimes.images import load_image, psnr, to_float
-from runtimes.seamless import largest_maps, run_seamless
+from runtimes.tiling.seamless import largest_maps, run_seamless
 from vae_export import AutoencoderKL, export_bundle
 from vae_export.export import FORMS, rescaled
 from vae_export.photos import photographs
-from vae_export.rewrite import Form
-from vae_export.tileable import TileableExport
+from vae_export.rewrites.form import Form
+from vae_export.rewrites.tileable import TileableExport
 
 # Maps are rounded to fp16 between steps, 11 bits some 20 times: 66 dB each where an error is as large as it can be.
 # The promise is 60 dB; a seam, a zero out of place or statistics of a tile alone cost tens of dB (test below).

@@ -43,12 +43,12 @@ from runtimes import (
     ShapeError,
     VaeError,
     open_vae,
-    tensorrt_flavours,
 )
-from runtimes.profiles import parse_profile
-from runtimes.tensorrt import TensorRtRtxVae, TensorRtVae
+from runtimes.tensorrt import flavours as tensorrt_flavours
+from runtimes.tensorrt.profiles import parse_profile
+from runtimes.tensorrt.runtime import TensorRtRtxVae, TensorRtVae
 from vae_export import AutoencoderKL, export_bundle
-from vae_export.tensorrt_engines import plan_engine
+from vae_export.targets.tensorrt import plan_engine
 
 pytestmark = pytest.mark.usefixtures("fake_gpu")
 

@@ -14,11 +14,12 @@ import pytest
 from conftest import FAKES
 from onnx import TensorProto, helper
 
-from runtimes import BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError, VaeError, tensorrt_builder
-from runtimes.profiles import parse_profile
-from runtimes.tensorrt_builder import BuildJob, build_plan
-from runtimes.tensorrt_flavours import load_flavour
-from vae_export.tensorrt_engines import plan_engine, rebuild_bundle
+from runtimes import BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError, VaeError
+from runtimes.tensorrt import builder as tensorrt_builder
+from runtimes.tensorrt.builder import BuildJob, build_plan
+from runtimes.tensorrt.flavours import load_flavour
+from runtimes.tensorrt.profiles import parse_profile
+from vae_export.targets.tensorrt import plan_engine, rebuild_bundle
 
 SMALLEST, BEST, LARGEST = (1, 4, 8, 8), (1, 4, 16, 16), (2, 4, 32, 32)
 JOB = BuildJob("tensorrt", "x", ((SMALLEST, BEST, LARGEST),))
@@ -52,7 +53,7 @@ def temporary(monkeypatch, tmp_path):
 @pytest.fixture
 def unchecked(monkeypatch):
     """Graphs of a domain of their own get as far as TensorRT's parser: what refuses them before has test_onnx_scan."""
-    monkeypatch.setattr("runtimes.tensorrt_builder.check_onnx", lambda *_: None)
+    monkeypatch.setattr("runtimes.tensorrt.builder.check_onnx", lambda *_: None)
 
 
 pytestmark = pytest.mark.usefixtures("temporary", "unchecked")

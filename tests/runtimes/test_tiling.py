@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runtimes import OutOfMemoryError, ShapeError
-from runtimes.tiling import TileGrid, run_tiled
+from runtimes.tiling.blended import TileGrid, run_tiled
 
 # Promised of tiled results. Other kernels round otherwise by some 1e-6; a tile or a weight out of place shows at 1e-2.
 TILED = 1e-4

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vae_export import dataset
-from vae_export.dataset import Opening, encode_dataset
-from vae_export.dataset_encode import Storage
-from vae_export.dataset_sources import Folder, open_source
+from vae_export.dataset import job as dataset
+from vae_export.dataset.encode import Storage
+from vae_export.dataset.job import Opening, encode_dataset
+from vae_export.dataset.sources import Folder, open_source
 
 SIZES = [(48, 40), (64, 40), (40, 64)]  # width, height
 BUCKETS = ((48, 40), (40, 48))

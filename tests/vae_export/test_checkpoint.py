@@ -27,12 +27,12 @@ from diffusers import AutoencoderKL as DiffusersVae
 from diffusers import AutoencoderTiny, VQModel
 from safetensors.torch import save_file
 
-import vae_export.checkpoint
-import vae_export.config
+import vae_export.checkpoints.architecture
+import vae_export.checkpoints.load
 from runtimes.errors import BundleError, ConfigError, NumericsError
 from vae_export import AutoencoderKL, VaeConfig
-from vae_export.checkpoint import load_model
-from vae_export.config import PublicVae
+from vae_export.checkpoints.architecture import PublicVae
+from vae_export.checkpoints.load import load_model
 
 # Directories ------------------------------------------------------------------------------------------------------
 
@@ -284,7 +284,9 @@ def test_factors_of_a_directory_may_be_overridden(tmp_path):
 def test_factors_of_a_public_file_are_known_by_its_hash(tiny_file, monkeypatch):
     sha256 = AutoencoderKL.from_single_file(tiny_file, config=GROUPS).source.weights_sha256
     public = PublicVae("Test", scaling_factor=0.7, shift_factor=0.1, sample_size=64, files_sha256=(sha256,))
-    monkeypatch.setattr(vae_export.config, "PUBLIC_VAES", (*vae_export.config.PUBLIC_VAES, public))
+    monkeypatch.setattr(
+        vae_export.checkpoints.architecture, "PUBLIC_VAES", (*vae_export.checkpoints.architecture.PUBLIC_VAES, public)
+    )
     model = AutoencoderKL.from_single_file(tiny_file, config=GROUPS)
     assert (*factors(model), model.config.sample_size) == (0.7, 0.1, 64)
     assert factors(AutoencoderKL.from_single_file(tiny_file, config=GROUPS, shift_factor=0.3)) == (0.7, 0.3)

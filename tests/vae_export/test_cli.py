@@ -32,7 +32,8 @@ from runtimes.errors import (
 )
 from runtimes.images import psnr
 from tools.blow_up import blown_up, gains
-from vae_export import cli, cli_images
+from vae_export.cli import app as cli
+from vae_export.cli import images as cli_images
 
 COMMAND = str(Path(sys.executable).with_name("vae-export"))
 PHOTO = Path(vae_export.__file__).parent / "assets" / "photos" / "coffee.jpg"
@@ -401,7 +402,7 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocker())
-from vae_export.cli import main
+from vae_export.cli.app import main
 
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["vae-export", *arguments]

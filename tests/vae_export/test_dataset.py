@@ -26,8 +26,8 @@ pytest.importorskip("filelock")
 
 from pyarrow import parquet  # noqa: E402
 
-from runtimes.latent_shards import open_shard  # noqa: E402
 from runtimes.latents import LatentDataset  # noqa: E402
+from runtimes.latents.shards import open_shard  # noqa: E402
 
 ROUNDING = 2e-6  # float32, other batches: convolutions may sum in another order; latents are of the order of 1
 

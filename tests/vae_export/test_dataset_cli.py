@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from runtimes import ConfigError
 from runtimes.latents import LatentDataset
-from vae_export.cli import app
+from vae_export.cli.app import app
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 

@@ -11,7 +11,7 @@ from dataset_samples import encode, image_bytes, make_folder
 from runtimes import BundleError, ConfigError
 from runtimes.images import load_image
 from runtimes.latents import LatentDataset
-from vae_export.dataset_exporters import export_latents
+from vae_export.dataset.exporters import export_latents
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 

@@ -8,9 +8,9 @@ from dataset_samples import image_bytes
 from PIL import Image
 
 from runtimes import ConfigError
-from vae_export.dataset_encode import MOST_WAITING, BatchSize, batches
-from vae_export.dataset_images import SDXL_BUCKETS, Broken, Prepared, SizePolicy, Unchanged, parse_sizes, prepare
-from vae_export.dataset_sources import Item, Source
+from vae_export.dataset.encode import MOST_WAITING, BatchSize, batches
+from vae_export.dataset.images import SDXL_BUCKETS, Broken, Prepared, SizePolicy, Unchanged, parse_sizes, prepare
+from vae_export.dataset.sources import Item, Source
 
 
 class OneImage(Source):

@@ -13,7 +13,7 @@ pa = pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 
 from pyarrow import parquet  # noqa: E402
 
-from vae_export.dataset_sources import open_source  # noqa: E402
+from vae_export.dataset.sources import open_source  # noqa: E402
 
 IMAGES = [image_bytes(number) for number in range(7)]
 

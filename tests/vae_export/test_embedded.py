@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_image
 from runtimes import open_vae
 from runtimes.images import crop_to_multiple, psnr
 from vae_export import export_bundle
-from vae_export.checkpoint import EMBEDDED, load_model
+from vae_export.checkpoints.load import EMBEDDED, load_model
 from vae_export.photos import photographs
 
 

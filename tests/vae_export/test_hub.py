@@ -22,11 +22,11 @@ from hub_server import MEMBER_TOKEN
 from huggingface_hub import constants
 from safetensors.torch import save
 
-import vae_export.checkpoint
-import vae_export.config
+import vae_export.checkpoints.architecture
+import vae_export.checkpoints.load
 from runtimes.errors import ConfigError
 from vae_export import AutoencoderKL, VaeConfig
-from vae_export.checkpoint import Hub, load_model, parse_hub_url
+from vae_export.checkpoints.load import Hub, load_model, parse_hub_url
 
 
 def test_a_hub_id_gives_the_model_and_its_origin(hub):
@@ -139,7 +139,7 @@ def test_load_model_takes_any_source(hub, tiny_file, tmp_path, monkeypatch):
     """What the command line's --model may name; without one, the embedded model."""
     commit = hub.add(REPO, repository(folder="vae/") | {"ldm.safetensors": tiny_file.read_bytes()})
     source_model("tiny").save_pretrained(tmp_path / "embedded")
-    monkeypatch.setattr(vae_export.checkpoint, "EMBEDDED", tmp_path / "embedded")
+    monkeypatch.setattr(vae_export.checkpoints.load, "EMBEDDED", tmp_path / "embedded")
     at_commit = Hub(revision=commit)
     hub.add(REPO, {"README.md": b"all is gone from main"})
     for model, kind, origin in [
@@ -196,9 +196,9 @@ def test_the_config_may_be_that_of_a_hub_id(hub, tiny_file):
 )
 def test_factors_of_public_repositories_are_known(file, expected, hub, monkeypatch):
     """With tiny files in their places, whose architecture is taken for a public one."""
-    public = (*vae_export.config.PUBLIC_ARCHITECTURES, ((16, 32), 1))
-    monkeypatch.setattr(vae_export.config, "PUBLIC_ARCHITECTURES", public)
-    monkeypatch.setattr(vae_export.config, "PUBLIC_NORM_NUM_GROUPS", 8)
+    public = (*vae_export.checkpoints.architecture.PUBLIC_ARCHITECTURES, ((16, 32), 1))
+    monkeypatch.setattr(vae_export.checkpoints.architecture, "PUBLIC_ARCHITECTURES", public)
+    monkeypatch.setattr(vae_export.checkpoints.architecture, "PUBLIC_NORM_NUM_GROUPS", 8)
     org, name, _, _, filename = file.split("/")
     hub.add(f"{org}/{name}", {filename: save(to_ldm(weights_of("tiny")))})
     assert factors(AutoencoderKL.from_single_file(f"https://huggingface.co/{file}")) == expected

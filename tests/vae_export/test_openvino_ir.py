@@ -12,10 +12,12 @@ from test_export import TABLE, tree
 
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError
 from runtimes.bundle import GRAPHS, GraphSpec, TensorSpec
-from vae_export import AutoencoderKL, export_bundle, openvino_ir, validate_bundle, winograd
+from vae_export import AutoencoderKL, export_bundle, validate_bundle
 from vae_export.export import FORMS
-from vae_export.openvino_ir import export_ir
-from vae_export.rewrite import fitted
+from vae_export.rewrites import winograd
+from vae_export.rewrites.form import fitted
+from vae_export.targets import openvino as openvino_ir
+from vae_export.targets.openvino import export_ir
 from vae_export.validate import THRESHOLDS
 
 try:
@@ -278,7 +280,7 @@ def test_an_export_reports_to_nobody(alone, tmp_path):
 import sys
 from pathlib import Path
 from vae_export import AutoencoderKL
-from vae_export.openvino_ir import export_ir
+from vae_export.targets.openvino import export_ir
 
 model = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False)
 export_ir(model.eval(), "encoder", Path("m.xml"))

@@ -12,13 +12,13 @@ from PIL import Image
 from runtimes import Bundle, ConfigError, NumericsError, ShapeError, VaeError, open_vae
 from runtimes.bundle import TensorSpec
 from runtimes.images import to_float, to_uint8
-from runtimes.profiles import parse_profile
-from runtimes.tensorrt import job_of
-from runtimes.tensorrt_builder import build_plan
+from runtimes.tensorrt.builder import build_plan
+from runtimes.tensorrt.profiles import parse_profile
+from runtimes.tensorrt.runtime import job_of
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
 from vae_export.export import FORMS, check_choices
-from vae_export.onnx_graphs import PixelDecoderGraph, PixelEncoderGraph, export_onnx
-from vae_export.tensorrt_engines import plan_engine
+from vae_export.targets.onnx import PixelDecoderGraph, PixelEncoderGraph, export_onnx
+from vae_export.targets.tensorrt import plan_engine
 from vae_export.validate import compare, opened_bundle, reference_cases, thresholds_of, through_pixels
 
 RNG = np.random.default_rng(0)

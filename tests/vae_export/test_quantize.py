@@ -9,11 +9,12 @@ import torch
 
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError, open_vae
 from runtimes.images import psnr
-from vae_export import export_bundle, quantize
-from vae_export.checkpoint import load_model
-from vae_export.openvino_ir import read_graph, statistics
+from vae_export import export_bundle
+from vae_export.checkpoints.load import load_model
 from vae_export.photos import EMBEDDED, HELD_OUT, crops, middle_of, photographs
-from vae_export.rewrite import Form
+from vae_export.rewrites.form import Form
+from vae_export.targets import int8 as quantize
+from vae_export.targets.openvino import read_graph, statistics
 
 FORM = Form(upsample="deconv", norm="rows", last_block="lean")
 

@@ -36,7 +36,7 @@ print(json.dumps({
 BUILD = """
 import json, sys, time
 from pathlib import Path
-from runtimes.tensorrt_builder import BuildJob, build
+from runtimes.tensorrt.builder import BuildJob, build
 
 onnx, name, shapes = Path(sys.argv[1]).read_bytes(), sys.argv[2], json.loads(sys.argv[3])
 start = time.monotonic()
@@ -86,7 +86,7 @@ def test_an_engine_of_a_real_model_builds_in_15_seconds_and_2_gb(graph, precisio
     pytest.importorskip("tensorrt_rtx")
     from benchmarks.models import stable_diffusion_sized
     from vae_export.export import FORMS
-    from vae_export.onnx_graphs import export_onnx
+    from vae_export.targets.onnx import export_onnx
 
     model, path = stable_diffusion_sized(), tmp_path / "m.onnx"
     spec = export_onnx(model, graph, path, precision=precision, form=FORMS["tensorrt-rtx", precision])

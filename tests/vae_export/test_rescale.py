@@ -10,12 +10,12 @@ import torch
 from runtimes.errors import NumericsError
 from tools.blow_up import blown_up, gains
 from vae_export import AutoencoderKL, export_bundle
-from vae_export.checkpoint import load_model
-from vae_export.model import Attention
+from vae_export.checkpoints.load import load_model
+from vae_export.families.autoencoder_kl import Attention
 from vae_export.photos import middle_of, photographs
-from vae_export.ranges import Ranges, SimulatedHalf, Watch, probe
-from vae_export.rescale import TARGET, rescale_activations
-from vae_export.rewrite import fold_upsample, use_portable_attention
+from vae_export.rewrites.form import fold_upsample, use_portable_attention
+from vae_export.rewrites.ranges import Ranges, SimulatedHalf, Watch, probe
+from vae_export.rewrites.rescale import TARGET, rescale_activations
 
 
 def small_model(*, attention=True, quant=True, levels=3, seed=0):

@@ -12,13 +12,12 @@ from onnx import TensorProto
 from test_rescale import inputs_of, run, small_model
 from torch.nn import functional as F
 
-from vae_export import AutoencoderKL, winograd
-from vae_export.checkpoint import load_model
+from vae_export import AutoencoderKL
+from vae_export.checkpoints.load import load_model
 from vae_export.export import FORMS
-from vae_export.model import Attention, Upsample
-from vae_export.onnx_graphs import DTYPES, OPSET, export_onnx
-from vae_export.operators import TRANSLATIONS, attend_in_blocks, row_norm
-from vae_export.rewrite import (
+from vae_export.families.autoencoder_kl import Attention, Upsample
+from vae_export.rewrites import winograd
+from vae_export.rewrites.form import (
     LAST_BLOCKS,
     NORMS,
     PLAIN,
@@ -32,6 +31,8 @@ from vae_export.rewrite import (
     use_portable_attention,
     use_row_norms,
 )
+from vae_export.rewrites.operators import TRANSLATIONS, attend_in_blocks, row_norm
+from vae_export.targets.onnx import DTYPES, OPSET, export_onnx
 from vae_export.validate import Case, compare
 
 # Sums of some hundred terms of order 1 in another order, a dozen layers deep; weights added, or multiplied with each

@@ -15,14 +15,14 @@ from onnx import TensorProto, helper
 from runtimes import Bundle, open_vae
 from runtimes.bundle import GRAPHS, Engine
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, NumericsError, OutOfMemoryError
-from runtimes.profiles import DEFAULT, Profile, Range, parse_profile
-from runtimes.tensorrt_builder import BuildJob, build, build_plan
-from runtimes.tensorrt_flavours import load_flavour, system
+from runtimes.tensorrt.builder import BuildJob, build, build_plan
+from runtimes.tensorrt.flavours import load_flavour, system
+from runtimes.tensorrt.profiles import DEFAULT, Profile, Range, parse_profile
 from vae_export import export_bundle
 from vae_export.export import FORMS
-from vae_export.onnx_graphs import export_onnx
-from vae_export.rewrite import Form
-from vae_export.tensorrt_engines import (
+from vae_export.rewrites.form import Form
+from vae_export.targets.onnx import export_onnx
+from vae_export.targets.tensorrt import (
     activation_bytes,
     check_memory,
     estimate_memory,
@@ -276,7 +276,7 @@ def test_a_profile_that_cannot_fit_is_refused_with_the_largest_that_would(tiny_m
 
 
 def command(*arguments, cwd):
-    run = [sys.executable, "-c", "from vae_export.cli import main; main()", *arguments]
+    run = [sys.executable, "-c", "from vae_export.cli.app import main; main()", *arguments]
     return subprocess.run(run, cwd=cwd, capture_output=True, text=True, check=False)
 
 

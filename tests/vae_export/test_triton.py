@@ -13,7 +13,7 @@ import pytest
 from runtimes import Bundle
 from runtimes.bundle import GRAPHS, Engine
 from runtimes.errors import BundleError, CompatibilityError, ConfigError
-from runtimes.profiles import parse_profile
+from runtimes.tensorrt.profiles import parse_profile
 from vae_export.triton import model_config, write_repository
 
 # The sign that the server took a config, and then looked for the backend's library, which is not here.

@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from runtimes import BackendUnavailable, Bundle, ConfigError
-from vae_export import AutoencoderKL, export, tune, winograd
-from vae_export.cli import app
-from vae_export.rewrite import UPSAMPLES, Form
-from vae_export.tensorrt_engines import present_gpu
+from vae_export import AutoencoderKL, export, tune
+from vae_export.cli.app import app
+from vae_export.rewrites import winograd
+from vae_export.rewrites.form import UPSAMPLES, Form
+from vae_export.targets.tensorrt import present_gpu
 from vae_export.tune import tune_bundle
 
 

@@ -1,4 +1,4 @@
-"""The calls of cuda-python's runtime API that `runtimes.cuda` makes, over `fake_gpu`."""
+"""The calls of cuda-python's runtime API that `runtimes.tensorrt.cuda` makes, over `fake_gpu`."""
 
 from __future__ import annotations
 

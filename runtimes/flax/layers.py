@@ -1,0 +1,226 @@
+"""The layers of `runtimes.flax.model`: each takes and gives [B, H, W, C], and is named as diffusers named it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax import Array, lax
+from jax import numpy as jnp
+
+from runtimes.config import VaeConfig
+
+NORM_EPS = 1e-6
+QUERIES = 1024  #: of the attention at a time: 64 MiB of scores for an image of 1024 x 1024, where all of them are 1 GiB
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
+
+
+class Layer(nn.Module):
+    """What every part of the network knows: the config, in which type it computes, and how exact its products are."""
+
+    config: VaeConfig
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+    @nn.nowrap
+    def part(self, kind: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[Array], Array]:
+        """A `Layer` of another kind, with the same settings."""
+        layer: Callable[[Array], Array] = kind(self.config, self.dtype, self.precision, *arguments, **options)
+        return layer
+
+    @nn.nowrap
+    def conv(self, channels: int, size: int, name: str, **options: Any) -> Callable[[Array], Array]:
+        options = {"padding": size // 2, **options}
+        return nn.Conv(channels, (size, size), dtype=self.dtype, precision=self.precision, name=name, **options)
+
+
+class GroupNorm(Layer):
+    """Statistics in fp32 whatever the type, of what is left when the mean is subtracted.
+
+    The mean square less the squared mean, as Flax has it, would save a pass, and has no digits left where a picture is
+    of one colour. Over positions first, then over the channels of a group: on a CPU, three quarters of the time
+    where maps are large.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels, groups = x.shape[-1], self.config.norm_num_groups
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+
+        def of_groups(values: Array) -> Array:  # [B, H, W, C] -> [B, 1, 1, C], the mean of each channel's group
+            means = values.mean((1, 2)).reshape(-1, groups, channels // groups).mean(-1)
+            return jnp.repeat(means, channels // groups, axis=-1)[:, None, None]
+
+        x = x.astype(jnp.float32)
+        centred = x - of_groups(x)
+        variance = of_groups(centred * centred)
+        factor = lax.rsqrt(variance + NORM_EPS) * scale.astype(jnp.float32)
+        return (centred * factor + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+class ResnetBlock(Layer):
+    """Two normalised convolutions beside a shortcut."""
+
+    channels: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        activation = ACTIVATIONS[self.config.act_fn]
+        h = self.conv(self.channels, 3, "conv1")(activation(self.part(GroupNorm, name="norm1")(x)))
+        h = self.conv(self.channels, 3, "conv2")(activation(self.part(GroupNorm, name="norm2")(h)))
+        return h + (x if x.shape[-1] == self.channels else self.conv(self.channels, 1, "conv_shortcut")(x))
+
+
+class Attention(Layer):
+    """Over all positions, one head of C channels, residual added."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        b, h, w, c = x.shape
+        dense = functools.partial(nn.Dense, c, dtype=self.dtype, precision=self.precision)
+        positions = self.part(GroupNorm, name="group_norm")(x).reshape(b, h * w, c)
+        q, k, v = (dense(name=name)(positions) for name in ("query", "key", "value"))
+        return x + dense(name="proj_attn")(attend(q, k, v, self.precision)).reshape(b, h, w, c)
+
+
+def attend(q: Array, k: Array, v: Array, precision: Any = None) -> Array:
+    """softmax(q k^T / sqrt(C)) v for [B, HW, C], `QUERIES` at a time: memory grows with HW, not with its square.
+
+    Exact: a softmax runs over the keys of one query. Gradients compute the scores of each block anew.
+    """
+    batch, count, channels = q.shape
+
+    def of(queries: Array) -> Array:
+        scores = jnp.einsum("bqc,bkc->bqk", queries, k, precision=precision, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * channels**-0.5, axis=-1).astype(v.dtype)
+        return jnp.einsum("bqk,bkc->bqc", weights, v, precision=precision)
+
+    if isinstance(count, int) and count <= QUERIES:
+        return of(q)
+    # The last block is filled up with zeros, which lax.pad takes off again: sizes may be unknown while this is traced.
+    blocks = (count + QUERIES - 1) // QUERIES
+    missing, zero = blocks * QUERIES - count, jnp.zeros((), q.dtype)
+    filled = lax.pad(q, zero, ((0, 0, 0), (0, missing, 0), (0, 0, 0)))
+    in_blocks = filled.reshape(batch, blocks, QUERIES, channels).swapaxes(0, 1)
+    out = lax.map(jax.checkpoint(of), in_blocks).swapaxes(0, 1).reshape(batch, blocks * QUERIES, channels)
+    return lax.pad(out, zero, ((0, 0, 0), (0, -missing, 0), (0, 0, 0)))
+
+
+class Downsample(Layer):
+    """-> [B, H // 2, W // 2, C]: zeros on the right and bottom only, then a strided convolution."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x.shape[-1], 3, "conv", strides=2, padding=((0, 1), (0, 1)))(x)
+
+
+class Upsample(Layer):
+    """-> [B, 2*H, 2*W, C]: nearest neighbour and its convolution."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return self.part(FoldedConv, name="conv")(x)
+
+
+class FoldedConv(Layer):
+    """Nearest x2 and a 3x3 convolution as four 2x2 ones, interleaved: 4/9 of the multiplications.
+
+    Exact but for rounding: taps that fall on the same pixel are added before they are multiplied. Along an axis, output
+    2i sees w0 x[i-1] + (w1 + w2) x[i], output 2i+1 sees (w0 + w1) x[i] + w2 x[i+1].
+    """
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        b, h, w, c = x.shape
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, c)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (c,)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        parts: list[Array] = []
+        for rows in (jnp.stack([kernel[0], kernel[1] + kernel[2]]), jnp.stack([kernel[0] + kernel[1], kernel[2]])):
+            for taps in ((rows[:, 0], rows[:, 1] + rows[:, 2]), (rows[:, 0] + rows[:, 1], rows[:, 2])):
+                row, column = divmod(len(parts), 2)
+                part = lax.conv_general_dilated(
+                    x,
+                    jnp.stack(taps, axis=1).astype(self.dtype),
+                    window_strides=(1, 1),
+                    padding=((1 - row, row), (1 - column, column)),  # the even output looks back, the odd one ahead
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                    precision=self.precision,
+                )
+                parts.append(part + bias)
+        square = jnp.stack(parts, axis=3).reshape(b, h, w, 2, 2, c)
+        return square.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c)
+
+
+class Block(Layer):
+    """One level: resnets, each followed by attention in the Attn block types, then down- or upsampling."""
+
+    channels: int = 0
+    layers: int = 1
+    kind: str = ""
+    resample: Callable[..., Any] | None = None
+    resample_name: str = ""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(self.layers):
+            x = self.part(ResnetBlock, self.channels, name=f"resnets_{i}")(x)
+            if self.kind.startswith("Attn"):
+                x = self.part(Attention, name=f"attentions_{i}")(x)
+        return x if self.resample is None else self.part(self.resample, name=self.resample_name)(x)
+
+
+class MidBlock(Layer):
+    """Resnet, attention (where the config has it), resnet."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = self.part(ResnetBlock, x.shape[-1], name="resnets_0")(x)
+        if self.config.mid_block_add_attention:
+            x = self.part(Attention, name="attentions_0")(x)
+        return self.part(ResnetBlock, x.shape[-1], name="resnets_1")(x)
+
+
+class Encoder(Layer):
+    """Images [B, H, W, in_channels] -> moments before quant_conv [B, H // f, W // f, 2 * latent_channels]."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, widths = self.config, self.config.block_out_channels
+        x = self.conv(widths[0], 3, "conv_in")(x)
+        for i, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
+            down = Downsample if i < len(widths) - 1 else None
+            block = self.part(
+                Block, width, config.layers_per_block, kind, down, "downsamplers_0", name=f"down_blocks_{i}"
+            )
+            x = block(x)
+        x = self.part(MidBlock, name="mid_block")(x)
+        x = jax.nn.silu(self.part(GroupNorm, name="conv_norm_out")(x))
+        return self.conv(2 * config.latent_channels, 3, "conv_out")(x)
+
+
+class Decoder(Layer):
+    """Latents after post_quant_conv [B, h, w, latent_channels] -> images [B, f*h, f*w, out_channels]."""
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        config, widths = self.config, self.config.block_out_channels[::-1]
+        x = self.part(MidBlock, name="mid_block")(self.conv(widths[0], 3, "conv_in")(z))
+        for i, (width, kind) in enumerate(zip(widths, config.up_block_types, strict=True)):
+            up = Upsample if i < len(widths) - 1 else None
+            block = self.part(
+                Block, width, config.layers_per_block + 1, kind, up, "upsamplers_0", name=f"up_blocks_{i}"
+            )
+            x = block(x)
+        x = jax.nn.silu(self.part(GroupNorm, name="conv_norm_out")(x))
+        return self.conv(config.out_channels, 3, "conv_out")(x)

@@ -1,0 +1,231 @@
+"""TensorRT: plans in production, and ONNX bundles whose plans are built when they are first opened.
+
+Works with `tensorrt` and `tensorrt_rtx` through cuda-python; torch is not needed, and taken from where it is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from runtimes.base import GraphName, VaeRuntime, answer_in_kind, check_count
+from runtimes.bundle import GRAPHS, Bundle, Engine, GraphSpec
+from runtimes.errors import (
+    BackendUnavailable,
+    CompatibilityError,
+    ConfigError,
+    VaeError,
+)
+from runtimes.posterior import array_module
+from runtimes.tensorrt.builder import BuildJob, Progress, build_plan
+from runtimes.tensorrt.cuda import Cuda
+from runtimes.tensorrt.execution import LoadedPlan, Settings, on_device
+from runtimes.tensorrt.flavours import Flavour, load_flavour, system
+from runtimes.tensorrt.plan_cache import MOST, TIMING, PlanCache
+from runtimes.tensorrt.profiles import DEFAULT, Profile, checked, parse_profile
+
+SPECIALIZATIONS = ("lazy", "eager", "none")
+
+
+class TensorRtVae(VaeRuntime):
+    """A TensorRT bundle, or an ONNX bundle whose plans are built when it is first opened and kept in a cache.
+
+    Safe for threads: `contexts` calls of a graph run at once, each with an execution context, a stream and memory of
+    its own; others wait. Memory is that of the shape at hand, not of the largest that the engine can take.
+
+    `device` is "cuda" or "cuda:N". Arrays in host memory are copied; torch tensors and CuPy arrays on the GPU are read
+    where they are, and answered there by one of their kind.
+
+    For ONNX bundles: `profiles`, as `runtimes.tensorrt.profiles` has them or as text ("1..4x512..1024x512..1024"),
+    are what is built for; `cache_dir` is where plans are kept (default: $VAE_EXPORT_CACHE, or where this system keeps
+    caches), `cache_bytes` at most.
+
+    `cuda_graphs` replays the launches of a call, for shapes that come again (`max_graphs` of them). With TensorRT-RTX,
+    which compiles kernels for the GPU at hand when they are first needed, `runtime_cache` names a file that keeps them,
+    and `kernel_specialization` says when to compile for one shape: "lazy" (beside the work), "eager" or "none".
+    """
+
+    backend = "tensorrt"
+    flavour: ClassVar[str] = "tensorrt"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "cuda",
+        profiles: Sequence[Profile | str] | None = None,
+        contexts: int = 2,
+        cuda_graphs: bool = False,
+        max_graphs: int = 8,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = MOST,
+        runtime_cache: str | Path | None = None,
+        kernel_specialization: str | None = None,
+        check_finite: bool = False,
+        progress: Progress = lambda *_: None,
+    ) -> None:
+        super().__init__(bundle, check_finite=check_finite)
+        for name, value in (("contexts", contexts), ("max_graphs", max_graphs), ("cache_bytes", cache_bytes)):
+            check_count(name, value)
+        if kernel_specialization is not None and kernel_specialization not in SPECIALIZATIONS:
+            raise ConfigError(
+                f"kernel_specialization is one of {', '.join(SPECIALIZATIONS)}, not {kernel_specialization!r}"
+            )
+        if self.flavour == "tensorrt" and (runtime_cache is not None or kernel_specialization is not None):
+            raise ConfigError("runtime_cache and kernel_specialization are for backend tensorrt-rtx")
+        index = _parse_device(device)
+        self.device = device
+        flavour = load_flavour(self.flavour)
+        cuda = Cuda(index)
+        gpu = cuda.compute_capability()
+        if bundle.manifest.engine is not None:
+            if profiles is not None:
+                raise ConfigError(f"the plans of {bundle.path} are built: their profiles cannot be chosen any more")
+            engine = bundle.manifest.engine
+            _check_fits(engine, flavour, gpu, bundle.path)
+            plans = {graph: bundle.read(self.spec[graph].file) for graph in GRAPHS}
+        else:
+            engine = self._engine_of(flavour, gpu, profiles)
+            plans = self._built(bundle, engine, PlanCache(cache_dir, cache_bytes), progress)
+        self.profiles = engine.profiles
+        settings = Settings(contexts, cuda_graphs, max_graphs, runtime_cache, kernel_specialization)
+        self._engines: dict[str, LoadedPlan] = {}
+        for graph in GRAPHS:
+            pixels = self.config.downscale if graph == "decoder" else 1
+            self._engines[graph] = LoadedPlan(
+                flavour,
+                cuda,
+                graph,
+                plans.pop(graph),
+                self.spec[graph],
+                engine.profiles,
+                settings,
+                pixels,
+                self._make_room,
+            )
+
+    @classmethod
+    def check_devices(cls) -> dict[str, str]:
+        """{device: "works", or why not}; whether a plan runs there is left to `open_vae`."""
+        try:
+            load_flavour(cls.flavour)
+            return {"cuda": f"works ({Cuda(0).compute_capability()})"}
+        except VaeError as error:
+            return {"cuda": str(error)}
+
+    def _engine_of(self, flavour: Flavour, gpu: str, profiles: Sequence[Profile | str] | None) -> Engine:
+        """What an ONNX bundle is built for here."""
+        factor = self.config.downscale
+        chosen = [parse_profile(p, factor) if isinstance(p, str) else checked(p, factor) for p in profiles or [DEFAULT]]
+        return Engine(flavour.name, flavour.version, (gpu,), system(), tuple(chosen))
+
+    def _built(self, bundle: Bundle, engine: Engine, cache: PlanCache, progress: Progress) -> dict[str, bytes]:
+        """The plans of an ONNX bundle, from the cache or built now."""
+        plans = {}
+        for graph in GRAPHS:
+            spec = self.spec[graph]
+            job = job_of(engine, graph, spec, self.config.downscale)
+            if engine.flavour == "tensorrt":
+                job = job.with_timing_cache(cache.directory / f"{TIMING}{engine.version}-{engine.gpus[0]}")
+            made_of = {"onnx": bundle.manifest.files[spec.file].sha256, **engine.to_dict(), "input": spec.input.name}
+
+            def build(job: BuildJob = job, graph: str = graph, file: str = spec.file) -> bytes:
+                return build_plan(bundle.read(file), job, graph, progress)
+
+            plans[graph] = cache.get_or_build(made_of, build)
+        return plans
+
+    def _run(self, graph: GraphName, x: Any) -> Any:
+        engine = self._engines[graph]
+        if array_module(x) is not np and on_device(x):
+            return engine.run_on_device(x)
+        return answer_in_kind(engine.run, x)
+
+    def _make_room(self) -> None:
+        for engine in self._engines.values():
+            engine.free_idle()
+
+    def _tile_sides(self, graph: str, shape: Sequence[int]) -> Iterator[int | None]:
+        """As far as a profile holds them; what is too large for all profiles is cut into the largest that one holds."""
+        factor = self.config.downscale
+        height, width = shape[-2:] if graph == "encoder" else (shape[-2] * factor, shape[-1] * factor)
+        largest = max(height, width) // factor
+        for side in super()._tile_sides(graph, shape):
+            size = (height, width) if side is None else (side * factor, side * factor)
+            if any(profile.holds(shape[0], *size) for profile in self.profiles):
+                yield side
+                continue
+            inside = (
+                s for s in self._possible_sides(graph, min(side or largest, largest)) if self._holding(s, shape[0])
+            )
+            found = next(inside, side)  # none: the engine says which profiles there are
+            yield found
+            if found is not None:
+                yield from (half for half in self._halves(graph, found) if self._holding(half, shape[0]))
+            return
+
+    def _holding(self, side: int, batch: int) -> list[Profile]:
+        """The profiles that hold square tiles with this side in latents."""
+        pixels = side * self.config.downscale
+        return [profile for profile in self.profiles if profile.holds(batch, pixels, pixels)]
+
+    def _smallest_tile(self, graph: str, side: int) -> int:
+        """Tiles at the edges are no smaller than what the profile takes."""
+        least = min(
+            (max(p.height.min, p.width.min) for p in self.profiles if side * self.config.downscale in p.height),
+            default=1,
+        )
+        return least if graph == "encoder" else -(-least // self.config.downscale)
+
+    def _close(self) -> None:
+        with ExitStack() as closing:  # all of them, also where one fails
+            for engine in self._engines.values():
+                closing.callback(engine.close)
+
+
+class TensorRtRtxVae(TensorRtVae):
+    """The same over TensorRT-RTX: GeForce and RTX cards; its plans may run on more than one GPU."""
+
+    backend = "tensorrt-rtx"
+    flavour = "tensorrt-rtx"
+
+
+def job_of(engine: Engine, graph: str, spec: GraphSpec, factor: int) -> BuildJob:
+    """What the builder has to know of a graph."""
+    where = (0, *spec.input.axes)
+    channels = int(spec.input.shape[where[1]])
+    # A profile's shapes are batch, channels, height, width: each to its place.
+    order = [where.index(axis) for axis in range(4)]
+    shapes = tuple(
+        tuple(tuple(shape[n] for n in order) for shape in profile.shapes(graph, channels, factor))
+        for profile in engine.profiles
+    )
+    gpus = engine.gpus if engine.flavour == "tensorrt-rtx" else ()
+    return BuildJob(engine.flavour, spec.input.name, shapes, gpus)  # type: ignore[arg-type]
+
+
+def _check_fits(engine: Engine, flavour: Flavour, gpu: str, path: Path) -> None:
+    """`CompatibilityError` before a byte of the plan is parsed: it may crash where it does not belong."""
+    wrong = None
+    if engine.flavour != flavour.name:
+        wrong = f"was built with {engine.flavour}, and this is {flavour.name}"
+    elif engine.version != flavour.version:
+        wrong = f"was built with {engine.flavour} {engine.version}, and {flavour.version} is installed"
+    elif engine.system != system():
+        wrong = f"was built on {engine.system}, and this is {system()}"
+    elif engine.gpus and gpu not in engine.gpus:
+        wrong = f"was built for {', '.join(engine.gpus)}, and this GPU is {gpu}"
+    if wrong is not None:
+        raise CompatibilityError(f"{path} {wrong}: vae-export rebuild {path} builds it for this machine")
+
+
+def _parse_device(device: str) -> int:
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
+    if match is None:
+        raise BackendUnavailable(f"TensorRT runs on 'cuda' or 'cuda:N', not {device!r}")
+    return int(match[1] or 0)

@@ -1,0 +1,232 @@
+"""Seamless tiling: an image of any size in bounded memory, equal to the untiled result but for rounding.
+
+What makes a tile differ from the same place in the whole is the attention, which sees every position, and the
+statistics of the norms; all else is local. A tileable bundle therefore has each half of the network once more, cut at
+the norms. The part with the attention, at the size of the latents, runs on the whole. Every convolution behind it (or
+in front of it, in the encoder) runs over tiles that overlap by the one pixel that it sees beyond its own, each norm
+with the statistics of the whole image, gathered from the tiles of the step before. What lies between two steps is kept
+in host memory in fp16, which the weights are rescaled for (`vae_export.rewrites.rescale`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.bundle import Step
+from runtimes.errors import NumericsError
+from runtimes.tiling.blended import OnTile
+
+Array = npt.NDArray[Any]
+RunStep = Callable[[Step, Mapping[str, Array]], Sequence[Array]]  #: inputs by name -> outputs
+
+
+class Reach(NamedTuple):
+    """What a step reads for an output pixel i along an axis: pixels step*i/out - before to step*(i+1)/out + after."""
+
+    before: int
+    after: int
+    step: int = 1  #: input pixels ...
+    out: int = 1  #: ... for as many output pixels
+
+
+#: kind of a step that is tiled -> what it reads
+REACH = {
+    "in": Reach(1, 1),
+    "conv1": Reach(1, 1),
+    "conv2": Reach(1, 1),
+    "up": Reach(1, 1, out=2),
+    "down": Reach(0, 1, step=2),  # the zeros are on the right and bottom alone
+    "out": Reach(1, 1),
+}
+NORMED = ("conv1", "conv2", "out")
+
+
+class _Map(NamedTuple):
+    """An activation between two steps: values [C, H, W] in fp16, and of each channel mean and variance [2, C]."""
+
+    values: Array
+    moments: Array
+
+
+class Tile(NamedTuple):
+    """What one call of a step computes: rows and columns of its output."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def pixels(self) -> int:
+        return (self.bottom - self.top) * (self.right - self.left)
+
+
+def run_seamless(
+    steps: Sequence[Step],
+    run: RunStep,
+    x: Array,
+    *,
+    factor: int,
+    groups: int,
+    tile_values: int,
+    on_tile: OnTile | None = None,
+) -> Array:
+    """Run the steps of the encoder or decoder on `x`, float32 [1, C, H, W]: what the whole graph would give.
+
+    `factor` is the model's spatial ratio, `groups` its number of norm groups. No map of a tile has more than about
+    `tile_values` values.
+
+    Raises `NumericsError` where a value between two steps is beyond fp16.
+    """
+    plan = _plan(steps, _sizes(steps, x.shape[2], x.shape[3], factor), tile_values)
+    done = itertools.count(1)
+
+    def tell() -> None:
+        if on_tile is not None:
+            on_tile(next(done), sum(len(tiles) for tiles in plan))
+
+    stream, inner = _Map(x[0], np.empty(0)), None
+    for step, tiles in zip(steps, plan, strict=True):
+        if step.kind == "whole":
+            name = "stream" if step is steps[-1] else "latent_sample"
+            result = run(step, {name: stream.values[None]})[0]
+            stream = _Map(result[0], _moments(result[0]))
+            tell()
+            continue
+        source = inner if step.kind == "conv2" else stream
+        assert source is not None
+        height, width = tiles[-1].bottom, tiles[-1].right
+        if step.kind == "conv2" and step.channels <= len(stream.values):
+            # In place: no tile reads of the stream what another one writes.
+            target = stream.values[: step.channels]
+        else:
+            target = np.empty((step.channels, height, width), np.float32 if step.kind == "out" else np.float16)
+        given: dict[str, Array] = {}
+        if step.kind in NORMED:
+            given["statistics"] = _of_groups(source.moments, groups)
+        found = []
+        for tile in tiles:
+            given["x"], inside = _read(source.values, tile, REACH[step.kind])
+            if step.kind in NORMED:
+                given["inside"] = inside
+            if step.kind == "conv2":
+                given["skip"] = np.ascontiguousarray(
+                    stream.values[None, :, tile.top : tile.bottom, tile.left : tile.right]
+                )
+            result, *moments = run(step, given)
+            target[:, tile.top : tile.bottom, tile.left : tile.right] = result[0]
+            found += moments
+            tell()
+        if step.kind == "out":
+            return target[None]
+        if not np.isfinite(found).all():
+            raise NumericsError(
+                f"activations behind {step.file} exceed 65504, the most that is kept between tiles, or are not finite; "
+                'enable_tiling("blended") keeps none'
+            )
+        made = _Map(target, _merged(found, tiles))
+        if step.kind == "conv1":
+            inner = made
+        else:
+            stream, inner = made, None
+    return stream.values[None]
+
+
+def largest_maps(steps: Sequence[Step], height: int, width: int, factor: int) -> int:
+    """Bytes of host memory, at most, for what lies between the steps for an input of this size."""
+    most, stream, channels = 0, 0, 0
+    for step, (rows, columns) in zip(steps, _sizes(steps, height, width, factor), strict=True):
+        size = step.channels * rows * columns * (4 if step.kind == "out" else 2)
+        in_place = step.kind == "conv2" and step.channels <= channels
+        most = max(most, stream + (0 if in_place else size) + (size if step.kind == "conv2" else 0))
+        if step.kind != "conv1":
+            stream, channels = size, step.channels
+    return most
+
+
+# Tiles ------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(steps: Sequence[Step], height: int, width: int, factor: int) -> Iterator[tuple[int, int]]:
+    """Height and width of what each step gives, for an input of this size."""
+    for step in steps:
+        if step.kind == "whole":
+            # In the decoder it may hold levels that upsample, where they have attention: all that no step does.
+            grown = factor // 2 ** sum(other.kind == "up" for other in steps) if step is not steps[-1] else 1
+            height, width = height * grown, width * grown
+        else:
+            reach = REACH[step.kind]
+            height, width = height * reach.out // reach.step, width * reach.out // reach.step
+        yield height, width
+
+
+def _plan(steps: Sequence[Step], sizes: Iterable[tuple[int, int]], tile_values: int) -> list[list[Tile]]:
+    """The tiles of each step; one for what runs on the whole."""
+    plan, channels = [], 1
+    for step, (height, width) in zip(steps, sizes, strict=True):
+        if step.kind == "whole":
+            plan.append([Tile(0, height, 0, width)])
+        else:
+            side = max(8, math.isqrt(tile_values // max(channels, step.channels)))
+            rows, columns = (list(_parts(length, side, REACH[step.kind].out)) for length in (height, width))
+            plan.append([Tile(*row, *column) for row in rows for column in columns])
+        channels = step.channels
+    return plan
+
+
+def _parts(length: int, most: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Cut a length into the fewest parts, multiples of `unit`, of two sizes at most: graphs are compiled for each."""
+    length, most = length // unit, max(most // unit, 1)
+    count = -(-length // most)
+    yield from itertools.pairwise(length * n // count * unit for n in range(count + 1))
+
+
+def _read(values: Array, tile: Tile, reach: Reach) -> tuple[Array, Array]:
+    """What a tile needs, [1, C, h, w], zeros outside of the image; and [1, 1, h, w]: 1 inside of the image, else 0."""
+    (top, bottom), (left, right) = (
+        (start * reach.step // reach.out - reach.before, end * reach.step // reach.out + reach.after)
+        for start, end in (tile[:2], tile[2:])
+    )
+    height, width = values.shape[1:]
+    inner = (slice(max(top, 0), min(bottom, height)), slice(max(left, 0), min(right, width)))
+    at = (slice(inner[0].start - top, inner[0].stop - top), slice(inner[1].start - left, inner[1].stop - left))
+    region = np.zeros((1, len(values), bottom - top, right - left), values.dtype)
+    region[0, :, at[0], at[1]] = values[:, inner[0], inner[1]]
+    inside = np.zeros((1, 1, bottom - top, right - left), np.float32)
+    inside[0, 0, at[0], at[1]] = 1
+    return region, inside
+
+
+# Statistics -------------------------------------------------------------------------------------------------------
+
+
+def _moments(values: Array) -> Array:
+    """[C, H, W] -> mean and variance of each channel, float64 [2, C]."""
+    flat = (channel.astype(np.float64) for channel in values)
+    return np.array([(channel.mean(), channel.var()) for channel in flat]).T
+
+
+def _merged(found: Sequence[Array], tiles: Sequence[Tile]) -> Array:
+    """Mean and variance of each channel over all tiles, from those of each tile: [2, C] in float64.
+
+    Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+    """
+    means, variances = np.stack(found, axis=1).astype(np.float64)  # each [tiles, C]
+    share = np.array([tile.pixels for tile in tiles], np.float64)[:, None]
+    share /= share.sum()
+    mean = (share * means).sum(0)
+    return np.stack([mean, (share * (variances + (means - mean) ** 2)).sum(0)])
+
+
+def _of_groups(moments: Array, groups: int) -> Array:
+    """Mean and variance of each channel -> of each norm group, float32 [2, groups]."""
+    means, variances = moments.reshape(2, groups, -1)
+    mean = means.mean(1, keepdims=True)
+    variance = (variances + (means - mean) ** 2).mean(1)
+    return np.stack([mean[:, 0], variance]).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Checkpoints in: directories, Hugging Face repositories and single files, read strictly."""

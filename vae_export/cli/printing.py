@@ -1,0 +1,279 @@
+"""What the command line shows: tables, a progress bar, the doctor's findings. No decisions here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from runtimes import BACKENDS, Bundle
+from runtimes.bundle import Manifest
+from runtimes.errors import BackendUnavailable
+from runtimes.files import written_whole
+
+if TYPE_CHECKING:
+    from runtimes.tensorrt.plan_cache import CachedPlan
+    from vae_export.export import MeasuredRanges
+    from vae_export.tune import Tuned
+
+FP16_LARGEST = 65504.0
+
+# No markup: paths, models and messages have brackets of their own. Colour is given as Text.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def say(text: str, console: Console = out) -> None:
+    """Print one line, however narrow the terminal."""
+    console.print(printable(text), soft_wrap=True)
+
+
+def printable(text: object) -> str:
+    """The text on one line, without the escape sequences that a bundle or file of a stranger could hold."""
+    return "".join(character if character.isprintable() else " " for character in str(text))
+
+
+def print_result(data: Any, table: Any, as_json: bool) -> None:
+    """As JSON for programs, or as a table or line for people."""
+    if as_json:
+        print(json.dumps(data, indent=2))
+    elif isinstance(table, str):
+        say(table)
+    else:
+        out.print(table)
+
+
+def print_export(path: Path, bundle: Bundle, as_json: bool) -> None:
+    """What was exported, and how far it is from the reference."""
+    manifest = bundle.manifest
+    if as_json:
+        print(json.dumps({"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}, indent=2))
+        return
+    if "measurements" in manifest.validation:
+        out.print(validation_table(manifest.validation["measurements"]))
+    else:
+        say("not validated: the graphs were not compared with the model", err)
+    for line in rewrites_text(manifest.rewrites):
+        say(line)
+    size = sum(entry.size for entry in manifest.files.values()) / 1e6
+    say(f"{path}: {manifest.target} {manifest.precision}, {size:.1f} MB")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, driven by (what is being done, steps done, steps in all); cleared at the end."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    # Elsewhere than on a terminal it would leave nothing but an empty line.
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("Starting", total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
+def validation_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title="Against the reference", title_justify="left"
+    )
+    for heading in ("graph", "by", "input", "shape", "max abs", "PSNR dB", "uint8", ""):
+        numbers = heading in ("max abs", "PSNR dB", "uint8")
+        # On a narrow terminal the texts are wrapped, so that no number is cut off.
+        table.add_column(heading, no_wrap=heading not in ("by", "input"), justify="right" if numbers else "left")
+    for m in measurements:
+        psnr, steps = m["psnr_db"], m["uint8_steps"]
+        table.add_row(
+            m["graph"],
+            m["by"].split()[-1 if m["by"].endswith("seamless") else 0],
+            m["input"].removeprefix("photo "),
+            "x".join(map(str, m["shape"])),
+            f"{m['max_abs']:.1e}",
+            "equal" if psnr is None else f"{psnr:.1f}",
+            "" if steps is None else str(steps),
+            Text("ok", "green") if m["passed"] else Text("missed" if m["finite"] else "NaN", "red"),
+        )
+    return table
+
+
+def bundle_table(path: str, manifest: Manifest) -> Table:
+    config, source = manifest.config, manifest.source
+    channels = f"{config.latent_channels} latent channels, 1/{config.downscale} of the image's size"
+    scaling = f"scaling {config.scaling_factor}, shift {config.shift_factor}"
+    commit = f" at {source['commit']}" if source.get("commit") else ""
+    verdict = manifest.validation.get("verdict", "unknown")
+    table = Table(show_header=False, title=printable(path), title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")  # no hash is cut off
+    table.add_row("target", f"{manifest.target} {manifest.precision}, by vae-export {printable(manifest.version)}")
+    table.add_row("source", printable(f"{source.get('given')}{commit}"))
+    table.add_row("weights sha256", printable(source.get("weights_sha256")))
+    if manifest.engine is not None:
+        gpus = ", ".join(manifest.engine.gpus) or "all GPUs that it takes"
+        table.add_row("engine", printable(f"{manifest.engine.flavour} {manifest.engine.version} for {gpus}"))
+        for profile in manifest.engine.profiles:
+            table.add_row("profile", f"{profile}, batch x height x width")
+    table.add_row("model", f"{channels}, {scaling}")
+    for name, graph in manifest.graphs.items():
+        shapes = (f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in (graph.input, graph.output))
+        table.add_row(name, printable(" -> ".join(shapes)))
+    for name, entry in manifest.files.items():
+        table.add_row(name, f"{entry.size:,} bytes, sha256 {entry.sha256[:16]}...")
+    measurements = manifest.validation.get("measurements")
+    count = len(measurements) if isinstance(measurements, list) else "no"
+    table.add_row("validation", printable(f"{verdict} ({manifest.validation.get('reason', f'{count} comparisons')})"))
+    return table
+
+
+def rewrites_text(rewrites: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What was rescaled and by how much, in a few lines."""
+    for rewrite in rewrites:
+        if rewrite["name"] != "rescale_activations":
+            continue
+        largest, exponents = rewrite["largest_activation"], rewrite["divided_by_power_of_two"]
+        yield (
+            f"largest activation {largest:,.0f}; fp16 ends at {FP16_LARGEST:,.0f}, "
+            f"and a factor of {rewrite['headroom']:.0f} is kept below it"
+        )
+        for place, exponent in exponents.items():
+            yield f"  {place} divided by 2^{exponent}"
+        if not exponents:
+            yield "  nothing had to be rescaled"
+
+
+def ranges_table(found: MeasuredRanges, picture: Path) -> Table:
+    """The twelve largest places."""
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title=f"Largest activations, plotted in {picture}", title_justify="left"
+    )
+    for heading in ("place", "before", "after"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "place" else "right")
+    largest = sorted(found.before.largest.items(), key=lambda item: -item[1])[:12]
+    for place, value in largest:
+        before = Text(f"{value:,.1f}", "red" if value > FP16_LARGEST else "")
+        table.add_row(place, before, f"{found.after.largest[place]:,.1f}")
+    return table
+
+
+def tuning_table(tuned: Tuned, path: str) -> Table:
+    """Every form that was timed, the winners marked."""
+    title = printable(f"Tuned: {path}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
+    for heading in ("graph", "upsample", "norm", "last block", "convs", "threads", "median s", "ratio", ""):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("median s", "ratio") else "left")
+    fastest: dict[tuple[str, str], float] = {}
+    for trial in tuned.trials:
+        race = trial.graph, trial.race
+        fastest[race] = min(trial.median, fastest.get(race, trial.median))
+    for trial, before in zip(tuned.trials, (None, *tuned.trials), strict=False):
+        if before is not None and before.race != trial.race:
+            table.add_section()
+        table.add_row(
+            trial.graph,
+            trial.form.upsample if trial.graph == "decoder" else "",
+            trial.form.norm,
+            trial.form.last_block if trial.graph == "decoder" else "",
+            trial.form.convolutions,
+            str(trial.threads or "auto"),
+            f"{trial.median:.3f}",
+            f"{trial.median / fastest[trial.graph, trial.race]:.2f}",
+            Text("kept", "green") if trial is tuned.winners[trial.graph] else "",
+        )
+    return table
+
+
+def cache_table(directory: Path, plans: Sequence[CachedPlan]) -> Table:
+    """The plans of the cache, the last used first."""
+    total = sum(plan.size for plan in plans)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=printable(f"{len(plans)} plans, {total / 2**20:.0f} MiB in {directory}"),
+        title_justify="left",
+    )
+    for heading in ("plan", "onnx sha256", "built with", "GPU", "MiB", "last used"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "MiB" else "left")
+    for plan in plans:
+        made_of = plan.made_of
+        table.add_row(
+            plan.key[:12],
+            printable(made_of.get("onnx"))[:12],
+            printable(f"{made_of.get('flavour')} {made_of.get('version')}"),
+            printable(" ".join(map(str, made_of.get("gpus", ())))),
+            f"{plan.size / 2**20:.1f}",
+            datetime.fromtimestamp(plan.used).isoformat(" ", "minutes"),
+        )
+    return table
+
+
+def plot_ranges(found: MeasuredRanges, path: Path) -> None:
+    """Activation maxima along the computation, before and after rescaling, with the end of fp16 drawn in."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise BackendUnavailable("plotting needs matplotlib: pip install 'vae-export[report]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 1, figsize=(11, 7), sharey=True, layout="constrained")
+    for side, axis in zip(("encoder", "decoder"), axes, strict=True):
+        places = [place for place in found.before.largest if place.startswith(side)]
+        blocks = [" ".join(place.split(".")[1:3] if "blocks" in place else place.split(".")[1:2]) for place in places]
+        starts = [i for i, block in enumerate(blocks) if "block" in block and (i == 0 or block != blocks[i - 1])]
+        for ranges, label, colour in ((found.before, "as it is", "#c0392b"), (found.after, "rescaled", "#2471a3")):
+            values = [ranges.largest[place] or float("nan") for place in places]
+            axis.plot(values, label=label, color=colour, linewidth=1.3)
+        axis.axhline(FP16_LARGEST, color="black", linestyle="--", linewidth=1, label="end of fp16, 65504")
+        axis.set(yscale="log", title=side, ylabel="largest |activation|", xmargin=0.01)
+        axis.set_xticks(starts, [blocks[i] for i in starts], rotation=30, ha="right", fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].legend(loc="lower right", fontsize=8)
+    try:
+        with written_whole(path) as partial:
+            figure.savefig(partial, dpi=110)
+    finally:
+        pyplot.close(figure)
+
+
+PACKAGES = (
+    "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "jax", "flax",
+    "torch", "onnx", "onnxscript", "safetensors", "huggingface_hub", "diffusers",
+)  # fmt: skip
+
+
+def diagnose() -> dict[str, Any]:
+    """What is installed, which backends open here and why the others do not, and whether exporting works."""
+    from runtimes.doctor import check_backend
+
+    packages: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    exporting = all(packages[name] for name in ("torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"))
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "backends": {name: check_backend(name) for name in BACKENDS},
+        "export": "works" if exporting else "needs pip install 'vae-export[export]'",
+    }
+
+
+def doctor_table(found: Mapping[str, Any]) -> Table:
+    table = Table("what", "state", title=f"Python {found['python']} on {found['platform']}", title_justify="left")
+    for backend, devices in found["backends"].items():
+        for device, state in devices.items():
+            table.add_row(f"{backend} on {device}", Text(state, "green" if state.startswith("works") else "yellow"))
+    table.add_row("exporting", found["export"])
+    for name, version in found["packages"].items():
+        table.add_row(name, version or Text("not installed", "dim"))
+    return table

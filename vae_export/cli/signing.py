@@ -1,0 +1,33 @@
+"""Commands that sign bundles and verify their signatures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vae_export.cli.options import BundlePath
+from vae_export.cli.printing import say
+from vae_export.signing import sign_bundle, verify_bundle
+
+signing = typer.Typer()
+
+
+@signing.command()
+def sign(
+    bundle: BundlePath,
+    key: Annotated[Path, typer.Option("--key", help="A private elliptic key, in PEM.", show_default=False)],
+) -> None:
+    """Sign a bundle: its files and its manifest, in model.sig."""
+    say(f"{sign_bundle(bundle, key)} signs {bundle}")
+
+
+@signing.command()
+def verify(
+    bundle: BundlePath,
+    key: Annotated[Path, typer.Option("--key", help="The public key of who signed it, in PEM.", show_default=False)],
+) -> None:
+    """Check that a bundle is what the owner of a key signed, to the byte."""
+    manifest = verify_bundle(bundle, key).manifest
+    say(f"{bundle}: signed by the owner of {key}, and whole ({manifest.target}, {manifest.precision})")

@@ -1,0 +1,1 @@
+"""Latents of whole datasets: resumable, on one machine or on a Ray cluster."""

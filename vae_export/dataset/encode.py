@@ -1,0 +1,145 @@
+"""From prepared images to stored latents: batches of one size, the posterior as it is wanted, memory that runs out.
+
+Which images are encoded together follows from the images and their order alone, never from the time at which they come:
+the same shard comes out on any machine with the same backend, with any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtimes.base import VaeRuntime, on_host
+from runtimes.config import VaeConfig
+from runtimes.errors import ConfigError, OutOfMemoryError, ShapeError
+from runtimes.images import to_float
+from runtimes.latents.dataset import STORED
+from runtimes.latents.shards import DTYPES, Array, to_stored
+from runtimes.posterior import DiagonalGaussianDistribution
+from vae_export.dataset.images import Broken, Prepared
+from vae_export.dataset.sources import Item
+
+MOST_WAITING = 64 << 20  #: pixels that wait for others of their size
+MOST_AT_ONCE = 8  #: images of a batch, unless it is said otherwise
+CACHED = 256 * 256  #: pixels that are encoded at a time on a CPU, whose caches hold no more
+Found = tuple[Item, Prepared]
+Batch = list[Found]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What is stored of a posterior.
+
+    `stored` is "moments", "mean" or "sample"; `scaled`, whether as a diffusion model takes it. `dtype` is float32,
+    float16 or bfloat16. With `flips` the mirror image of every image is an entry, too. `seed` is that of samples.
+    """
+
+    stored: str = "mean"
+    scaled: bool = True
+    dtype: str = "float16"
+    flips: bool = False
+    seed: int = 0
+
+    def check(self, config: VaeConfig) -> None:
+        """`ConfigError` for what is unknown, or cannot be had of this VAE."""
+        if self.stored not in STORED:
+            raise ConfigError(f"stored {self.stored!r}; known are {', '.join(STORED)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed} is negative")
+        if self.scaled and self.stored == "moments":
+            raise ConfigError("moments are those of raw latents, and are not scaled: give --unscaled")
+        if self.scaled and config.scaling_factor is None:
+            raise ConfigError(
+                "the bundle does not know its scaling_factor: give --unscaled, or export the model again with "
+                "--scaling-factor"
+            )
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """How many images are encoded at once: `most`, and no more than have `pixels` together, but one at least."""
+
+    most: int
+    pixels: int | None = None
+
+    def of(self, height: int, width: int) -> int:
+        return self.most if self.pixels is None else max(1, min(self.most, self.pixels // (height * width)))
+
+
+def batches(found: Iterable[Found], size: BatchSize) -> Iterator[Batch]:
+    """Images in groups of one size each, as many as `size` says where there are as many.
+
+    No more than MOST_WAITING pixels wait: beyond that goes the group that has waited the longest, full or not.
+    """
+    waiting: dict[tuple[int, ...], Batch] = {}
+    pixels = 0
+    for item, image in found:
+        shape = image.pixels.shape
+        waiting.setdefault(shape, []).append((item, image))
+        pixels += shape[0] * shape[1]
+        full = size.of(shape[0], shape[1])
+        while waiting and (len(waiting.get(shape, ())) == full or pixels > MOST_WAITING):
+            ready = shape if len(waiting.get(shape, ())) == full else next(iter(waiting))
+            group = waiting.pop(ready)
+            pixels -= len(group) * ready[0] * ready[1]
+            yield group
+    yield from waiting.values()
+
+
+def encode_batch(vae: VaeRuntime, images: Sequence[Prepared], storage: Storage) -> list[list[Array] | Broken]:
+    """For each image its latents as stored, [C, h, w], and with flips those of its mirror image; or why there are none.
+
+    Where memory runs out for them together, they go in halves.
+    """
+    results: list[list[Array] | Broken] = [[] for _ in images]
+    for flipped in (False, True) if storage.flips else (False,):
+        for index, moments in enumerate(_moments(vae, images, flipped)):
+            done = results[index]
+            if isinstance(done, Broken):
+                continue
+            if not isinstance(moments, Broken):
+                moments = _stored(vae, moments, images[index], flipped, storage)
+            if isinstance(moments, Broken):
+                results[index] = moments
+            else:
+                done.append(moments)
+    return results
+
+
+def _moments(vae: VaeRuntime, images: Sequence[Prepared], flipped: bool) -> list[Array | Broken]:
+    """float32 [2C, h, w] for each image, or why there are none."""
+    takes_pixels = vae.spec["encoder"].input.dtype == "uint8"
+    try:
+        pixels = np.stack([image.pixels[:, ::-1] if flipped else image.pixels for image in images])
+        return list(on_host(vae.encode(pixels if takes_pixels else to_float(pixels))[0].parameters).astype(np.float32))
+    except (OutOfMemoryError, MemoryError, ShapeError) as error:
+        # ShapeError: the batch may be larger than the bundle's profiles, where it has any.
+        if len(images) > 1:
+            half = len(images) // 2
+            return _moments(vae, images[:half], flipped) + _moments(vae, images[half:], flipped)
+        if isinstance(error, ShapeError):
+            return [Broken(images[0].sha256, str(error))]
+        return [Broken(None, f"out of memory ({error}); --memory-budget encodes it in tiles")]
+
+
+def _stored(vae: VaeRuntime, moments: Array, image: Prepared, flipped: bool, storage: Storage) -> Array | Broken:
+    values: Any = moments
+    if storage.stored != "moments":
+        posterior = DiagonalGaussianDistribution(moments[None])
+        # One generator for each image, of its content: no matter in which batch, shard or order it is.
+        key = [storage.seed, int(flipped), int.from_bytes(image.sha256, "big")]
+        values = (posterior.mode() if storage.stored == "mean" else posterior.sample([np.random.default_rng(key)]))[0]
+        if storage.scaled:
+            multiply, add = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in vae.config.latent_affine())
+            values = (values - add) * multiply
+    if not np.isfinite(values).all():
+        return Broken(image.sha256, f"the encoder of this {vae.precision} bundle gave NaN or infinity")
+    stored = to_stored(values, storage.dtype)
+    if stored.dtype == np.float16 and not np.isfinite(stored).all():
+        return Broken(image.sha256, f"its latents reach {np.abs(values).max():.0f}, more than float16 holds")
+    return stored

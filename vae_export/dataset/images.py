@@ -1,0 +1,159 @@
+"""From the bytes of an image to the pixels that are encoded: sizes, crops, and what is recorded of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from runtimes.errors import ConfigError
+from runtimes.images import load_rgb
+from vae_export.dataset.sources import Item, Source
+
+POLICIES = ("none", "center-crop", "buckets")
+Size = tuple[int, int]
+
+#: (width, height) of the buckets that SDXL was trained with, about a megapixel each: its report, appendix I
+SDXL_BUCKETS: tuple[Size, ...] = (
+    *((512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600)),
+    *((640, 1536), (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152)),
+    *((896, 1152), (896, 1088), (960, 1088), (960, 1024), (1024, 1024), (1024, 960), (1088, 960), (1088, 896)),
+    *((1152, 896), (1152, 832), (1216, 832), (1280, 768), (1344, 768), (1344, 704), (1408, 704), (1472, 704)),
+    *((1536, 640), (1600, 640), (1664, 576), (1728, 576), (1792, 576), (1856, 512), (1920, 512), (1984, 512)),
+    (2048, 512),
+)
+
+
+class Fit(NamedTuple):
+    """How an image becomes one of a wanted size: resized, then cut out of. All are (width, height) or (left, top)."""
+
+    resized: Size
+    crop: Size
+    size: Size
+
+
+@dataclass(frozen=True)
+class SizePolicy:
+    """What is done about the size of images, for a VAE of downscale `factor`.
+
+    "none" keeps an image as it is, its sides cut to multiples of the factor from both ends. "center-crop" resizes it to
+    just cover the one size of `sizes`, and cuts out the middle. "buckets" does that for the size whose width / height
+    is the nearest, and leaves an image alone whose size is one of them: the rule of sd-scripts. Images are enlarged
+    where they are smaller. Resizing is Pillow's LANCZOS.
+    """
+
+    policy: str
+    sizes: tuple[Size, ...]
+    factor: int
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"no policy {self.policy!r} for sizes; known are {', '.join(POLICIES)}")
+        for width, height in self.sizes:
+            if not width or not height or width % self.factor or height % self.factor:
+                nearest = "x".join(str(max(1, round(side / self.factor)) * self.factor) for side in (width, height))
+                raise ConfigError(
+                    f"size {width}x{height}: both sides must be multiples of {self.factor}, such as {nearest}"
+                )
+        if (self.policy == "none") != (not self.sizes) or (self.policy == "center-crop" and len(self.sizes) != 1):
+            raise ConfigError("--policy none takes no sizes, center-crop one --size, and buckets one or more")
+
+    def fit(self, width: int, height: int) -> Fit:
+        """Of an image of this size."""
+        if self.policy == "none":
+            kept = width - width % self.factor, height - height % self.factor
+            return Fit((width, height), ((width - kept[0]) // 2, (height - kept[1]) // 2), kept)
+        size = self._nearest(width, height)
+        scale = max(size[0] / width, size[1] / height)
+        resized = max(size[0], int(width * scale + 0.5)), max(size[1], int(height * scale + 0.5))
+        return Fit(resized, ((resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2), size)
+
+    def _nearest(self, width: int, height: int) -> Size:
+        if (width, height) in self.sizes:
+            return width, height
+        return min(self.sizes, key=lambda size: abs(size[0] / size[1] - width / height))
+
+
+class Unchanged(NamedTuple):
+    """The image that is known already."""
+
+
+class Broken(NamedTuple):
+    """An image that cannot be had. Without a `sha256` it may be had at another time."""
+
+    sha256: bytes | None
+    reason: str
+
+
+class Prepared(NamedTuple):
+    """Pixels to encode, uint8 [H, W, 3], and where they come from; sizes are (height, width), the crop (top, left)."""
+
+    pixels: npt.NDArray[np.uint8]
+    sha256: bytes
+    original_size: Size
+    resized: Size
+    crop: Size
+
+
+def prepare(source: Source, item: Item, known: bytes | None, policy: SizePolicy) -> Unchanged | Broken | Prepared:
+    """Read an image, and unless it is the one of the sha256 that is `known`, decode, resize and crop it.
+
+    Never raises: whatever is wrong with an image is the reason why it is `Broken`.
+    """
+    try:
+        data = source.read(item)
+    except Exception as error:
+        return Broken(None, f"cannot be read: {_one_line(error)}")
+    sha256 = hashlib.sha256(data).digest()
+    if sha256 == known:
+        return Unchanged()
+    try:
+        return _prepared(data, sha256, policy)
+    except MemoryError:
+        return Broken(None, "not enough memory to decode it")
+    except Exception as error:  # decoders raise anything for broken files
+        return Broken(sha256, _one_line(error))
+
+
+def _prepared(data: bytes, sha256: bytes, policy: SizePolicy) -> Broken | Prepared:
+    if not data:
+        return Broken(sha256, "empty (0 bytes)")
+    with Image.open(io.BytesIO(data)) as opened:
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and opened.width * opened.height > most:
+            return Broken(sha256, f"{opened.width}x{opened.height} pixels are more than Pillow's limit of {most}")
+        image = load_rgb(opened)
+    width, height = image.size
+    fit = policy.fit(width, height)
+    if 0 in fit.size:
+        return Broken(sha256, f"{width}x{height} is smaller than one latent, {policy.factor}x{policy.factor}")
+    if fit.resized != (width, height):
+        image = image.resize(fit.resized, Image.Resampling.LANCZOS)
+    left, top = fit.crop
+    pixels = np.asarray(image.crop((left, top, left + fit.size[0], top + fit.size[1])))
+    return Prepared(pixels, sha256, (height, width), (fit.resized[1], fit.resized[0]), (top, left))
+
+
+def parse_sizes(text: str) -> tuple[Size, ...]:
+    """'sdxl', or WIDTHxHEIGHT,WIDTHxHEIGHT,... -> sizes. `ConfigError` for anything else."""
+    if text == "sdxl":
+        return SDXL_BUCKETS
+    sizes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:x(\d{1,6}))?\s*", part)
+        if match is None:
+            raise ConfigError(f"{part!r} is not WIDTHxHEIGHT, such as 1024x768 (or 'sdxl' for buckets)")
+        sizes.append((int(match[1]), int(match[2] or match[1])))
+    return tuple(sizes)
+
+
+def _one_line(error: Any) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = re.sub(r"<(PIL\.[\w.]+|_io\.BytesIO)[^>]*>", "the image", str(text))  # by no address: twice the same words
+    return " ".join(text.split())[:500]

@@ -1,0 +1,128 @@
+"""Which image belongs to which shard, on disk: however many there are, memory does not grow with them.
+
+An image keeps its position for as long as it is in the source; a new one gets the next position, in the order of the
+files. Shard k holds the positions from k * n on, n being the images of a shard. So a shard depends on its own images
+alone, and what is added or removed leaves most shards as they are.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from runtimes.errors import BundleError, ConfigError
+from vae_export.dataset.sources import Item
+
+PLAN_FILE = "plan.sqlite"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS items(
+    id TEXT PRIMARY KEY, position INTEGER UNIQUE, file BLOB, at INTEGER, size INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS next(position INTEGER);
+CREATE TEMP TABLE listed(id TEXT PRIMARY KEY, file BLOB, at INTEGER, size INTEGER) WITHOUT ROWID;
+"""
+
+
+class Changes(NamedTuple):
+    """What an update found."""
+
+    added: int
+    removed: int
+    kept: int
+
+
+class Plan:
+    """The plan of a directory of latents, opened; it belongs to one job at a time."""
+
+    def __init__(self, directory: Path, images_per_shard: int) -> None:
+        self.images_per_shard = images_per_shard
+        try:
+            self._database = sqlite3.connect(directory / PLAN_FILE, isolation_level=None)
+            self._database.executescript(f"PRAGMA temp_store = FILE; PRAGMA synchronous = FULL; {_SCHEMA}")
+        except sqlite3.Error as error:
+            raise BundleError(f"{directory / PLAN_FILE} cannot be used: {error}") from None
+
+    def update(self, items: Iterator[Item]) -> Changes:
+        """Take over what the source lists: all of it, or nothing where this is interrupted.
+
+        Raises `ConfigError` where it lists nothing, an id twice, or nothing of what was there before.
+        """
+        run = self._database.execute
+        current: Item | None = None
+
+        def following() -> Iterator[tuple[str, bytes, int, int]]:
+            nonlocal current
+            for item in items:
+                current = item
+                yield item
+
+        try:
+            run("BEGIN")
+            self._database.executemany("INSERT INTO listed VALUES (?, ?, ?, ?)", following())
+            before, (listed,) = len(self), run("SELECT count(*) FROM listed").fetchone()
+            if not listed:
+                raise ConfigError("the source has no images")
+            run("DELETE FROM items WHERE id NOT IN (SELECT id FROM listed)")
+            kept = len(self)
+            if before and not kept:
+                raise ConfigError(
+                    f"none of the {before} images whose latents are here is in the source: another source? Its "
+                    "latents need another --out"
+                )
+            run(
+                "UPDATE items SET file = listed.file, at = listed.at, size = listed.size FROM listed "
+                "WHERE listed.id = items.id AND (listed.file, listed.at, listed.size) != "
+                "(items.file, items.at, items.size)"
+            )
+            following_position = (run("SELECT position FROM next").fetchone() or (0,))[0]
+            run(
+                "INSERT INTO items SELECT id, ? + row_number() OVER (ORDER BY file, at, id) - 1, file, at, size "
+                "FROM listed WHERE id NOT IN (SELECT id FROM items)",
+                (following_position,),
+            )
+            added = len(self) - kept
+            run("DELETE FROM next")
+            run("INSERT INTO next VALUES (?)", (following_position + added,))
+            run("DELETE FROM listed")
+            run("COMMIT")
+        except sqlite3.IntegrityError:
+            run("ROLLBACK")
+            assert current is not None
+            raise ConfigError(f"the id {current.id!r} stands twice in the source; ids must be unique") from None
+        except sqlite3.Error as error:  # of a full disk: SQLite has rolled back by itself
+            raise BundleError(f"the plan cannot be written: {error}") from None
+        except BaseException:
+            run("ROLLBACK")
+            raise
+        return Changes(added, before - kept, kept)
+
+    def __len__(self) -> int:
+        return int(self._database.execute("SELECT count(*) FROM items").fetchone()[0])
+
+    def numbers(self) -> Iterator[int]:
+        """Of the shards that have images, in order."""
+        start = 0
+        while True:
+            query = "SELECT min(position) FROM items WHERE position >= ?"
+            found = self._database.execute(query, (start,)).fetchone()[0]
+            if found is None:
+                return
+            yield (number := found // self.images_per_shard)
+            start = (number + 1) * self.images_per_shard
+
+    def items(self, number: int) -> list[Item]:
+        """The images of a shard, in order."""
+        bounds = number * self.images_per_shard, (number + 1) * self.images_per_shard
+        query = "SELECT id, file, at, size FROM items WHERE position >= ? AND position < ? ORDER BY position"
+        return [Item(*row) for row in self._database.execute(query, bounds)]
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._database.close()

@@ -1,0 +1,279 @@
+"""Writing a directory of latents: shards, index, errors and contract, each whole or not at all.
+
+    contract.json       what the latents are: which VAE, what is stored, how images were prepared
+    shards/K.safetensors    see `runtimes.latents.shards`
+    index.parquet       where the latents of each id are; there exactly when the job has finished
+    errors.parquet      the images that have none, and why
+    plan.sqlite         which image belongs to which shard; .lock is held by the job at work
+
+A file is written under another name, flushed to the disk, and renamed: after a crash it is the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtimes.errors import BackendUnavailable, BundleError, ConfigError
+from runtimes.latents.dataset import (
+    CONTRACT_FILE,
+    ERRORS_FILE,
+    INDEX_FILE,
+    SHARDS,
+    import_pyarrow,
+    read_contract,
+    shard_name,
+)
+from runtimes.latents.shards import DTYPES, SCHEMA_VERSION, Array, Failure, Shard, open_shard
+
+_SHARD = re.compile(r"(\d{8,})\.safetensors")
+_PARTIAL = ".partial"
+
+
+class Entry(NamedTuple):
+    """An entry of a shard: see `runtimes.latents.shards`."""
+
+    id: str
+    flipped: bool
+    sha256: bytes
+    original_size: tuple[int, int]
+    resized: tuple[int, int]
+    crop: tuple[int, int]
+    latents: Array  #: [C, h, w], as stored
+
+
+def entries_of(shard: Shard) -> Iterator[Entry]:
+    """What an opened shard holds, in its order."""
+    for number, id in enumerate(shard.ids):
+        original, resized, crop = (
+            (int(column[number, 0]), int(column[number, 1]))
+            for column in (shard.original_size, shard.resized, shard.crop)
+        )
+        flipped, sha256 = bool(shard.flipped[number]), shard.sha256[number].tobytes()
+        yield Entry(id, flipped, sha256, original, resized, crop, shard.latents(number))
+
+
+def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure], dtype: str) -> None:
+    """Write a shard of entries that are in the order of the source. `BundleError` where that fails."""
+    entries = sorted(entries, key=lambda entry: entry.latents.shape[1:])  # stable
+    groups: dict[tuple[int, ...], list[Array]] = {}
+    for entry in entries:
+        groups.setdefault(entry.latents.shape, []).append(np.ascontiguousarray(entry.latents))
+    ids = [entry.id.encode() for entry in entries]
+    pair = ("I32", (len(entries), 2))
+    # The widest first, so that every tensor begins at a multiple of its size.
+    tensors: list[tuple[str, str, tuple[int, ...], Sequence[Any]]] = [
+        ("id_ends", "I64", (len(ids),), [np.cumsum([len(id) for id in ids], dtype=np.int64)]),
+        ("original_size", *pair, [np.array([entry.original_size for entry in entries], np.int32)]),
+        ("resized", *pair, [np.array([entry.resized for entry in entries], np.int32)]),
+        ("crop", *pair, [np.array([entry.crop for entry in entries], np.int32)]),
+        *(
+            (f"latents.{shape[1]}x{shape[2]}", DTYPES[dtype], (len(group), *shape), group)
+            for shape, group in groups.items()
+        ),
+        ("flipped", "BOOL", (len(ids),), [np.array([entry.flipped for entry in entries], np.bool_)]),
+        ("sha256", "U8", (len(ids), 32), [entry.sha256 for entry in entries]),
+        ("ids", "U8", (sum(map(len, ids)),), ids),
+    ]
+    listed = [[id, None if sha256 is None else sha256.hex(), reason] for id, sha256, reason in failures]
+    header: dict[str, Any] = {
+        "__metadata__": {"schema_version": str(SCHEMA_VERSION), "dtype": dtype, "failures": json.dumps(listed)}
+    }
+    offset = 0
+    for name, spelt, shape, parts in tensors:
+        size = sum(part.nbytes if isinstance(part, np.ndarray) else len(part) for part in parts)
+        header[name] = {"dtype": spelt, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with durably_written(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for *_, parts in tensors:
+            for part in parts:
+                file.write(part.tobytes() if isinstance(part, np.ndarray) else part)
+
+
+class LatentDirectory:
+    """A directory of latents that this job owns: opened, or made, and locked.
+
+    Raises `ConfigError` where its contract is another one, and names what differs; `BundleError` for a directory that
+    is something else, cannot be written, or that another job is at work on.
+    """
+
+    def __init__(self, path: Path, contract: Mapping[str, Any]) -> None:
+        self.path = path
+        try:
+            if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not self._is_mine())):
+                raise BundleError(f"{path} exists and holds no latents; it stays as it is, choose another --out")
+            (path / SHARDS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BundleError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
+        self._lock = _locked(path)
+        try:
+            for leftover in (*path.glob(f".*{_PARTIAL}"), *(path / SHARDS).glob(f".*{_PARTIAL}")):
+                leftover.unlink(missing_ok=True)
+            self._agree(contract)
+        except BaseException:
+            self.close()
+            raise
+
+    def _is_mine(self) -> bool:
+        # The lock comes before the contract: a job may have been killed in between.
+        before = {SHARDS, ".lock", f".{CONTRACT_FILE}{_PARTIAL}"}
+        return (self.path / CONTRACT_FILE).exists() or {path.name for path in self.path.iterdir()} <= before
+
+    def _agree(self, contract: Mapping[str, Any]) -> None:
+        """Write the contract, or add to the one that is there how latents are encoded now."""
+        contract = dict(contract)
+        now = contract["encoded_with"]
+        if (self.path / CONTRACT_FILE).exists():
+            there = read_contract(self.path)
+            before = there.pop("encoded_with")
+            differing = list(differences(there, {name: value for name, value in contract.items() if name in there}))
+            if differing:
+                raise ConfigError(
+                    f"{self.path} holds other latents: {'; '.join(differing)}. Run the command as it was, or choose "
+                    "another --out"
+                )
+            contract["encoded_with"] = before + [each for each in now if each not in before]
+            if contract["encoded_with"] == before:
+                return
+        with durably_written(self.path / CONTRACT_FILE) as partial:
+            partial.write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
+
+    def shard_path(self, number: int) -> Path:
+        return self.path / SHARDS / shard_name(number)
+
+    def shard(self, number: int) -> Shard | None:
+        """A shard, opened, if it is there."""
+        path = self.shard_path(number)
+        return open_shard(path) if path.exists() else None
+
+    def numbers(self) -> list[int]:
+        """Of the shards that are there, in order."""
+        names = (_SHARD.fullmatch(entry.name) for entry in os.scandir(self.path / SHARDS))
+        return sorted(int(match[1]) for match in names if match is not None)
+
+    def begin_changes(self) -> None:
+        """From here on the index is not what it says: it goes, and comes back when all is done."""
+        self.remove(self.path / INDEX_FILE)
+
+    def remove(self, path: Path) -> None:
+        if path.exists():
+            path.unlink()
+            _flush(path.parent)
+
+    def write_index(self) -> int:
+        """index.parquet and errors.parquet, of what is in the shards -> how many images are in errors.parquet."""
+        pyarrow = import_pyarrow()
+        pair = pyarrow.list_(pyarrow.int32(), 2)
+        index = pyarrow.schema(
+            {
+                **{"id": pyarrow.string(), "flipped": pyarrow.bool_(), "shard": pyarrow.int32()},
+                **{"entry": pyarrow.int32(), "latent_size": pair, "original_size": pair, "resized": pair},
+                **{"crop": pair, "sha256": pyarrow.binary(32)},
+            }
+        )
+        errors = pyarrow.schema({"id": pyarrow.string(), "reason": pyarrow.string(), "sha256": pyarrow.binary(32)})
+        count = 0
+        with (
+            durably_written(self.path / INDEX_FILE) as partial_index,  # the last to take its name
+            durably_written(self.path / ERRORS_FILE) as partial_errors,
+            pyarrow.parquet.ParquetWriter(partial_errors, errors) as to_errors,
+            pyarrow.parquet.ParquetWriter(partial_index, index) as to_index,
+        ):
+            for number in self.numbers():
+                shard = open_shard(self.shard_path(number))
+                columns = {
+                    "id": shard.ids,
+                    "flipped": shard.flipped,
+                    "shard": np.full(len(shard), number, np.int32),
+                    "entry": np.arange(len(shard), dtype=np.int32),
+                    "latent_size": _pairs(pyarrow, shard.latent_sizes()),
+                    **{name: _pairs(pyarrow, getattr(shard, name)) for name in ("original_size", "resized", "crop")},
+                    "sha256": pyarrow.array([row.tobytes() for row in shard.sha256], pyarrow.binary(32)),
+                }
+                if len(shard):
+                    to_index.write_table(pyarrow.table(columns, schema=index))
+                if shard.failures:
+                    ids, digests, reasons = zip(*shard.failures, strict=True)
+                    table = {"id": ids, "reason": reasons, "sha256": pyarrow.array(digests, pyarrow.binary(32))}
+                    to_errors.write_table(pyarrow.table(table, schema=errors))
+                    count += len(ids)
+        return count
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> LatentDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def durably_written(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to: it is flushed and takes the name when the block ends well."""
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    try:
+        yield partial
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)
+    except OSError as error:
+        advice = "; make room and run the same command again, it goes on" if error.errno == errno.ENOSPC else ""
+        raise BundleError(f"cannot write {path}: {error.strerror or error}{advice}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What two contracts differ in, in words."""
+    for name in sorted(there.keys() | now.keys()):
+        old, new = there.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name} is {_short(old)} there and {_short(new)} now"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _pairs(pyarrow: Any, values: Array) -> Any:
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1).astype(np.int32)), 2)
+
+
+def _locked(directory: Path) -> Any:
+    try:
+        from filelock import FileLock, Timeout
+    except ModuleNotFoundError:
+        raise BackendUnavailable("datasets of latents need filelock: pip install 'vae-export[dataset]'") from None
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BundleError(f"another job is at work on {directory}; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise BundleError(f"cannot write to {directory}: {error.strerror}; choose another --out") from None
+    return lock
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

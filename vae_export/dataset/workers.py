@@ -1,0 +1,112 @@
+"""Processes that read, decode and resize, ahead of the backend and in order."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import NamedTuple
+
+from vae_export.dataset.images import Broken, Prepared, SizePolicy, Unchanged, prepare
+from vae_export.dataset.sources import Item, Source
+
+CHUNK_BYTES = 8 << 20  #: of pixels that a process gives back at a time, about
+MOST_OF_CHUNK = 64
+
+Result = Unchanged | Broken | Prepared
+
+
+class Task(NamedTuple):
+    """An image to prepare, and the sha256 by which it is known already."""
+
+    item: Item
+    known: bytes | None
+
+
+class Decoders:
+    """A pool of `workers` processes; with none, the work is done where it is asked for.
+
+    An image that takes its process down with it is `Broken`, and no other image with it.
+    """
+
+    def __init__(self, source: Source, policy: SizePolicy, workers: int) -> None:
+        self._given = source, policy
+        self._workers = workers
+        self._pool = self._start(workers) if workers else None
+        self._chunk = 4
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Item, Result]]:
+        """What comes of every task, in their order; a bounded number of them is ahead of what was taken."""
+        if self._pool is None:
+            yield from ((item, prepare(self._given[0], item, known, self._given[1])) for item, known in tasks)
+            return
+        tasks = iter(tasks)
+        ahead: deque[tuple[list[Task], Future[list[Result]]]] = deque()
+        while True:
+            while len(ahead) < 2 * self._workers + 2:
+                chunk = list(itertools.islice(tasks, self._chunk))
+                if not chunk:
+                    break
+                ahead.append((chunk, self._pool.submit(_prepare, chunk)))
+            if not ahead:
+                return
+            chunk, future = ahead.popleft()
+            try:
+                results = future.result()
+            except BrokenProcessPool:
+                self._pool.shutdown()
+                results = [self._alone(task) for task in chunk]
+                self._pool = self._start(self._workers)
+                ahead = deque((after, self._pool.submit(_prepare, after)) for after, _ in ahead)
+            size = sum(result.pixels.nbytes for result in results if isinstance(result, Prepared)) // len(results)
+            self._chunk = min(max(CHUNK_BYTES // (size + 1), 1), MOST_OF_CHUNK)
+            yield from zip((item for item, _ in chunk), results, strict=True)
+
+    def _alone(self, task: Task) -> Result:
+        with self._start(1) as pool:
+            try:
+                return pool.submit(_prepare, [task]).result()[0]
+            except BrokenProcessPool:
+                return Broken(None, "the process that decoded it died")
+
+    def _start(self, workers: int) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")  # a backend's threads do not survive a fork
+        return ProcessPoolExecutor(workers, mp_context=context, initializer=_initialize, initargs=self._given)
+
+    def __enter__(self) -> Decoders:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+_given: list[tuple[Source, SizePolicy]] = []  #: in a worker process
+
+
+def _initialize(source: Source, policy: SizePolicy) -> None:
+    _given.append((source, policy))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Where the main process is killed, nobody else would end this one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _prepare(tasks: list[Task]) -> list[Result]:
+    source, policy = _given[0]
+    return [prepare(source, item, known, policy) for item, known in tasks]

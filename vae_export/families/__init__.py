@@ -1,0 +1,1 @@
+"""Families of VAEs, one module each: the reference network and what is particular to it."""

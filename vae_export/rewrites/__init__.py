@@ -1,0 +1,1 @@
+"""Exact rewrites, one module each: a model in, a model out that computes the same function."""

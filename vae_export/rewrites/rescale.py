@@ -1,0 +1,164 @@
+"""Activations carried divided by powers of two: the same function in fp32 to the last bit, and no overflow in half."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from vae_export.families.autoencoder_kl import Attention, AutoencoderKL, Block, MidBlock, ResnetBlock
+
+if TYPE_CHECKING:
+    from vae_export.rewrites.ranges import Ranges
+
+FP16_LARGEST = 65504.0
+HEADROOM = 2.0**4  #: between the largest activation seen and the largest fp16, for inputs not seen
+TARGET = FP16_LARGEST / HEADROOM
+LOWEST = 2.0**-6  #: a place whose largest value is below this is scaled up, out of fp16's subnormals (2**-14)
+
+
+class Stage(NamedTuple):
+    """A part of the residual stream that has one scale: from the conv that feeds it to the next resampling."""
+
+    name: str
+    entry: nn.Conv2d  #: conv_in, or the resampling conv before
+    entry_name: str
+    resnets: dict[str, ResnetBlock]
+    attentions: dict[str, Attention]
+    exit_name: str  #: module of the resampling behind, whose padding or repetition still has this scale; "" at the end
+    norm_out: nn.GroupNorm | None  #: the norm behind the last stage
+
+
+def rescale_activations(
+    model: AutoencoderKL, ranges: Ranges, target: float = TARGET
+) -> tuple[AutoencoderKL, dict[str, int]]:
+    """A model with the same fp32 output whose activations stay below `target`, and what was done.
+
+    Every activation that grows in this network is either read through GroupNorm, which does not care about the scale of
+    its input (but for eps), or flows on linearly. So the residual stream may be carried divided by s = 2**e: what feeds
+    it (conv_in, each conv2, to_out, the resampling convs) is divided by s, and eps of each norm that reads it by s**2.
+    The same holds for what lies between conv1 and norm2 inside a block, for the values of the attention, and for its
+    queries against its keys. s may differ from one resolution to the next: the resampling conv in between carries the
+    ratio. With powers of two every product and every sum keeps its mantissa, so that the fp32 result is the same to the
+    last bit.
+
+    What was done is {place: e}: the activations of that place are carried divided by 2**e. Places that need nothing are
+    left as they are: the smallest sufficient scale keeps small values the farthest from the subnormals.
+    """
+    model = copy.deepcopy(model)
+    done: dict[str, int] = {}
+
+    def note(place: str, exponent: int) -> int:
+        if exponent:
+            done[place] = exponent
+        return exponent
+
+    with torch.no_grad():
+        for side in ("encoder", "decoder"):
+            before = 0
+            for stage in stages(model, side):
+                e = note(stage.name, _exponent(_stream_maximum(stage, ranges), target))
+                _multiply(stage.entry, weight=before - e, bias=-e)
+                for name, resnet in stage.resnets.items():
+                    t = note(f"{name}.conv1", _exponent(ranges.at(f"{name}.conv1"), target))
+                    _rescale_resnet(resnet, stream=e, inner=t)
+                for name, attention in stage.attentions.items():
+                    u = note(f"{name}.to_v", _exponent(ranges.at(f"{name}.to_v"), target))
+                    # Only q k^T matters: what is taken from one is given to the other.
+                    a = note(f"{name}.to_q", _balance(ranges.at(f"{name}.to_q"), ranges.at(f"{name}.to_k"), target))
+                    _rescale_attention(attention, stream=e, values=u, queries=a)
+                if stage.norm_out is not None:
+                    _rescale_eps(stage.norm_out, e)
+                before = e
+    return model, done
+
+
+def stages(model: AutoencoderKL, side: str) -> Iterator[Stage]:
+    """The stages of the encoder or the decoder, in the order of the computation."""
+    part = cast(Any, getattr(model, side))
+    names = {module: name for name, module in model.named_modules()}
+    groups: list[list[nn.Module]] = [[block] for block in (part.down_blocks if side == "encoder" else part.up_blocks)]
+    if side == "encoder":
+        groups[-1].append(part.mid_block)
+    else:
+        groups[0].insert(0, part.mid_block)
+    entry: nn.Conv2d = part.conv_in
+    for index, blocks in enumerate(groups):
+        last = index == len(groups) - 1
+        resnets: dict[str, ResnetBlock] = {}
+        attentions: dict[str, Attention] = {}
+        for block in cast("list[Block | MidBlock]", blocks):
+            resnets |= {names[m]: m for m in block.modules() if isinstance(m, ResnetBlock)}
+            attentions |= {names[m]: m for m in block.modules() if isinstance(m, Attention)}
+        resamplers = [r for b in blocks for kind in ("downsamplers", "upsamplers") for r in getattr(b, kind, ())]
+        yield Stage(
+            name=f"{side}.{'down' if side == 'encoder' else 'up'}_blocks.{index}",
+            entry=entry,
+            entry_name=names[entry],
+            resnets=resnets,
+            attentions=attentions,
+            exit_name=names[resamplers[0]] if resamplers else "",
+            norm_out=part.conv_norm_out if last else None,
+        )
+        if resamplers:
+            entry = resamplers[0].conv
+
+
+def _stream_maximum(stage: Stage, ranges: Ranges) -> float:
+    """The largest value on the residual stream of a stage, or about to be added to it."""
+    seen = [ranges.at(stage.entry_name)]
+    for name in stage.resnets:
+        seen += [ranges.at(name), ranges.at(f"{name}.conv2"), ranges.at(f"{name}.conv_shortcut")]
+    for name in stage.attentions:
+        seen += [ranges.largest.get(f"{name} add", 0.0), ranges.at(f"{name}.to_out.0")]
+    if stage.exit_name:
+        seen.append(ranges.at(stage.exit_name))
+    return max(seen)
+
+
+def _exponent(largest: float, target: float) -> int:
+    """The smallest e with largest / 2**e <= target; negative, towards 1, for what is lost in small numbers."""
+    if not math.isfinite(largest) or largest == 0.0:
+        return 0
+    if largest > target:
+        return math.ceil(math.log2(largest / target))
+    return -math.floor(math.log2(1 / largest)) if largest < LOWEST else 0
+
+
+def _balance(queries: float, keys: float, target: float) -> int:
+    """e such that queries / 2**e and keys * 2**e are about equal, where one is over the target or below `LOWEST`."""
+    smaller, larger = sorted((queries, keys))
+    if smaller == 0.0 or (larger <= target and smaller >= LOWEST):
+        return 0
+    return round(math.log2(queries / keys) / 2)
+
+
+def _rescale_resnet(resnet: ResnetBlock, *, stream: int, inner: int) -> None:
+    _rescale_eps(resnet.norm1, stream)
+    _multiply(resnet.conv1, weight=-inner, bias=-inner)
+    _rescale_eps(resnet.norm2, inner)
+    _multiply(resnet.conv2, weight=-stream, bias=-stream)
+    if resnet.conv_shortcut is not None:
+        _multiply(resnet.conv_shortcut, weight=0, bias=-stream)
+
+
+def _rescale_attention(attention: Attention, *, stream: int, values: int, queries: int) -> None:
+    _rescale_eps(attention.group_norm, stream)
+    _multiply(attention.to_q, weight=-queries, bias=-queries)
+    _multiply(attention.to_k, weight=queries, bias=queries)
+    _multiply(attention.to_v, weight=-values, bias=-values)
+    _multiply(attention.to_out[0], weight=values - stream, bias=-stream)
+
+
+def _rescale_eps(norm: nn.GroupNorm, exponent: int) -> None:
+    norm.eps = math.ldexp(norm.eps, -2 * exponent)
+
+
+def _multiply(layer: Any, *, weight: int, bias: int) -> None:
+    """Multiply weight and bias by powers of two, given as exponents."""
+    layer.weight.data = torch.ldexp(layer.weight.data, torch.tensor(weight))
+    layer.bias.data = torch.ldexp(layer.bias.data, torch.tensor(bias))

@@ -1,0 +1,118 @@
+"""Model -> StableHLO of `runtimes.flax.model`, a graph each for encoder and decoder, and one file of parameters.
+
+The parameters are an argument of the graphs: they are in the bundle once, in the file that diffusers' Flax class wrote
+and read. Batch and sizes are free, and a graph is written for all platforms at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from runtimes.bundle import GraphSpec, TensorSpec
+from runtimes.errors import ConfigError
+from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.rewrites.form import Form
+from vae_export.targets.onnx import DTYPES as ONNX_DTYPES
+from vae_export.targets.onnx import traced_graphs
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+FORM = Form(upsample="conv")  #: the one in which flax_model is written; its attention goes by blocks of a fixed size
+#: precision -> type of parameters and activations, and JAX's precision of products: its own choice for fp32 is less on
+#: TPUs and GPUs, and what is computed is to be what the bundle says.
+DTYPES = {"fp32": ("float32", "highest"), "bf16": ("bfloat16", "default")}
+
+
+def export_stablehlo(
+    model: AutoencoderKL,
+    graph: str,
+    path: Path,
+    *,
+    precision: str = "fp32",
+    io_precision: str = "fp32",
+    form: Form = FORM,
+) -> GraphSpec:
+    """Write one graph (`encoder` or `decoder`): (parameters, float32 [B, C, H, W]) -> float32, as jax.export has it.
+
+    Of the parameters it takes those that it uses. Names and shapes are those of the ONNX graphs.
+    """
+    check_available(io_precision)
+    if form != FORM:
+        raise ConfigError(f"flax bundles are written in one form, {FORM}, not in {form}")
+    jax, flax_model = _import_jax()
+    jnp, export = jax.numpy, importlib.import_module("jax.export")
+    dtype, products = DTYPES[precision]
+    vae = flax_model.FlaxAutoencoderKL.from_config(model.config, dtype=getattr(jnp, dtype), precision=products)
+
+    def encoder(params: Any, sample: Any) -> Any:
+        posterior = vae.apply({"params": params}, sample, method=vae.encode).latent_dist
+        return posterior.parameters.transpose(0, 3, 1, 2).astype(jnp.float32)
+
+    def decoder(params: Any, latent_sample: Any) -> Any:
+        return vae.apply({"params": params}, latent_sample, method=vae.decode).sample.astype(jnp.float32)
+
+    function, own = (encoder, "quant_conv") if graph == "encoder" else (decoder, "post_quant_conv")
+    used = {name: tree for name, tree in vae.shapes().items() if name in (graph, own)}
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), used)
+    traced = traced_graphs(model, ONNX_DTYPES["fp32"], "float")[graph]
+    scale = model.config.downscale if graph == "encoder" else 1  #: pixels of the input per latent
+    # Said as multiples of the factor, so that every division on the way comes out even.
+    batch, height, width = export.symbolic_shape("batch, latent_height, latent_width")
+    shape = (batch, traced.input_shape[1], height * scale, width * scale)
+    with _nameless_sources(jax):
+        exported = export.export(jax.jit(function), platforms=PLATFORMS)(
+            params, jax.ShapeDtypeStruct(shape, jnp.float32)
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(exported.serialize())
+    return GraphSpec(
+        file=path.name,
+        input=TensorSpec(traced.input_name, "float32", traced.input_shape),
+        output=TensorSpec(traced.output_name, "float32", traced.output_shape),
+    )
+
+
+def write_params(model: AutoencoderKL, directory: Path, precision: str) -> None:
+    """The parameters of both graphs, rounded to the precision, in one file."""
+    _import_jax()
+    flax_params = importlib.import_module("runtimes.flax.params")
+    dtype = getattr(flax_params.jnp, DTYPES[precision][0])
+    tensors = {name: tensor.detach().cpu().numpy().astype(dtype) for name, tensor in model.state_dict().items()}
+    data = flax_params.write_msgpack(flax_params.from_torch(tensors, "the model"))
+    (directory / flax_params.FLAX_FILE).write_bytes(data)
+
+
+def check_available(io_precision: str) -> None:
+    """`ConfigError` for what no flax bundle has, `BackendUnavailable` where JAX or Flax is missing."""
+    if io_precision != "fp32":
+        raise ConfigError(f"flax bundles take and give float32 (--io-precision fp32), not {io_precision!r}")
+    _import_jax()
+
+
+@contextmanager
+def _nameless_sources(jax: Any) -> Iterator[None]:
+    """JAX notes beside each operation the file and line that it comes from: paths of this machine."""
+    settings = {"jax_hlo_source_file_canonicalization_regex": ".*", "jax_traceback_in_locations_limit": 0}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def _import_jax() -> tuple[Any, Any]:
+    """JAX, and the model; this and the runtime say what to install where it is missing."""
+    importlib.import_module("runtimes.flax.runtime")
+    flax_model = importlib.import_module("runtimes.flax.model")
+    return importlib.import_module("jax"), flax_model
+
+
+def tool_versions() -> dict[str, str]:
+    _import_jax()
+    return {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "flax")}

@@ -1,0 +1,174 @@
+"""Model -> OpenVINO IR, through its ONNX graphs: openvino_model.xml and openvino_model.bin."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from runtimes.bundle import GraphSpec
+from runtimes.errors import ConfigError
+from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.rewrites.form import PLAIN, Form
+from vae_export.targets.int8 import import_nncf, quantize_ir, quantize_until
+from vae_export.targets.onnx import export_onnx
+
+if TYPE_CHECKING:
+    import openvino
+
+Array = np.ndarray[Any, Any]
+
+# Of the ONNX graph that is read. fp16 is stored: OpenVINO computes with what the device is best at. bf16 is typed,
+# so that which values are rounded to bf16 and which stay fp32 (the statistics of the norms) is said by the graph.
+TYPED_AS = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "fp32"}
+
+
+def export_ir(
+    model: AutoencoderKL,
+    graph: str,
+    path: Path,
+    *,
+    precision: str = "fp32",
+    io_precision: str = "fp32",
+    io: str = "float",
+    form: Form = PLAIN,
+) -> GraphSpec:
+    """Write one graph (`encoder` or `decoder`) as IR: `path` (.xml), and the weights beside it (.bin).
+
+    Names, shapes and types of input and output are those of the ONNX graphs, float32 (or pixels) at any precision.
+    """
+    check_available(precision, io_precision)
+    ir, spec = read_graph(model, graph, precision, form, io)
+    save_ir(ir, path, precision)
+    return replace(spec, file=path.name)
+
+
+def export_int8(
+    model: AutoencoderKL,
+    graph: str,
+    path: Path,
+    *,
+    form: Form,
+    calibration: Sequence[Array],
+    measure: Callable[[Callable[[Array], Array]], float] | None,
+    bar: float,
+) -> tuple[GraphSpec, list[str]]:
+    """Write one graph with its convolutions in int8; layers kept in higher precision, as few as will do, are named.
+
+    `measure` is given the graph as a function and gives its quality, which must reach `bar`; without it, all is
+    quantized unmeasured. Raises `NumericsError` with the numbers where the bar cannot be reached.
+    """
+    ir, spec = read_graph(model, graph, "int8", form)
+    kept: list[str] = []
+    if measure is None:
+        ir = quantize_ir(ir, calibration)
+    else:
+        ir, kept, _ = quantize_until(ir, calibration, lambda candidate: measure(runnable(candidate)), bar)
+    save_ir(ir, path, "int8")
+    return replace(spec, file=path.name), kept
+
+
+def check_available(precision: str, io_precision: str) -> None:
+    """`ConfigError` for what no OpenVINO bundle has, `BackendUnavailable` where a tool is missing."""
+    if io_precision != "fp32":
+        raise ConfigError(f"OpenVINO bundles take and give float32 (--io-precision fp32), not {io_precision!r}")
+    import_openvino()
+    if precision == "int8":
+        import_nncf()
+
+
+def read_graph(
+    model: AutoencoderKL, graph: str, precision: str, form: Form, io: str = "float"
+) -> tuple[openvino.Model, GraphSpec]:
+    """A graph as an OpenVINO model in memory, and its input and output."""
+    openvino = import_openvino()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.onnx"
+        spec = export_onnx(model, graph, path, precision=TYPED_AS[precision], io=io, form=form)
+        # Not openvino.convert_model: it does the same for a file, and reports each use to its makers.
+        ir = openvino.Core().read_model(path.read_bytes())
+    return ir, spec
+
+
+def runnable(ir: openvino.Model) -> Callable[[Array], Array]:
+    """A graph in int8 as a function, computed on this CPU as `runtimes.openvino` does."""
+    from runtimes.openvino import precision_hint
+
+    core = import_openvino().Core()
+    hint = precision_hint(core, "CPU", "int8")
+    compiled: dict[tuple[int, ...], Any] = {}
+
+    def run(x: Array) -> Array:
+        if x.shape not in compiled:
+            fixed = ir.clone()
+            fixed.reshape(list(x.shape))
+            compiled[x.shape] = core.compile_model(fixed, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        result: Array = compiled[x.shape]([x])[0].copy()
+        return result
+
+    return run
+
+
+def save_ir(ir: openvino.Model, path: Path, precision: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _number_the_nameless(ir)
+    import_openvino().save_model(ir, path, compress_to_fp16=precision == "fp16")
+    exact = statistics(ir)
+    if exact:
+        # On CPUs with AMX OpenVINO's own choice for fp32 graphs is bf16. An attribute keeps these in fp32, whoever
+        # opens the graph; the Python API cannot set it.
+        tree = ElementTree.parse(path)
+        for layer in tree.iterfind("layers/layer"):
+            if layer.get("name") in exact:
+                info = layer.find("rt_info")
+                if info is None:
+                    info = ElementTree.Element("rt_info")
+                    layer.insert(0 if layer.find("data") is None else 1, info)
+                ElementTree.SubElement(info, "attribute", name="precise", version="0")
+        tree.write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _number_the_nameless(ir: openvino.Model) -> None:
+    """Name operations without a name by their place: OpenVINO counts them over the whole life of the process."""
+    for place, operation in enumerate(ir.get_ordered_ops()):
+        kind = operation.get_type_name()
+        if re.fullmatch(rf"{kind}_\d+", operation.get_friendly_name()):
+            operation.set_friendly_name(f"{kind}_{place}")
+
+
+def statistics(ir: openvino.Model) -> set[str]:
+    """Names of the operations on the statistics of `operators.row_norm`, from behind the rows to scale and shift.
+
+    They subtract squares: in bf16 nothing would be left of a variance much smaller than the mean. What follows from
+    nothing but row statistics, constants and sizes is one of them.
+    """
+    rows: set[str] = set()
+    found: set[str] = set()
+    neutral: set[str] = set()
+    for node in ir.get_ordered_ops():
+        name, kind = node.get_friendly_name(), node.get_type_name()
+        inputs = {port.get_source_output().get_node().get_friendly_name() for port in node.inputs()}
+        if not node.get_output_size() or not node.get_output_element_type(0).is_real() or inputs <= neutral:
+            if kind != "Parameter":
+                neutral.add(name)
+        elif kind in ("ReduceMean", "ReduceL2") and not inputs & (rows | found):
+            rows.add(name)
+        elif inputs <= rows | found | neutral:
+            found.add(name)
+    return found
+
+
+def import_openvino() -> Any:
+    """OpenVINO as `runtimes.openvino` imports it: without reports of its use, or with `BackendUnavailable`."""
+    return importlib.import_module("runtimes.openvino").ov
+
+
+def tool_versions() -> dict[str, str]:
+    return {"openvino": import_openvino().__version__}
