@@ -189,7 +189,7 @@ def open_and_compare(scratch: Path, case: Case, worker: Worker) -> Result:
 
 
 def distance(actual: np.ndarray, expected: np.ndarray) -> Result:
-    """As vae_export.validate has it: PSNR over the range of the reference's output, None where nothing differs."""
+    """As vae_export.comparison has it: PSNR over the range of the reference's output, None where nothing differs."""
     if actual.shape != expected.shape or not np.isfinite(actual).all():
         raise Failed(f"the output is of {list(actual.shape)} for {list(expected.shape)}, or holds NaN or infinity")
     difference = np.abs(actual.astype(np.float64) - expected)

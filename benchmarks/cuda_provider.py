@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def export(directory: Path, precisions: list[str]) -> None:
     from benchmarks.models import stable_diffusion_sized
     from vae_export.rewrites.form import Form
-    from vae_export.targets.onnx import export_onnx
+    from vae_export.targets.onnx_graphs import export_onnx
 
     model = stable_diffusion_sized()
     for precision in precisions:

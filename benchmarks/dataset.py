@@ -242,7 +242,7 @@ def exported(model: str, target: str, precision: str, directory: Path) -> tuple[
     from safetensors.torch import save_file
 
     from benchmarks.models import stable_diffusion_sized
-    from vae_export.export import export_bundle, load_model
+    from vae_export import export_bundle, load_model
 
     loaded = load_model() if model == "embedded" else stable_diffusion_sized()
     checkpoint, bundle = directory / "checkpoint", directory / f"bundle-{target}"

@@ -54,13 +54,14 @@ def main() -> None:
         print(json.dumps(growth(bundle, graph, int(side), "" if tiling == "none" else tiling)))
         return
     from benchmarks.models import stable_diffusion_sized  # not where it is measured
-    from vae_export.export import TILEABLE, export_bundle
+    from vae_export import export_bundle
+    from vae_export.targets import target_named
 
     model = stable_diffusion_sized()
     width = model.config.block_out_channels[0]
     for target, precision in BUNDLES:
         with tempfile.TemporaryDirectory() as directory:
-            tileable = target in TILEABLE
+            tileable = target_named(target).tileable
             bundle = f"{directory}/sd"
             export_bundle(model, bundle, target=target, precision=precision, tileable=tileable, run_validation=False)
             for tiling in ("none", "seamless") if tileable else ("none",):

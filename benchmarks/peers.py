@@ -370,7 +370,7 @@ def export(answer: Answer, directory: Path, name: str, artifacts: Sequence[str])
 
 def make_model(name: str) -> AutoencoderKL:
     from benchmarks.models import stable_diffusion_sized
-    from vae_export.export import load_model
+    from vae_export import load_model
 
     return stable_diffusion_sized() if name == "sd" else load_model()
 

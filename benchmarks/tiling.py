@@ -42,7 +42,7 @@ def measure(bundle: str, mode: str, side: int, tile: int) -> dict[str, float]:
 
 def quality(directory: Path, target: str) -> None:
     """Print the PSNR of tiled against untiled results, over the photographs: worst and median."""
-    from vae_export.export import export_bundle, load_model
+    from vae_export import export_bundle, load_model
     from vae_export.photos import photographs
 
     path = directory / "embedded"

@@ -19,8 +19,9 @@ import torch
 from benchmarks.models import stable_diffusion_sized
 from runtimes import open_vae
 from runtimes.bundle import GRAPHS
-from vae_export.export import FORMS, export_bundle
+from vae_export.export import export_bundle
 from vae_export.rewrites.form import CONVOLUTIONS
+from vae_export.targets import target_named
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
             opened = {}
             for kind in CONVOLUTIONS:
                 path = Path(directory) / kind
-                forms = dict.fromkeys(GRAPHS, FORMS[target, "fp32"]._replace(convolutions=kind))
+                forms = dict.fromkeys(GRAPHS, target_named(target).forms["fp32"]._replace(convolutions=kind))
                 export_bundle(model, path, target=target, forms=forms, run_validation=False)
                 opened[kind] = stack.enter_context(open_vae(path))
             for side in arguments.sizes:

@@ -68,7 +68,7 @@ BACKENDS_OF_TARGET: dict[str, tuple[str, ...]] = {
 
 
 def open_vae(
-    path: str | Path,
+    path: str | Path | Bundle,
     *,
     backend: str | None = None,
     device: str | None = None,
@@ -89,7 +89,7 @@ def open_vae(
     Raises `BundleError` where there is no bundle, `IntegrityError` where a file is not what the manifest says,
     `CompatibilityError` where the backend cannot load it, `BackendUnavailable` where backend or device is not here.
     """
-    bundle = Bundle(path)
+    bundle = path if isinstance(path, Bundle) else Bundle(path)
     known = BACKENDS_OF_TARGET.get(bundle.manifest.target, ())
     if not known:
         raise CompatibilityError(f"this version opens no {bundle.manifest.target} bundles")

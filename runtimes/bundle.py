@@ -7,6 +7,7 @@ the file, which could change in between.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ import stat
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,12 @@ class Bundle:
             return HeldFile(_open_regular_file(self.path, name), name, entry)
         except FileNotFoundError:
             raise IntegrityError(f"{name} is missing from {self.path}") from None
+
+    def seen_as(self, **changes: Any) -> Bundle:
+        """The same files, as another manifest describes them: `changes` are fields of the manifest."""
+        other = copy.copy(self)
+        other.manifest = replace(self.manifest, **changes)
+        return other
 
     def verify(self) -> None:
         """Check every listed file."""

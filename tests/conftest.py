@@ -19,9 +19,9 @@ import torch
 from runtimes import open_vae
 from runtimes.tensorrt import flavours as tensorrt_flavours
 from runtimes.tensorrt.profiles import parse_profile
-from vae_export import AutoencoderKL, export, export_bundle
-from vae_export.targets.tensorrt import plan_engine, rebuild_bundle
-from vae_export.validate import Case
+from vae_export import AutoencoderKL, export_bundle, load_model
+from vae_export.comparison import Case
+from vae_export.targets.engines import plan_engine, rebuild_bundle
 
 FAKES = Path(__file__).parent / "fakes"
 FAKED = ("cuda", "tensorrt", "tensorrt_rtx", "cupy", "fake_gpu", "fake_tensorrt")  # and what is below them
@@ -72,7 +72,7 @@ def onnx_bundle(tiny_model, tmp_path_factory):
 def tileable_bundle(tmp_path_factory):
     """The path of the embedded model's ONNX bundle for seamless tiling. Do not change it."""
     path = tmp_path_factory.mktemp("bundles") / "tileable"
-    export_bundle(export.load_model(), path, tileable=True)
+    export_bundle(load_model(), path, tileable=True)
     return path
 
 
@@ -221,7 +221,7 @@ def few_cases(monkeypatch):
             Case("decoder", "noise", z.numpy(), model.decode_latents(z).numpy()),
         ]
 
-    monkeypatch.setattr(export, "reference_cases", reference_cases)
+    monkeypatch.setattr("vae_export.export.reference_cases", reference_cases)
 
 
 @pytest.fixture

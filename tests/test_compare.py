@@ -53,7 +53,7 @@ def test_every_row_is_measured_against_the_reference(done):
         assert result["share_of_peak"] == pytest.approx(result["gflops"] / report["peak_gflops"]["fp32"])
         assert 0 < result["load_seconds"] < 60
         assert 0 < result["first_call_seconds"] < 60
-        # fp32 in another order of summation, as in vae_export.validate
+        # fp32 in another order of summation, as in vae_export.comparison
         assert result["psnr_db"] is None or result["psnr_db"] > 100
         assert result["max_abs"] < 1e-4
         assert result["best_peer"] == "torch"

@@ -59,7 +59,7 @@ def test_an_old_plan_says_how_to_build_it_again(golden, fake_gpu, monkeypatch):
 @pytest.mark.engines
 def test_an_old_plan_is_built_again_from_its_bundle(golden, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    from vae_export.targets.tensorrt import rebuild_bundle
+    from vae_export.targets.engines import rebuild_bundle
 
     rebuilt = rebuild_bundle(golden("tensorrt-rtx"), tmp_path / "new")
     rebuilt.verify()

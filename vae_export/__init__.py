@@ -8,21 +8,53 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from runtimes.errors import BackendUnavailable
+
 if TYPE_CHECKING:
     from runtimes.config import VaeConfig as VaeConfig
+    from vae_export.checkpoints.hub import Hub as Hub
+    from vae_export.checkpoints.load import load_model as load_model
+    from vae_export.export import export_bundle as export_bundle
     from vae_export.families.autoencoder_kl import AutoencoderKL as AutoencoderKL
+    from vae_export.options import ExportOptions as ExportOptions
+    from vae_export.rewrites.rescale import measure_ranges as measure_ranges
+    from vae_export.tune import tune_bundle as tune_bundle
+    from vae_export.validate import validate_bundle as validate_bundle
 
 _HOMES = {
     "AutoencoderKL": "vae_export.families.autoencoder_kl",
+    "ExportOptions": "vae_export.options",
+    "Hub": "vae_export.checkpoints.hub",
     "VaeConfig": "runtimes.config",
     "export_bundle": "vae_export.export",
-    "validate_bundle": "vae_export.export",
+    "load_model": "vae_export.checkpoints.load",
+    "measure_ranges": "vae_export.rewrites.rescale",
+    "tune_bundle": "vae_export.tune",
+    "validate_bundle": "vae_export.validate",
 }
-__all__ = ["AutoencoderKL", "VaeConfig", "export_bundle", "validate_bundle"]
+__all__ = [
+    "AutoencoderKL",
+    "ExportOptions",
+    "Hub",
+    "VaeConfig",
+    "export_bundle",
+    "load_model",
+    "measure_ranges",
+    "tune_bundle",
+    "validate_bundle",
+]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    except ModuleNotFoundError as error:
+        raise missing_package(error) from None
+
+
+def missing_package(error: ModuleNotFoundError) -> BackendUnavailable:
+    """The error for a package that exporting needs and that is not installed."""
+    return BackendUnavailable(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'")

@@ -20,8 +20,9 @@ HELD_OUT = "coffee"  #: of the embedded photographs: neither trained on nor cali
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def photographs(directory: Path | None = None) -> list[Path]:
+def photographs(directory: str | Path | None = None) -> list[Path]:
     """The image files below `directory`, or the embedded ones. `ConfigError` where there are none."""
+    directory = None if directory is None else Path(directory)
     if directory is not None and not directory.is_dir():
         raise ConfigError(f"{directory} is not a directory of photographs")
     found = sorted(path for path in (directory or EMBEDDED).rglob("*") if path.suffix.lower() in SUFFIXES)

@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtimes import Bundle, VaeRuntime, open_vae
-from runtimes.bundle import ENGINE_TARGETS, Engine
-from runtimes.errors import BackendUnavailable, ConfigError
-from runtimes.tensorrt.profiles import DEFAULT, Profile, make_profile
+from runtimes.errors import ConfigError
+from runtimes.progress import Progress, no_progress
 from vae_export.bundle import check_output
-from vae_export.export import DEFAULT_PRECISION, FORMS, check_choices, export_bundle
+from vae_export.export import check_choices, export_bundle
 from vae_export.families.autoencoder_kl import AutoencoderKL
-from vae_export.rewrites.form import CONVOLUTIONS, LAST_BLOCKS, NORMS, UPSAMPLES, Form
+from vae_export.options import ExportOptions
+from vae_export.rewrites.form import Form
 from vae_export.rewrites.winograd import wide_convolutions
-from vae_export.targets.tensorrt import plan_engine, present_gpu
-from vae_export.validate import Progress
+from vae_export.targets import target_named
+from vae_export.targets.base import Target
 
 NOISE = 0.02  #: a form that is faster by less than this is not preferred
 
@@ -69,35 +69,36 @@ class Tuned(NamedTuple):
 def tune_bundle(
     model: AutoencoderKL,
     out: str | Path,
+    options: ExportOptions | None = None,
     *,
-    target: str = "onnx",
-    precision: str | None = None,
     height: int = 512,
     width: int = 512,
     rounds: int = 3,
-    overwrite: bool = False,
-    progress: Progress = lambda *_: None,
+    progress: Progress = no_progress,
+    **choices: Any,
 ) -> Tuned:
     """Time the exact forms of both graphs on this machine, and export a validated bundle in the fastest.
 
-    TensorRT engines are timed on the GPU that is here, the others on the CPU.
+    TensorRT engines are timed on the GPU that is here, the others on the CPU. `choices` are the fields of
+    `ExportOptions`, by name.
 
     Images of `height` x `width` pixels, batch 1. The manifest records what was timed. Raises what `export_bundle`
     raises, and `ConfigError` for a size that is not a multiple of the model's factor.
     """
-    precision = DEFAULT_PRECISION.get(target, "fp32") if precision is None else precision
-    if target == "flax":
-        raise ConfigError("flax bundles are written in one form, the fastest on the CPU: there is nothing to tune")
-    check_choices(model, target, precision, "fp32")
-    check_output(out, overwrite)
+    options = replace(options or ExportOptions(), **choices)
+    target = target_named(options.target)
+    options = replace(options, precision=options.precision or target.default_precision)
+    check_choices(model, target, options)
+    target.choices("decoder", str(options.precision))  # raises where there is nothing to choose
+    check_output(out, options.overwrite)
     factor = model.config.downscale
     if height % factor or width % factor or min(height, width, rounds) < 1:
         raise ConfigError(
             f"cannot time {height}x{width} pixels in {rounds} rounds; sides are multiples of {factor}, rounds 1 or more"
         )
-    engine = _engine(target, height, width, factor)
+    timed = replace(options, engine=target.plan_for_size(height, width, factor))
     with tempfile.TemporaryDirectory() as directory:
-        bench = _Bench(model, target, precision, (height, width), rounds, Path(directory), progress, engine)
+        bench = _Bench(model, target, timed, (height, width), rounds, Path(directory), progress)
         winners = {graph: bench.winner(graph) for graph in ("encoder", "decoder")}
     record = {
         "name": "tuned",
@@ -109,12 +110,10 @@ def tune_bundle(
     bundle = export_bundle(
         model,
         out,
-        target=target,
-        precision=precision,
+        options,
         forms={graph: winner.form for graph, winner in winners.items()},
         tuning=record,
-        engine=engine and replace(engine, profiles=_profiles_with(height, width, engine.profiles)),
-        overwrite=overwrite,
+        engine=target.with_common_sizes(timed.engine, height, width),
         progress=progress,
     )
     return Tuned(bundle, tuple(bench.trials), winners)
@@ -126,18 +125,16 @@ class _Bench:
     def __init__(
         self,
         model: AutoencoderKL,
-        target: str,
-        precision: str,
+        target: Target,
+        options: ExportOptions,
         size: tuple[int, int],
         rounds: int,
         directory: Path,
         progress: Progress,
-        engine: Engine | None = None,
     ) -> None:
         self.trials: list[Trial] = []
-        self._model, self._target, self._precision = model, target, precision
+        self._model, self._target, self._options = model, target, options
         self._rounds, self._directory, self._progress = rounds, directory, progress
-        self._engine = engine  #: TensorRT's, for the one size
         self._bundles: dict[Form, Path] = {}
         rng, config = np.random.default_rng(0), model.config
         latent = [side // config.downscale for side in size]
@@ -147,23 +144,24 @@ class _Bench:
         }
 
     def winner(self, graph: str) -> Trial:
-        """The fastest: first among upsamplings and norms, then with another last block, with other convolutions (in
-        fp32 alone, since they lose digits in half precision), and with other threads."""
-        start = FORMS[self._target, self._precision]
-        upsamples: tuple[str, ...] = UPSAMPLES if graph == "decoder" else (start.upsample,)
-        if self._engine is not None and self._precision == "bf16":
-            upsamples = tuple(upsample for upsample in upsamples if upsample != "deconv")  # TensorRT does not build it
-        forms = [start._replace(upsample=u, norm=n, last_block="plain") for u in upsamples for n in NORMS]
-        forms.sort(key=lambda form: form != start._replace(last_block="plain"))  # the default is the one to beat
-        best = self._race("forms", graph, [(form, None) for form in forms])
-        if graph == "decoder":
-            blocks = sorted(LAST_BLOCKS, key=lambda block: block != start.last_block)
-            best = self._race("last block", graph, [(best.form._replace(last_block=b), None) for b in blocks])
-        if self._precision == "fp32" and self._engine is None and any(wide_convolutions(self._model)):
-            kinds = sorted(CONVOLUTIONS, key=lambda kind: kind != start.convolutions)
-            best = self._race("convolutions", graph, [(best.form._replace(convolutions=k), None) for k in kinds])
-        if self._engine is not None:
-            return best  # no threads to choose
+        """The fastest: first among upsamplings and norms, then with another last block, with other convolutions, and
+        with other numbers of threads."""
+        precision = str(self._options.precision)
+        start, choices = self._target.forms[precision], self._target.choices(graph, precision)
+        forms = [
+            start._replace(upsample=upsample, norm=norm, last_block="plain")
+            for upsample in choices.upsamples
+            for norm in choices.norms
+        ]
+        best = self._race("forms", graph, _first(start._replace(last_block="plain"), forms))
+        if len(choices.last_blocks) > 1:
+            forms = [best.form._replace(last_block=block) for block in choices.last_blocks]
+            best = self._race("last block", graph, _first(best.form._replace(last_block=start.last_block), forms))
+        if len(choices.convolutions) > 1 and any(wide_convolutions(self._model)):
+            forms = [best.form._replace(convolutions=kind) for kind in choices.convolutions]
+            best = self._race("convolutions", graph, _first(best.form._replace(convolutions=start.convolutions), forms))
+        if not self._target.takes_threads:
+            return best
         cores = os.cpu_count() or 1
         counts = [None, *sorted({cores // 2, cores} - {0})] if cores > 1 else [None]
         return self._race("threads", graph, [(best.form, threads) for threads in counts])
@@ -176,7 +174,7 @@ class _Bench:
             runtimes = []
             for done, (form, threads) in enumerate(entries):
                 self._progress(f"Exporting {graph} as {describe(form)}", done, len(entries))
-                options: dict[str, Any] = {} if self._engine is not None else {"threads": threads}
+                options: dict[str, Any] = {"threads": threads} if self._target.takes_threads else {}
                 runtimes.append(stack.enter_context(open_vae(self._bundle(form), **options)))
             for turn in range(self._rounds + 1):
                 for runtime, times in zip(runtimes, seconds, strict=True):
@@ -194,36 +192,14 @@ class _Bench:
             path = self._directory / str(len(self._bundles))
             forms = {"encoder": form, "decoder": form}
             # Rescaled or not, a graph takes the same time.
-            export_bundle(
-                self._model,
-                path,
-                target=self._target,
-                precision=self._precision,
-                forms=forms,
-                rescale=False,
-                engine=self._engine,
-                run_validation=False,
-            )
+            export_bundle(self._model, path, self._options, forms=forms, rescale=False, run_validation=False)
             self._bundles[form] = path
         return self._bundles[form]
 
 
-def _engine(target: str, height: int, width: int, factor: int) -> Engine | None:
-    """For TensorRT what is timed: engines for this size alone, on the GPU that is here."""
-    if target not in ENGINE_TARGETS:
-        return None
-    size = make_profile("1", str(height), str(width), opt=None, factor=factor)
-    engine = plan_engine(target, [size])
-    if present_gpu() is None:
-        raise BackendUnavailable(
-            f"tuning {target} times engines on the GPU that will run them, and none can be used here"
-        )
-    return engine
-
-
-def _profiles_with(height: int, width: int, tuned: tuple[Profile, ...]) -> tuple[Profile, ...]:
-    """What the bundle is built for: common sizes, and the one that was timed where it is none of them."""
-    return (DEFAULT,) if DEFAULT.holds(1, height, width) else (DEFAULT, *tuned)
+def _first(default: Form, forms: Sequence[Form]) -> list[tuple[Form, None]]:
+    """The entries of a race, the default in front: it is the one to beat."""
+    return [(form, None) for form in sorted(forms, key=lambda form: form != default)]
 
 
 def describe(form: Form) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vae_export import AutoencoderKL
-from vae_export.validate import Case
+from vae_export.comparison import Case
 
 SHAPES = ((1, 8, 8), (2, 12, 9), (1, 32, 32), (8, 8, 8))  # batch, height and width in latents
 RNG = np.random.default_rng(0)

@@ -5,8 +5,8 @@ import pytest
 from gpu_arrays import cases, every_shape, latents, one_colour, run
 
 from runtimes import BackendUnavailable, open_vae
+from vae_export.comparison import compare, opened_bundle
 from vae_export.export import export_bundle
-from vae_export.validate import compare, opened_bundle
 
 pytestmark = pytest.mark.gpu
 

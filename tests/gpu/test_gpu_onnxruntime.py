@@ -10,8 +10,8 @@ from gpu_arrays import SHAPES, cases, every_shape, images, latents, one_colour, 
 
 from runtimes import CompatibilityError, NumericsError, OutOfMemoryError, ShapeError, open_vae
 from tools.blow_up import blown_up, gains
+from vae_export.comparison import compare, opened_bundle
 from vae_export.export import export_bundle
-from vae_export.validate import compare, opened_bundle
 
 pytestmark = pytest.mark.gpu
 

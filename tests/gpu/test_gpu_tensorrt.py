@@ -13,8 +13,9 @@ from gpu_arrays import SHAPES, cases, every_shape, latents, one_colour, run
 from runtimes import BackendUnavailable, OutOfMemoryError, open_vae
 from runtimes.tensorrt.flavours import MODULES, load_flavour
 from runtimes.tensorrt.profiles import parse_profile
-from vae_export.export import export_bundle, plan_engine, validate_bundle
-from vae_export.validate import compare, opened_bundle
+from vae_export import export_bundle, validate_bundle
+from vae_export.comparison import compare, opened_bundle
+from vae_export.targets.engines import plan_engine
 
 pytestmark = pytest.mark.gpu
 

@@ -8,10 +8,10 @@ from gpu_arrays import cases, every_shape, latents, one_colour
 
 from runtimes import open_vae
 from tools.blow_up import blown_up, gains
+from vae_export.comparison import compare, simulated
 from vae_export.export import export_bundle
 from vae_export.rewrites.ranges import calibration_inputs, probe
 from vae_export.rewrites.rescale import rescale_activations
-from vae_export.validate import compare, simulated
 
 pytestmark = pytest.mark.gpu
 

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import test_onnxruntime as shared
 import torch
+from helpers import FORMS
 from onnx import TensorProto, helper
 from test_bundle import DAMAGE, assert_damage_is_found
 from test_independence import BANNED, USE
@@ -39,9 +40,8 @@ from runtimes import (
     VaeError,
     open_vae,
 )
-from vae_export.export import FORMS
+from vae_export.comparison import THRESHOLDS, Case, compare, opened_bundle
 from vae_export.rewrites.form import rewrite
-from vae_export.validate import THRESHOLDS, Case, compare, opened_bundle
 
 backend = pytest.importorskip("runtimes.openvino", exc_type=BackendUnavailable)
 ov = backend.ov

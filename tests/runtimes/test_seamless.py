@@ -7,13 +7,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from helpers import FORMS
 
 from runtimes import Bundle, ConfigError, IntegrityError, NumericsError, OutOfMemoryError, open_vae
 from runtimes.bundle import Step
 from runtimes.images import load_image, psnr, to_float
 from runtimes.tiling.seamless import largest_maps, run_seamless
 from vae_export import AutoencoderKL, export_bundle
-from vae_export.export import FORMS, rescaled
+from vae_export.export import rescaled
 from vae_export.photos import photographs
 from vae_export.rewrites.form import Form
 from vae_export.rewrites.tileable import TileableExport

@@ -48,7 +48,7 @@ from runtimes.tensorrt import flavours as tensorrt_flavours
 from runtimes.tensorrt.profiles import parse_profile
 from runtimes.tensorrt.runtime import TensorRtRtxVae, TensorRtVae
 from vae_export import AutoencoderKL, export_bundle
-from vae_export.targets.tensorrt import plan_engine
+from vae_export.targets.engines import plan_engine
 
 pytestmark = pytest.mark.usefixtures("fake_gpu")
 

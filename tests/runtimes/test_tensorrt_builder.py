@@ -19,7 +19,9 @@ from runtimes.tensorrt import builder as tensorrt_builder
 from runtimes.tensorrt.builder import BuildJob, build_plan
 from runtimes.tensorrt.flavours import load_flavour
 from runtimes.tensorrt.profiles import parse_profile
-from vae_export.targets.tensorrt import plan_engine, rebuild_bundle
+from vae_export.options import ExportOptions
+from vae_export.targets import target_named
+from vae_export.targets.engines import plan_engine, rebuild_bundle
 
 SMALLEST, BEST, LARGEST = (1, 4, 8, 8), (1, 4, 16, 16), (2, 4, 32, 32)
 JOB = BuildJob("tensorrt", "x", ((SMALLEST, BEST, LARGEST),))
@@ -250,22 +252,25 @@ def test_what_is_built_follows_from_the_gpu_that_is_here(fake_gpu):
 
 def test_a_profile_that_does_not_fit_the_gpu_is_refused_with_the_largest_that_would(tiny_model, fake_gpu):
     engine = plan_engine("tensorrt", [parse_profile("1x64..4096x64..8192", 8)])
-    from vae_export.export import check_engine_memory
 
-    fits = check_engine_memory(tiny_model, plan_engine("tensorrt", [parse_profile("1x64x64", 8)]), "fp32")
+    def estimates(engine):
+        options = ExportOptions(target="tensorrt", precision="fp32", engine=engine)
+        return target_named("tensorrt").estimates(tiny_model, options)
+
+    fits = estimates(plan_engine("tensorrt", [parse_profile("1x64x64", 8)]))
     assert [estimate.graph for estimate in fits] == ["encoder", "decoder"]
     fake_gpu.total = 1 << 30
     with pytest.raises(
         OutOfMemoryError, match=r"needs about .* GiB, and cuda:0 has 1.0; the largest .* would: "
     ) as error:
-        check_engine_memory(tiny_model, engine, "fp32")
+        estimates(engine)
     batch, height, width = re.search(r"would: (\d+) x 64..(\d+) x 64..(\d+)", str(error.value)).groups()
     largest = parse_profile(f"{batch}x64..{height}x64..{width}", 8)
-    assert check_engine_memory(tiny_model, plan_engine("tensorrt", [largest]), "fp32")
+    assert estimates(plan_engine("tensorrt", [largest]))
     assert int(width) == pytest.approx(2 * int(height), abs=8), "in the proportions that were asked for"
     larger = parse_profile(f"{batch}x64..{int(height) + 16}x64..{int(width) + 16}", 8)
     with pytest.raises(OutOfMemoryError):
-        check_engine_memory(tiny_model, plan_engine("tensorrt", [larger]), "fp32")
+        estimates(plan_engine("tensorrt", [larger]))
 
 
 # The real TensorRT-RTX, which builds without a GPU ----------------------------------------------------------------

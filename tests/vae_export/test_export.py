@@ -14,8 +14,8 @@ from onnx import numpy_helper
 from runtimes import Bundle, BundleError, ConfigError, IntegrityError, NumericsError, VaeError, open_vae
 from runtimes.bundle import GRAPHS, TensorSpec
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
-from vae_export.targets import onnx as onnx_graphs
-from vae_export.validate import THRESHOLDS
+from vae_export.comparison import THRESHOLDS
+from vae_export.targets import onnx_graphs
 
 # Names and free dimensions of input and output; 4 latent channels.
 TABLE = {

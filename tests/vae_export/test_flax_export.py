@@ -11,10 +11,10 @@ from test_export import TABLE, tree
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError
 from runtimes.bundle import GRAPHS, GraphSpec, TensorSpec
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
+from vae_export.comparison import THRESHOLDS
 from vae_export.rewrites.form import PLAIN
 from vae_export.targets import flax as flax_export
 from vae_export.tune import tune_bundle
-from vae_export.validate import THRESHOLDS
 
 flax_params = pytest.importorskip("runtimes.flax.params", exc_type=BackendUnavailable)
 

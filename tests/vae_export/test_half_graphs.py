@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from runtimes import ConfigError, open_vae
 from tools.blow_up import blown_up, gains
 from vae_export import export_bundle
-from vae_export.targets.onnx import OPSET, export_onnx
+from vae_export.targets.onnx_graphs import OPSET, export_onnx
 
 
 @pytest.fixture(scope="module")

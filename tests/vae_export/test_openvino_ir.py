@@ -8,17 +8,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import FORMS
 from test_export import TABLE, tree
 
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError
 from runtimes.bundle import GRAPHS, GraphSpec, TensorSpec
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
-from vae_export.export import FORMS
+from vae_export.comparison import THRESHOLDS
 from vae_export.rewrites import winograd
 from vae_export.rewrites.form import fitted
 from vae_export.targets import openvino as openvino_ir
 from vae_export.targets.openvino import export_ir
-from vae_export.validate import THRESHOLDS
 
 try:
     ov = openvino_ir.import_openvino()

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from helpers import FORMS
 from PIL import Image
 
 from runtimes import Bundle, ConfigError, NumericsError, ShapeError, VaeError, open_vae
@@ -16,10 +17,11 @@ from runtimes.tensorrt.builder import build_plan
 from runtimes.tensorrt.profiles import parse_profile
 from runtimes.tensorrt.runtime import job_of
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
-from vae_export.export import FORMS, check_choices
-from vae_export.targets.onnx import PixelDecoderGraph, PixelEncoderGraph, export_onnx
-from vae_export.targets.tensorrt import plan_engine
-from vae_export.validate import compare, opened_bundle, reference_cases, thresholds_of, through_pixels
+from vae_export.comparison import compare, opened_bundle, reference_cases, thresholds_of, through_pixels
+from vae_export.export import complete_options
+from vae_export.options import ExportOptions
+from vae_export.targets.engines import plan_engine
+from vae_export.targets.onnx_graphs import PixelDecoderGraph, PixelEncoderGraph, export_onnx
 
 RNG = np.random.default_rng(0)
 TOLERANCE = 2e-5  # the same fp32 arithmetic in another order, as in test_onnxruntime
@@ -265,4 +267,4 @@ def test_what_has_no_pixels_is_refused_before_the_work(tiny_model):
         (tiny_model, "onnx", "fp32", "uint16", "known are float, uint8"),
     ):
         with pytest.raises(ConfigError, match=says):
-            check_choices(model, target, precision, "fp32", io)
+            complete_options(model, ExportOptions(target=target, precision=precision, io=io))

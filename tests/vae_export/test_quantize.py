@@ -11,9 +11,11 @@ from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError, ope
 from runtimes.images import psnr
 from vae_export import export_bundle
 from vae_export.checkpoints.load import load_model
+from vae_export.comparison import THRESHOLDS, Thresholds
 from vae_export.photos import EMBEDDED, HELD_OUT, crops, middle_of, photographs
 from vae_export.rewrites.form import Form
 from vae_export.targets import int8 as quantize
+from vae_export.targets import openvino as target
 from vae_export.targets.openvino import read_graph, statistics
 
 FORM = Form(upsample="deconv", norm="rows", last_block="lean")
@@ -60,11 +62,9 @@ def test_the_manifest_says_what_is_int8_and_how_good(int8_bundle):
 
 
 def test_the_photograph_that_measures_is_not_calibrated_on(monkeypatch):
-    from vae_export import export
-
     seen = []
-    monkeypatch.setattr(export, "crops", lambda paths, *_: seen.extend(paths) or iter(()))
-    export.int8_calibration(load_model(), None, lambda *_: None)
+    monkeypatch.setattr(target, "crops", lambda paths, *_: seen.extend(paths) or iter(()))
+    target.int8_calibration(load_model(), None, lambda *_: None)
     assert {path.stem for path in seen} == {path.stem for path in photographs()} - {HELD_OUT}
 
 
@@ -101,11 +101,7 @@ def test_layers_are_kept_until_the_bar_holds(graph):
 
 
 def test_a_bundle_that_misses_the_bar_is_refused_and_nothing_left(two_level_model, tmp_path, monkeypatch):
-    from vae_export import export, validate
-
-    demanding = {**validate.THRESHOLDS, "int8": validate.Thresholds(500.0, 1, 500.0)}
-    for module in (export, validate):
-        monkeypatch.setattr(module, "THRESHOLDS", demanding)
+    monkeypatch.setitem(THRESHOLDS, "int8", Thresholds(500.0, 1, 500.0))
     with pytest.raises(NumericsError, match=r"int8 gives .* at least 500 is demanded") as caught:
         export_bundle(two_level_model, tmp_path / "b", target="openvino", precision="int8")
     assert len(caught.value.measurements) > 2

@@ -8,13 +8,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from helpers import FORMS
 from onnx import TensorProto
 from test_rescale import inputs_of, run, small_model
 from torch.nn import functional as F
 
 from vae_export import AutoencoderKL
 from vae_export.checkpoints.load import load_model
-from vae_export.export import FORMS
+from vae_export.comparison import Case, compare
 from vae_export.families.autoencoder_kl import Attention, Upsample
 from vae_export.rewrites import winograd
 from vae_export.rewrites.form import (
@@ -32,8 +33,7 @@ from vae_export.rewrites.form import (
     use_row_norms,
 )
 from vae_export.rewrites.operators import TRANSLATIONS, attend_in_blocks, row_norm
-from vae_export.targets.onnx import DTYPES, OPSET, export_onnx
-from vae_export.validate import Case, compare
+from vae_export.targets.onnx_graphs import DTYPES, OPSET, export_onnx
 
 # Sums of some hundred terms of order 1 in another order, a dozen layers deep; weights added, or multiplied with each
 # other, before they meet the activations. Outputs are of order 1.

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from helpers import FORMS
 from onnx import TensorProto, helper
 
 from runtimes import Bundle, open_vae
@@ -19,18 +20,11 @@ from runtimes.tensorrt.builder import BuildJob, build, build_plan
 from runtimes.tensorrt.flavours import load_flavour, system
 from runtimes.tensorrt.profiles import DEFAULT, Profile, Range, parse_profile
 from vae_export import export_bundle
-from vae_export.export import FORMS
+from vae_export.comparison import THRESHOLDS, Thresholds
 from vae_export.rewrites.form import Form
-from vae_export.targets.onnx import export_onnx
-from vae_export.targets.tensorrt import (
-    activation_bytes,
-    check_memory,
-    estimate_memory,
-    largest_fitting,
-    plan_engine,
-    rebuild_bundle,
-)
-from vae_export.validate import THRESHOLDS, Thresholds
+from vae_export.targets.engine_memory import activation_bytes, check_memory, estimate_memory, largest_fitting
+from vae_export.targets.engines import plan_engine, rebuild_bundle
+from vae_export.targets.onnx_graphs import export_onnx
 
 try:
     load_flavour("tensorrt-rtx")

@@ -6,14 +6,18 @@ from contextlib import nullcontext
 
 import onnx
 import pytest
+from helpers import FORMS
 from typer.testing import CliRunner
 
 from runtimes import BackendUnavailable, Bundle, ConfigError
-from vae_export import AutoencoderKL, export, tune
+from runtimes.progress import no_progress
+from vae_export import AutoencoderKL, tune
 from vae_export.cli.app import app
+from vae_export.options import ExportOptions
 from vae_export.rewrites import winograd
 from vae_export.rewrites.form import UPSAMPLES, Form
-from vae_export.targets.tensorrt import present_gpu
+from vae_export.targets import target_named
+from vae_export.targets.engines import present_gpu
 from vae_export.tune import tune_bundle
 
 
@@ -39,7 +43,7 @@ def race(monkeypatch):
 def test_the_fastest_form_is_kept_and_the_manifest_tells_how(tiny_model, tmp_path, race):
     calls = race(lambda form, threads: 1.0 if form[:2] == ("none", "group") and threads is None else 2.0)
     tuned = tune_bundle(tiny_model, tmp_path / "b", height=16, width=24, rounds=2)
-    assert tuned.winners["decoder"].form[:3] == ("none", "group", export.FORMS["onnx", "fp32"].last_block)
+    assert tuned.winners["decoder"].form[:3] == ("none", "group", FORMS["onnx", "fp32"].last_block)
     assert tuned.winners["decoder"].threads is None
     manifest = Bundle(tmp_path / "b").manifest
     assert manifest.validation["verdict"] == "passed"
@@ -58,7 +62,7 @@ def test_a_form_that_wins_by_noise_alone_is_not_preferred(tiny_model, tmp_path, 
     clock = iter(1.0 - 0.0001 * i for i in range(1000))  # every call a little faster than the one before
     race(lambda *_: next(clock))
     tuned = tune_bundle(tiny_model, tmp_path / "b", height=16, width=16, rounds=1)
-    default = export.FORMS["onnx", "fp32"]
+    default = FORMS["onnx", "fp32"]
     assert tuned.winners["decoder"].form == default
     assert tuned.winners["encoder"].form == default._replace(last_block="plain")  # it has none
 
@@ -79,7 +83,8 @@ def test_wide_convolutions_are_raced_in_fp32_alone(two_level_model, tmp_path, ra
 def test_what_is_timed_is_the_graph_in_its_form(tmp_path):
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     model = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, mid_block_add_attention=False, **kinds)
-    bench = tune._Bench(model, "onnx", "fp32", (4, 4), 1, tmp_path, lambda *_: None)
+    options = ExportOptions(precision="fp32")
+    bench = tune._Bench(model, target_named("onnx"), options, (4, 4), 1, tmp_path, no_progress)
     form = Form("deconv", "group")
     assert bench._bundle(form) == bench._bundle(form), "exported once"
     graph = onnx.load(bench._bundle(form) / "vae_decoder" / "model.onnx").graph

@@ -13,16 +13,16 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 
+import vae_export
 from runtimes import Bundle
-from runtimes.bundle import ENGINE_TARGETS
 from runtimes.cancellation import cancel_calls
-from runtimes.errors import BackendUnavailable, NumericsError, VaeError
-from vae_export import __version__
+from runtimes.errors import NumericsError, VaeError
 from vae_export.cli.dataset import dataset
 from vae_export.cli.engines import Batch, Gpus, Pixels, Preferred, Profiles, engines, profiles_of
 from vae_export.cli.images import images
@@ -42,6 +42,8 @@ from vae_export.cli.printing import (
     validation_table,
 )
 from vae_export.cli.signing import signing
+from vae_export.options import ExportOptions
+from vae_export.targets import target_named
 
 app = typer.Typer(
     help="Export the image VAE of latent diffusion models, verified, and run it.",
@@ -114,47 +116,40 @@ def export(
     vae-export --to onnx --model stabilityai/sdxl-vae --out sdxl
     """
     if version:
-        say(__version__)
+        say(vae_export.__version__)
         return
     if context.invoked_subcommand is not None:
         return
     if to is None:
         raise typer.BadParameter("give what to build: --to onnx, openvino, flax, tensorrt or tensorrt-rtx")
-    exporter = _import_exporter()
+    target = target_named(to)
+    options = ExportOptions(
+        target=to,
+        precision=precision or target.default_precision,
+        io_precision=io_precision,
+        io=io,
+        rescale=not no_rescale,
+        calibrate=calibrate,
+        tileable=tileable,
+        run_validation=not no_validate,
+        overwrite=overwrite,
+    )
+    path = out_dir or Path(f"vae-{to}-{options.precision}")
     with progress_bar() as progress:
         progress(f"Loading {model or 'the embedded model'}", 0, 1)
-        loaded = exporter.load_model(
+        loaded = vae_export.load_model(
             model,
             subfolder=subfolder,
             config=config,
             scaling_factor=scaling_factor,
             shift_factor=shift_factor,
-            hub=exporter.Hub(revision=revision),
+            hub=vae_export.Hub(revision=revision),
         )
-        precision = exporter.DEFAULT_PRECISION.get(to, "fp32") if precision is None else precision
-        path = out_dir or Path(f"vae-{to}-{precision}")
-        engine = None
-        if to in ENGINE_TARGETS or any((height, width, batch, opt, profile, gpu)):
-            exporter.check_choices(loaded, to, precision, io_precision, io)
-            profiles = profiles_of(loaded.config.downscale, height, width, batch, opt, profile or [])
-            engine = exporter.plan_engine(to, profiles, [part.strip() for part in gpu.split(",")] if gpu else [])
-            for line in exporter.memory_lines(exporter.check_engine_memory(loaded, engine, precision)):
-                say(line, err)
-        bundle = exporter.export_bundle(
-            loaded,
-            path,
-            target=to,
-            precision=precision,
-            io_precision=io_precision,
-            io=io,
-            rescale=not no_rescale,
-            calibrate=calibrate,
-            engine=engine,
-            tileable=tileable,
-            run_validation=not no_validate,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        profiles = profiles_of(loaded.config.downscale, height, width, batch, opt, profile or [])
+        options = replace(options, engine=target.plan(profiles, [gpu.strip() for gpu in (gpu or "").split(",") if gpu]))
+        for line in target.notes(loaded, options):
+            say(line, err)
+        bundle = vae_export.export_bundle(loaded, path, options, progress=progress)
     print_export(path, bundle, as_json)
 
 
@@ -167,12 +162,10 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Compare a bundle with its model again, here and now; the model is loaded from where it came from."""
-    exporter = _import_exporter()
     with progress_bar() as progress:
-        reference = None if model is None else exporter.load_model(model, subfolder=subfolder)
-        measurements = [
-            m.to_dict() for m in exporter.validate_bundle(bundle, reference, device=device, progress=progress)
-        ]
+        reference = None if model is None else vae_export.load_model(model, subfolder=subfolder)
+        found = vae_export.validate_bundle(bundle, reference, device=device, progress=progress)
+    measurements = [measurement.to_dict() for measurement in found]
     print_result(
         {"bundle": str(bundle), "verdict": "passed", "measurements": measurements},
         validation_table(measurements),
@@ -200,23 +193,12 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Time the exact forms of the graphs on this machine, and export a verified bundle in the fastest."""
-    exporter = _import_exporter()
-    from vae_export.tune import tune_bundle
-
-    precision = exporter.DEFAULT_PRECISION.get(to, "fp32") if precision is None else precision
-    path = out_dir or Path(f"vae-{to}-{precision}-tuned")
+    options = ExportOptions(target=to, precision=precision or target_named(to).default_precision, overwrite=overwrite)
+    path = out_dir or Path(f"vae-{to}-{options.precision}-tuned")
     with progress_bar() as progress:
-        loaded = exporter.load_model(model, subfolder=subfolder)
-        tuned = tune_bundle(
-            loaded,
-            path,
-            target=to,
-            precision=precision,
-            height=height,
-            width=width,
-            rounds=rounds,
-            overwrite=overwrite,
-            progress=progress,
+        loaded = vae_export.load_model(model, subfolder=subfolder)
+        tuned = vae_export.tune_bundle(
+            loaded, path, options, height=height, width=width, rounds=rounds, progress=progress
         )
     found = {"bundle": str(path), "trials": [trial.to_dict() for trial in tuned.trials]}
     print_result(found, tuning_table(tuned, str(path)), as_json)
@@ -239,10 +221,9 @@ def ranges(
     as_json: AsJson = False,
 ) -> None:
     """Measure how large activations get, before and after rescaling for half precision, and plot them."""
-    exporter = _import_exporter()
     with progress_bar() as progress:
-        loaded = exporter.load_model(model, subfolder=subfolder)
-        found = exporter.measure_ranges(loaded, calibrate, progress)
+        loaded = vae_export.load_model(model, subfolder=subfolder)
+        found = vae_export.measure_ranges(loaded, calibrate, progress)
     plot_ranges(found, out_file)
     print_result(found.to_dict(), ranges_table(found, out_file), as_json)
 
@@ -255,15 +236,6 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 # Helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _import_exporter() -> Any:
-    """The exporting half of the program, which needs PyTorch; running bundles does not."""
-    try:
-        from vae_export import export
-    except ModuleNotFoundError as error:
-        raise BackendUnavailable(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'") from None
-    return export
 
 
 def main() -> NoReturn:

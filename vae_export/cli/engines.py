@@ -12,7 +12,7 @@ from runtimes.tensorrt.plan_cache import PlanCache
 from runtimes.tensorrt.profiles import DEFAULT, Profile, make_profile, parse_profile
 from vae_export.cli.options import AsJson, BundlePath, Overwrite
 from vae_export.cli.printing import cache_table, print_export, print_result, progress_bar, say
-from vae_export.targets.tensorrt import rebuild_bundle
+from vae_export.targets.engines import rebuild_bundle
 from vae_export.triton import write_repository
 
 engines = typer.Typer()

@@ -24,7 +24,7 @@ from runtimes.files import written_whole
 
 if TYPE_CHECKING:
     from runtimes.tensorrt.plan_cache import CachedPlan
-    from vae_export.export import MeasuredRanges
+    from vae_export.rewrites.rescale import MeasuredRanges
     from vae_export.tune import Tuned
 
 FP16_LARGEST = 65504.0

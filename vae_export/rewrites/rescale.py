@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
+from runtimes.progress import Progress, no_progress
 from vae_export.families.autoencoder_kl import Attention, AutoencoderKL, Block, MidBlock, ResnetBlock
-
-if TYPE_CHECKING:
-    from vae_export.rewrites.ranges import Ranges
+from vae_export.rewrites.ranges import Ranges, calibration_inputs, probe
 
 FP16_LARGEST = 65504.0
 HEADROOM = 2.0**4  #: between the largest activation seen and the largest fp16, for inputs not seen
@@ -106,6 +107,50 @@ def stages(model: AutoencoderKL, side: str) -> Iterator[Stage]:
         )
         if resamplers:
             entry = resamplers[0].conv
+
+
+def rescaled(
+    model: AutoencoderKL, calibrate: str | Path | None = None, progress: Progress = no_progress
+) -> tuple[AutoencoderKL, Mapping[str, Any]]:
+    """The model with its activations rescaled to what is measured on photographs, and the record for the manifest.
+
+    `calibrate` is the directory of the photographs; the embedded ones are used without it.
+    """
+    ranges = probe(model, calibration_inputs(model, calibrate, progress))
+    exact, exponents = rescale_activations(model, ranges)
+    record = {
+        "name": "rescale_activations",
+        "calibration": "embedded photographs" if calibrate is None else "photographs of the user",
+        "largest_activation": max(ranges.largest.values()),
+        "headroom": HEADROOM,
+        "divided_by_power_of_two": exponents,
+    }
+    return exact, record
+
+
+@dataclass(frozen=True)
+class MeasuredRanges:
+    """Activation maxima of a model before and after rescaling, and by which powers of two it was divided where."""
+
+    before: Ranges
+    after: Ranges
+    exponents: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "before": dict(self.before.largest),
+            "after": dict(self.after.largest),
+            "divided_by_power_of_two": dict(self.exponents),
+        }
+
+
+def measure_ranges(
+    model: AutoencoderKL, calibrate: str | Path | None = None, progress: Progress = no_progress
+) -> MeasuredRanges:
+    """Probe the model on photographs and noise, rescale it, and probe it again."""
+    before = probe(model, calibration_inputs(model, calibrate, progress))
+    exact, exponents = rescale_activations(model, before)
+    return MeasuredRanges(before, probe(exact, calibration_inputs(model, calibrate, progress)), exponents)
 
 
 def _stream_maximum(stage: Stage, ranges: Ranges) -> float:

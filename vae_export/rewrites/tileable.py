@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from runtimes.bundle import Step
 from vae_export.families.autoencoder_kl import AutoencoderKL, Block, ResnetBlock, Upsample
 from vae_export.rewrites.form import DeconvUpsample, Form, FourConvUpsample, rewrite
-from vae_export.targets.onnx import DTYPES, OPSET, TracedGraph, trace_graph, write_graph
+from vae_export.targets.onnx_graphs import DTYPES, OPSET, TracedGraph, trace_graph, write_graph
 
 #: The scores of one block at a time: at 2048x2048 they are 1024 x 65536, 268 MB in fp32.
 ATTENTION_BLOCKS = 64

@@ -10,14 +10,17 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from runtimes.bundle import GraphSpec, TensorSpec
 from runtimes.errors import ConfigError
+from vae_export.bundle import BundleWriter
 from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.options import ExportOptions
 from vae_export.rewrites.form import Form
-from vae_export.targets.onnx import DTYPES as ONNX_DTYPES
-from vae_export.targets.onnx import traced_graphs
+from vae_export.targets.base import Export, FormChoices, Target, Written
+from vae_export.targets.onnx_graphs import DTYPES as ONNX_DTYPES
+from vae_export.targets.onnx_graphs import traced_graphs
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORM = Form(upsample="conv")  #: the one in which flax_model is written; its attention goes by blocks of a fixed size
@@ -113,6 +116,27 @@ def _import_jax() -> tuple[Any, Any]:
     return importlib.import_module("jax"), flax_model
 
 
-def tool_versions() -> dict[str, str]:
-    _import_jax()
-    return {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "flax")}
+class FlaxTarget(Target):
+    """StableHLO graphs and one file of parameters, for JAX on CPU, GPU and TPU."""
+
+    name = "flax"
+    graph_file = "model.stablehlo"
+    forms: ClassVar = {"fp32": FORM, "bf16": FORM}
+    ios = ("float",)
+    rescales = False  # bf16 has the range of fp32, and the parameters stay those of the checkpoint, for JAX to train on
+
+    def check(self, model: AutoencoderKL, options: ExportOptions) -> None:
+        check_available(options.io_precision)
+
+    def write(self, export: Export, graph: str, path: Path) -> Written:
+        return Written(export_stablehlo(export.exact, graph, path, precision=export.precision, form=export.form(graph)))
+
+    def finish(self, export: Export, writer: BundleWriter) -> None:
+        write_params(export.model, writer.directory, export.precision)
+
+    def choices(self, graph: str, precision: str) -> FormChoices:
+        raise ConfigError("flax bundles are written in one form, the fastest on the CPU: there is nothing to tune")
+
+    def tool_versions(self, options: ExportOptions) -> dict[str, str]:
+        _import_jax()
+        return {name: importlib.import_module(name).__version__ for name in ("jax", "jaxlib", "flax")}

@@ -1,220 +1,52 @@
-"""Reference model -> two ONNX graphs, encoder and decoder, with free batch, height and width.
-
-The graphs are deterministic: no sampling, no scaling factor. Inputs and outputs are named as Optimum and OpenVINO GenAI
-name them.
-"""
+"""The target `onnx`: an ONNX file for each graph, and for each step of seamless tiling."""
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar
 
-import onnx
-import torch
-from torch import Tensor, nn
-
-from runtimes.bundle import GraphSpec, TensorSpec
-from runtimes.errors import ConfigError
+from runtimes.bundle import GRAPHS, Step
 from vae_export.families.autoencoder_kl import AutoencoderKL
-from vae_export.rewrites.form import PLAIN, Form, rewrite
-from vae_export.rewrites.operators import TRANSLATIONS
-
-# The first with GroupNormalization as the exporter writes it; ONNX Runtime, OpenVINO and TensorRT all take it.
-OPSET = 22
-LARGEST = 2**31 - (64 << 20)  #: bytes of weights in one protobuf file, with room for the graph itself
-
-# Not a shape that validation uses, so that a graph frozen to it is found out. Batch 2: tracing specialises on 1.
-TRACE_BATCH, TRACE_HEIGHT, TRACE_WIDTH = 2, 6, 10  #: in latents
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.uint8: "uint8"}
+from vae_export.rewrites.form import Form
+from vae_export.rewrites.tileable import TileableExport
+from vae_export.targets.base import Export, Target, Written
+from vae_export.targets.onnx_graphs import export_onnx
 
 
-NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._guards")
+class OnnxTarget(Target):
+    """ONNX graphs, for ONNX Runtime and whatever else reads them."""
 
-
-class EncoderGraph(nn.Module):
-    """sample [B, 3, H, W] -> latent_parameters [B, 2*C, H/f, W/f]."""
-
-    def __init__(self, model: AutoencoderKL, io_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model, self.io_dtype = model, io_dtype
-
-    def forward(self, sample: Tensor) -> Tensor:
-        return self.model.encode_moments(sample.to(self.model.dtype)).to(self.io_dtype)
-
-
-class DecoderGraph(nn.Module):
-    """latent_sample [B, C, h, w] -> sample [B, 3, f*h, f*w]."""
-
-    def __init__(self, model: AutoencoderKL, io_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model, self.io_dtype = model, io_dtype
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        return self.model.decode_latents(latent_sample.to(self.model.dtype)).to(self.io_dtype)
-
-
-# Pixels are converted in fp32, as `runtimes.images` does it (and diffusers' VaeImageProcessor). TensorRT has uint8 at
-# its inputs and outputs alone, and there a cast must touch it: a transposition of uint8 does not build.
-
-
-class PixelEncoderGraph(EncoderGraph):
-    """sample uint8 [B, H, W, 3] -> latent_parameters [B, 2*C, H/f, W/f]."""
-
-    def forward(self, sample: Tensor) -> Tensor:
-        return super().forward(sample.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1.0)
-
-
-class PixelDecoderGraph(DecoderGraph):
-    """latent_sample [B, C, h, w] -> sample uint8 [B, f*h, f*w, 3]."""
-
-    def forward(self, latent_sample: Tensor) -> Tensor:
-        unit = (super().forward(latent_sample).to(torch.float32) / 2 + 0.5).clamp(0.0, 1.0)
-        return (unit * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
-
-
-class TracedGraph(NamedTuple):
-    """A graph to trace: module, names, types and shapes of its input and output (a text is a free dimension)."""
-
-    module: nn.Module
-    input_name: str
-    input_dtype: torch.dtype
-    input_shape: tuple[int | str, ...]
-    output_name: str
-    output_dtype: torch.dtype
-    output_shape: tuple[int | str, ...]
-
-
-def traced_graphs(model: AutoencoderKL, io_dtype: torch.dtype, io: str) -> dict[str, TracedGraph]:
-    config = model.config
-    latent = ("batch", config.latent_channels, "latent_height", "latent_width")
-    moments = ("batch", 2 * config.latent_channels, "latent_height", "latent_width")
-    images_in, images_out = (
-        ("batch", "height", "width", channels) if io == "uint8" else ("batch", channels, "height", "width")
-        for channels in (config.in_channels, config.out_channels)
-    )
-    images = torch.uint8 if io == "uint8" else io_dtype
-    encoder = (PixelEncoderGraph if io == "uint8" else EncoderGraph)(model, io_dtype)
-    decoder = (PixelDecoderGraph if io == "uint8" else DecoderGraph)(model, io_dtype)
-    return {
-        "encoder": TracedGraph(encoder, "sample", images, images_in, "latent_parameters", io_dtype, moments),
-        "decoder": TracedGraph(decoder, "latent_sample", io_dtype, latent, "sample", images, images_out),
+    name = "onnx"
+    graph_file = "model.onnx"
+    # The fastest on the CPU that they were measured on: see docs/speed.md. Norms are by rows also in half precision:
+    # ONNX Runtime's GroupNormalization subtracts squares, and gives NaN for a picture of one colour in fp16.
+    forms: ClassVar = {
+        "fp32": Form(upsample="conv", norm="rows", last_block="lean", attention_blocks=16),
+        "fp16": Form(upsample="conv", norm="rows", attention_blocks=16),
+        "bf16": Form(upsample="conv", norm="rows", attention_blocks=16),
     }
+    io_precisions = ("fp32", "same")
+    tileable = True
 
-
-def export_onnx(
-    model: AutoencoderKL,
-    graph: str,
-    path: Path,
-    *,
-    precision: str = "fp32",
-    io_precision: str = "fp32",
-    io: str = "float",
-    form: Form = PLAIN,
-) -> GraphSpec:
-    """Write one graph (`encoder` or `decoder`) of the model as a single ONNX file, checked by onnx.checker.
-
-    `form` says which of its equivalent forms the graph is written in. Weights and activations are of `precision`; input
-    and output are float32, or with `io_precision="same"` of `precision` too. With `io="uint8"` images are pixels, uint8
-    [B, H, W, 3], and the conversion is a part of the graph.
-
-    Raises `ConfigError` where the weights do not fit a protobuf file (2 GB).
-    """
-    rewritten = rewrite(model, form).to(DTYPES[precision])
-    io_dtype = DTYPES[precision if io_precision == "same" else "fp32"]
-    traced = traced_graphs(rewritten, io_dtype, io)[graph]
-    part = rewritten.encoder if graph == "encoder" else rewritten.decoder
-    size = sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
-    if size > LARGEST:
-        raise ConfigError(
-            f"the {graph} has {size / 2**30:.1f} GiB of weights, and one ONNX file holds 2 GiB; export it in fp16"
+    def write(self, export: Export, graph: str, path: Path) -> Written:
+        options = export.options
+        spec = export_onnx(
+            export.exact,
+            graph,
+            path,
+            precision=export.precision,
+            io_precision=options.io_precision,
+            io=options.io,
+            form=export.form(graph),
         )
-    write_graph(trace_graph(traced, f"vae_{graph}", model.config.downscale), path)
-    return GraphSpec(
-        file=path.name,
-        input=TensorSpec(traced.input_name, _NAMES[traced.input_dtype], traced.input_shape),
-        output=TensorSpec(traced.output_name, _NAMES[traced.output_dtype], traced.output_shape),
-    )
+        return Written(spec)
 
+    def reason_not_run(self, precision: str) -> str | None:
+        if precision == "bf16":
+            return "ONNX Runtime has no bfloat16 kernels on the CPU; run `vae-export validate` on a GPU"
+        return None
 
-def trace_graph(traced: TracedGraph, name: str, factor: int) -> onnx.ModelProto:
-    """A graph as ONNX, with the free dimensions that its shapes name; `factor` is the model's spatial ratio."""
-    proto = _trace(traced, factor)
-    _tidy(proto, name, traced)
-    return proto
-
-
-def write_graph(proto: onnx.ModelProto, path: Path) -> None:
-    onnx.checker.check_model(proto, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(proto.SerializeToString(deterministic=True))
-
-
-def _trace(traced: TracedGraph, factor: int) -> onnx.ModelProto:
-    sizes = {"batch": TRACE_BATCH, "latent_height": TRACE_HEIGHT, "latent_width": TRACE_WIDTH}
-    sizes |= {"height": TRACE_HEIGHT * factor, "width": TRACE_WIDTH * factor}
-    shape = [sizes[size] if isinstance(size, str) else size for size in traced.input_shape]
-    example = torch.zeros(shape, dtype=traced.input_dtype)
-    free = {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(traced.input_shape) if isinstance(size, str)}
-    with _quiet():
-        program = torch.onnx.export(
-            traced.module.eval(),
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=(free,),
-            input_names=[traced.input_name],
-            output_names=[traced.output_name],
-            external_data=False,
-            custom_translation_table=TRANSLATIONS,
-            verbose=False,
-        )
-    assert program is not None
-    return program.model_proto
-
-
-def _tidy(proto: onnx.ModelProto, name: str, traced: TracedGraph) -> None:
-    """Name graph and free dimensions; drop what tracing noted about this machine (source paths, stack traces)."""
-    proto.graph.name = name
-    proto.producer_name = "vae-export"
-    proto.producer_version = ""
-    proto.doc_string = proto.graph.doc_string = ""
-    values = (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
-    for holder in (proto, proto.graph, *proto.graph.node, *values):
-        del holder.metadata_props[:]
-    for node in proto.graph.node:
-        node.doc_string = ""
-    del proto.graph.value_info[:]  # shapes in symbols of the trace; runtimes infer their own
-    sides = ((proto.graph.input[0], traced.input_shape), (proto.graph.output[0], traced.output_shape))
-    for value, shape in sides:
-        for dimension, size in zip(value.type.tensor_type.shape.dim, shape, strict=True):
-            if isinstance(size, str):
-                dimension.dim_param = size
-            else:
-                dimension.dim_value = size
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter reports every step and warns of torchvision and its own deprecations; none of it helps a user."""
-    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def tool_versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "onnx": onnx.__version__, "opset": str(OPSET)}
+    def write_steps(self, export: Export, divided: AutoencoderKL, directory: Path) -> Mapping[str, tuple[Step, ...]]:
+        steps = TileableExport(divided, directory, export.precision, export.form("decoder"))
+        return {graph: steps.steps(graph) for graph in GRAPHS}

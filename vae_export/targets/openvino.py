@@ -5,20 +5,26 @@ from __future__ import annotations
 import importlib
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 
 from runtimes.bundle import GraphSpec
 from runtimes.errors import ConfigError
+from runtimes.progress import Progress
+from vae_export.comparison import THRESHOLDS, worst_photo
 from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.options import ExportOptions
+from vae_export.photos import HELD_OUT, crops, photographs
 from vae_export.rewrites.form import PLAIN, Form
+from vae_export.targets.base import Export, Target, Written
 from vae_export.targets.int8 import import_nncf, quantize_ir, quantize_until
-from vae_export.targets.onnx import export_onnx
+from vae_export.targets.onnx_graphs import export_onnx
 
 if TYPE_CHECKING:
     import openvino
@@ -170,5 +176,66 @@ def import_openvino() -> Any:
     return importlib.import_module("runtimes.openvino").ov
 
 
-def tool_versions() -> dict[str, str]:
-    return {"openvino": import_openvino().__version__}
+class OpenVinoTarget(Target):
+    """OpenVINO's intermediate representation, for CPUs and for Intel's GPUs and NPUs."""
+
+    name = "openvino"
+    graph_file = "openvino_model.xml"
+    # The fastest on the CPU that they were measured on: see docs/speed.md. OpenVINO computes attention in blocks of its
+    # own.
+    forms: ClassVar = {
+        "fp32": Form(upsample="deconv", norm="rows", last_block="lean", convolutions="winograd"),
+        "fp16": Form(upsample="deconv"),
+        "bf16": Form(upsample="deconv", norm="rows", last_block="lean"),
+        "int8": Form(upsample="deconv", norm="rows", last_block="lean"),
+    }
+
+    def check(self, model: AutoencoderKL, options: ExportOptions) -> None:
+        if options.io == "uint8" and options.precision == "int8":
+            raise ConfigError(
+                "int8 bundles take and give float32 images (--io float): their ranges are calibrated on those"
+            )
+        check_available(str(options.precision), options.io_precision)
+
+    def write(self, export: Export, graph: str, path: Path) -> Written:
+        form = export.form(graph)
+        if export.precision != "int8":
+            spec = export_ir(export.exact, graph, path, precision=export.precision, io=export.options.io, form=form)
+            return Written(spec)
+        if "calibration" not in export.memo:
+            export.memo["calibration"] = int8_calibration(export.model, export.options.calibrate, export.progress)
+        spec, kept = export_int8(
+            export.model,
+            graph,
+            path,
+            form=form,
+            calibration=export.memo["calibration"][graph],
+            measure=worst_photo(export.cases, graph, "int8") if export.cases else None,
+            bar=THRESHOLDS["int8"].psnr_db,
+        )
+        return Written(spec, ({"name": "quantize", "graph": graph, "kept_in_higher_precision": kept},))
+
+    def tool_versions(self, options: ExportOptions) -> dict[str, str]:
+        return {"openvino": import_openvino().__version__}
+
+
+INT8_SIDE, INT8_COUNT = 256, 15  #: pixels a side, and number, of the squares that int8 is calibrated on
+
+
+@torch.no_grad()
+def int8_calibration(
+    model: AutoencoderKL, calibrate: str | Path | None, progress: Progress
+) -> Mapping[str, list[Array]]:
+    """{graph: inputs to calibrate int8 on}: squares from photographs, and their latents.
+
+    From the user's photographs, or from the embedded ones but for the one that is held out to measure the result.
+    """
+    paths = [path for path in photographs(calibrate) if calibrate is not None or path.stem != HELD_OUT]
+    side = INT8_SIDE - INT8_SIDE % model.config.downscale
+    images: list[Array] = []
+    latents: list[Array] = []
+    for image in crops(paths, side, INT8_COUNT, model.config.in_channels):
+        progress("Encoding photographs to calibrate on", len(images), INT8_COUNT)
+        images.append(image.numpy())
+        latents.append(model.encode_moments(image)[:, : model.config.latent_channels].numpy())
+    return {"encoder": images, "decoder": latents}

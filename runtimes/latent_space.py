@@ -1,0 +1,179 @@
+"""The latent space: how a VAE's own latents relate to those that a diffusion model works on.
+
+A VAE's encoder gives *raw* latents [B, channels, h, w]. A diffusion model takes *normalised* ones: squares of `patch` x
+`patch` positions become channels (FLUX.2; `patch` is 1 elsewhere), and each channel is shifted and scaled:
+
+    normalised = (patchify(raw) - add) * multiply
+
+This is the only module that turns scaling_factor, shift_factor, means and deviations into numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.errors import ConfigError, ShapeError
+from runtimes.posterior import array_module
+
+UNKNOWN = (
+    "the checkpoint does not say its scaling_factor, and guessing it would give wrong latents; export it again with "
+    "--scaling-factor (and --shift-factor), or use encode and decode on raw latents"
+)
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Shape and normalisation of a VAE's latents.
+
+    `multiply` and `add` have a number for each normalised channel, `channels * patch**2` of them; None means that the
+    checkpoint does not say them. Such a VAE encodes to and decodes from raw latents alone.
+    """
+
+    channels: int  #: of raw latents
+    factor: int  #: pixels for each raw latent, along each side of the image
+    multiply: tuple[float, ...] | None
+    add: tuple[float, ...] | None
+    patch: int = 1  #: side of the squares of raw latents that become channels
+    posterior: bool = True  #: whether the encoder gives mean and logvar, or else the latents themselves
+
+    def __post_init__(self) -> None:
+        if (self.multiply is None) != (self.add is None):
+            raise ConfigError("a latent space has both multiply and add, or neither")
+        for name, values in (("multiply", self.multiply), ("add", self.add)):
+            if values is not None and len(values) != self.normalised_channels:
+                raise ConfigError(
+                    f"{name} has {len(values)} numbers, and there are {self.normalised_channels} channels"
+                )
+
+    @property
+    def normalised_channels(self) -> int:
+        return self.channels * self.patch**2
+
+    @property
+    def normalised_factor(self) -> int:
+        """Pixels for each normalised latent, along each side of the image."""
+        return self.factor * self.patch
+
+    @property
+    def encoder_channels(self) -> int:
+        """Channels of what the encoder gives."""
+        return 2 * self.channels if self.posterior else self.channels
+
+    @property
+    def is_known(self) -> bool:
+        return self.multiply is not None
+
+    def normalise(self, raw: Any) -> Any:
+        """Raw latents [B, C, h, w] -> what a diffusion model takes, [B, C * patch**2, h / patch, w / patch].
+
+        Takes arrays of any kind and gives one of the same kind and dtype. `ConfigError` where the normalisation is not
+        known, `ShapeError` where h or w is not a multiple of `patch`.
+        """
+        multiply, add = self._affine_like(raw)
+        return (self._patchify(raw) - add) * multiply
+
+    def denormalise(self, normalised: Any) -> Any:
+        """The inverse of `normalise`."""
+        multiply, add = self._affine_like(normalised)
+        return self._unpatchify(normalised / multiply + add)
+
+    def raw_noise(self, rng: np.random.Generator, batch: int, height: int, width: int) -> npt.NDArray[Any]:
+        """Raw latents, float64 [batch, C, height, width], whose normalised form has unit variance, as diffusion models
+        see it. Where the normalisation is not known the raw latents have unit variance."""
+        noise = rng.standard_normal((batch, self.channels, height, width))
+        if not self.is_known:
+            return noise
+        # Each raw channel has as many normalised channels as a square has positions: the mean of their statistics.
+        multiply, add = (np.reshape(values, (1, self.channels, -1)).mean(2)[..., None, None] for values in self._pair())
+        return np.asarray(noise / multiply + add)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a manifest."""
+        return {
+            "channels": self.channels,
+            "factor": self.factor,
+            "patch": self.patch,
+            "encoder_gives": "posterior" if self.posterior else "latents",
+            "multiply": None if self.multiply is None else list(self.multiply),
+            "add": None if self.add is None else list(self.add),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LatentSpace:
+        """The inverse of `to_dict`; `ConfigError` for anything else."""
+        if set(data) != {"channels", "factor", "patch", "encoder_gives", "multiply", "add"}:
+            raise ConfigError(f"a latent space has other fields: {', '.join(sorted(map(str, data)))}")
+        for name in ("channels", "factor", "patch"):
+            value = data[name]
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65536:
+                raise ConfigError(f"{name} of the latent space is {value!r}, not a whole number from 1 to 65536")
+        for name in ("multiply", "add"):
+            value = data[name]
+            if value is not None and not (isinstance(value, list) and all(_is_number(number) for number in value)):
+                raise ConfigError(f"{name} of the latent space is not a list of numbers")
+        if data["multiply"] is not None and 0 in data["multiply"]:
+            raise ConfigError("multiply of the latent space has a 0, which cannot be undone")
+        if data["encoder_gives"] not in ("posterior", "latents"):
+            raise ConfigError(f"encoder_gives is {data['encoder_gives']!r}; known are posterior and latents")
+        return cls(
+            channels=data["channels"],
+            factor=data["factor"],
+            patch=data["patch"],
+            posterior=data["encoder_gives"] == "posterior",
+            multiply=None if data["multiply"] is None else tuple(data["multiply"]),
+            add=None if data["add"] is None else tuple(data["add"]),
+        )
+
+    # The arithmetic -------------------------------------------------------------------------------------------------
+
+    def _pair(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if self.multiply is None or self.add is None:
+            raise ConfigError(UNKNOWN)
+        return self.multiply, self.add
+
+    @cached_property
+    def _affine(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        multiply, add = (np.asarray(values, np.float32).reshape(1, -1, 1, 1) for values in self._pair())
+        return multiply, add
+
+    def _affine_like(self, latents: Any) -> tuple[Any, Any]:
+        multiply, add = self._affine
+        xp = array_module(latents)
+        if xp is np:
+            return multiply, add
+        if hasattr(xp, "from_numpy"):
+            return tuple(xp.from_numpy(part).to(device=latents.device, dtype=latents.dtype) for part in (multiply, add))
+        return xp.asarray(multiply, latents.dtype), xp.asarray(add, latents.dtype)
+
+    def _patchify(self, raw: Any) -> Any:
+        """[B, C, h, w] -> [B, C * p * p, h / p, w / p]; the index of a channel is c * p * p + row * p + column."""
+        if self.patch == 1:
+            return raw
+        batch, channels, height, width = raw.shape
+        for name, side in (("height", height), ("width", width)):
+            if side % self.patch:
+                raise ShapeError(
+                    f"{name} of {side} latents is not a multiple of {self.patch}: images for normalised latents have "
+                    f"sides that are multiples of {self.normalised_factor} pixels"
+                )
+        rows, columns = height // self.patch, width // self.patch
+        squares = raw.reshape(batch, channels, rows, self.patch, columns, self.patch)
+        return array_module(raw).moveaxis(squares, (3, 5), (2, 3)).reshape(batch, -1, rows, columns)
+
+    def _unpatchify(self, normalised: Any) -> Any:
+        if self.patch == 1:
+            return normalised
+        batch, _, rows, columns = normalised.shape
+        squares = normalised.reshape(batch, self.channels, self.patch, self.patch, rows, columns)
+        moved = array_module(normalised).moveaxis(squares, (2, 3), (3, 5))
+        return moved.reshape(batch, self.channels, rows * self.patch, columns * self.patch)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30

@@ -1,0 +1,51 @@
+"""The doors: which backends there are, which targets, which families, and how another is added.
+
+A registry holds, for each name, the place of what it stands for: "module:object", imported when it is first used, so
+that a name can be listed where the package behind it is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runtimes.errors import VaeError
+
+
+class Registry(Mapping[str, Any]):
+    """Names and what they stand for. Reading an entry imports it; iterating over the names does not.
+
+    An unknown name is the `error` that was given, with the names that are known.
+    """
+
+    def __init__(self, kind: str, error: type[VaeError], places: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._error = error
+        self._places: dict[str, Any] = dict(places)
+
+    def register(self, name: str, place: Any) -> None:
+        """Add an entry, or replace one: "module:object", or the object itself."""
+        self._places[name] = place
+
+    def unregister(self, name: str) -> None:
+        """Remove an entry, for tests."""
+        del self._places[name]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._places:
+            raise self._error(f"{self.kind} {name!r} is not known; known are {', '.join(self._places)}")
+        place = self._places[name]
+        if not isinstance(place, str):
+            return place
+        module, _, attribute = place.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

@@ -1,0 +1,106 @@
+"""ONNX graphs -> TensorRT plans: for which GPU and shapes they are built, and how they are built again.
+
+Works without PyTorch: plans are rebuilt where they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from runtimes import Bundle
+from runtimes.bundle import GRAPHS, Engine, GraphSpec
+from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError
+from runtimes.tensorrt.builder import Progress, build_plan, check_gpus
+from runtimes.tensorrt.cuda import Cuda
+from runtimes.tensorrt.flavours import load_flavour, system
+from runtimes.tensorrt.profiles import DEFAULT, Profile
+from runtimes.tensorrt.runtime import job_of
+from vae_export.bundle import check_output, write_bundle
+
+PLAN_FILE = "model.plan"
+ONNX_FILE = "model.onnx"  #: the typed graph beside it, from which it can be built again elsewhere
+NO_GPU = "no NVIDIA GPU is here to run the plan; run `vae-export validate` where there is one"
+
+
+def present_gpu() -> Cuda | None:
+    """The GPU here, or None."""
+    with suppress(BackendUnavailable):
+        return Cuda(0)
+    return None
+
+
+def plan_engine(target: str, profiles: Sequence[Profile] = (), gpus: Sequence[str] = ()) -> Engine:
+    """What will be built: with which TensorRT, for which GPUs and shapes.
+
+    Without `gpus` it is the GPU that is here; with TensorRT-RTX where there is none, all that it takes. Raises
+    `BackendUnavailable` where TensorRT, or the GPU that it needs, is missing.
+    """
+    flavour = load_flavour(target)
+    present = present_gpu()
+    if target == "tensorrt":
+        if gpus:
+            raise ConfigError("tensorrt builds for the GPU that is present; --gpu is for --to tensorrt-rtx")
+        if present is None:
+            raise BackendUnavailable(
+                "--to tensorrt builds and times kernels on the GPU that will run them, and none can be used here; "
+                "--to tensorrt-rtx builds for GeForce and RTX cards without one"
+            )
+    elif gpus:
+        check_gpus(flavour, gpus)
+    chosen = tuple(gpus) or (() if present is None else (present.compute_capability(),))
+    return Engine(target, flavour.version, chosen, system(), tuple(profiles) or (DEFAULT,))
+
+
+def build_graph(
+    engine: Engine, graph: str, spec: GraphSpec, onnx: Path, factor: int, progress: Progress = lambda *_: None
+) -> GraphSpec:
+    """Build the plan of a graph beside its ONNX file -> the spec with the plan in its place."""
+    plan = build_plan(onnx.read_bytes(), job_of(engine, graph, spec, factor), graph, progress)
+    (onnx.parent / PLAN_FILE).write_bytes(plan)
+    return replace(spec, file=PLAN_FILE)
+
+
+def rebuild_bundle(
+    path: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = lambda *_: None
+) -> Bundle:
+    """Build the plans of a TensorRT bundle anew, for this machine, from the ONNX graphs in it.
+
+    `out` may be the bundle itself, with `overwrite`. Profiles stay; the record of the validation does not, since it is
+    of other plans. Raises `CompatibilityError` for a bundle without plans, and as `export_bundle` does.
+    """
+    source = Bundle(path)
+    manifest = source.manifest
+    if manifest.engine is None:
+        raise CompatibilityError(f"{path} is a bundle of {manifest.target}, which has no plans to build again")
+    check_output(out, overwrite)
+    engine = plan_engine(manifest.target, manifest.engine.profiles)
+    with write_bundle(out, overwrite=overwrite) as writer:
+        graphs = {}
+        for name in manifest.files:
+            if not name.endswith(PLAN_FILE):
+                (writer.directory / name).parent.mkdir(parents=True, exist_ok=True)
+                (writer.directory / name).write_bytes(source.read(name))
+        for graph in GRAPHS:
+            onnx = writer.directory / f"vae_{graph}" / ONNX_FILE
+            if not onnx.exists():
+                raise CompatibilityError(f"{path} does not hold {onnx.relative_to(writer.directory)} to build from")
+            spec = build_graph(engine, graph, manifest.graphs[graph], onnx, manifest.config.downscale, progress)
+            graphs[graph] = replace(spec, file=f"vae_{graph}/{PLAN_FILE}")
+        writer.write_manifest(
+            replace(
+                manifest,
+                files=writer.entries(),
+                graphs=graphs,
+                engine=engine,
+                tools={**manifest.tools, **tool_versions(engine)},
+                validation={"verdict": "skipped", "reason": "the plans were built again; run `vae-export validate`"},
+            )
+        )
+        return writer.finish()
+
+
+def tool_versions(engine: Engine) -> dict[str, str]:
+    return {engine.flavour: engine.version}
