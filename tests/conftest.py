@@ -221,7 +221,8 @@ def few_cases(monkeypatch):
             Case("decoder", "noise", z.numpy(), model.decode_latents(z).numpy()),
         ]
 
-    monkeypatch.setattr("vae_export.export.reference_cases", reference_cases)
+    for module in ("export", "validate"):
+        monkeypatch.setattr(f"vae_export.{module}.reference_cases", reference_cases)
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def complete_options(model: AutoencoderKL, options: ExportOptions) -> tuple[Targ
     Raises `ConfigError` for what cannot be exported, `BackendUnavailable` for a missing tool, before any work.
     """
     target = target_named(options.target)
-    options = replace(options, precision=options.precision or target.default_precision)
+    options = replace(options, precision=target.default_precision if options.precision is None else options.precision)
     check_choices(model, target, options)
     if options.engine is None:
         options = replace(options, engine=target.plan())

@@ -87,7 +87,7 @@ def tune_bundle(
     """
     options = replace(options or ExportOptions(), **choices)
     target = target_named(options.target)
-    options = replace(options, precision=options.precision or target.default_precision)
+    options = replace(options, precision=target.default_precision if options.precision is None else options.precision)
     check_choices(model, target, options)
     target.choices("decoder", str(options.precision))  # raises where there is nothing to choose
     check_output(out, options.overwrite)

@@ -67,7 +67,7 @@ def quick_export(monkeypatch, tiny_bundle):
             onnx.save(proto, path)
             return replace(spec, file=path.name)
 
-        monkeypatch.setattr(onnx_graphs, "export_onnx", export_onnx)
+        monkeypatch.setattr("vae_export.targets.onnx.export_onnx", export_onnx)
 
     return stub
 

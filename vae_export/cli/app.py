@@ -125,7 +125,7 @@ def export(
     target = target_named(to)
     options = ExportOptions(
         target=to,
-        precision=precision or target.default_precision,
+        precision=target.default_precision if precision is None else precision,
         io_precision=io_precision,
         io=io,
         rescale=not no_rescale,
@@ -193,7 +193,9 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Time the exact forms of the graphs on this machine, and export a verified bundle in the fastest."""
-    options = ExportOptions(target=to, precision=precision or target_named(to).default_precision, overwrite=overwrite)
+    options = ExportOptions(
+        target=to, overwrite=overwrite, precision=target_named(to).default_precision if precision is None else precision
+    )
     path = out_dir or Path(f"vae-{to}-{options.precision}-tuned")
     with progress_bar() as progress:
         loaded = vae_export.load_model(model, subfolder=subfolder)
