@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from runtimes import forks
+from runtimes import exits, forks
 from runtimes.bundle import Bundle, GraphSpec, Step
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError, NumericsError, OutOfMemoryError, ShapeError, VaeError
@@ -350,7 +350,13 @@ class VaeRuntime(TilingAndSlicing, ABC):
             self._calls += 1
         try:
             self._check_open()  # once more: now nothing is released before this call has ended
+            if exits.must_stop():
+                raise SystemExit
             yield
+        except VaeError:
+            if exits.must_stop():  # it was cancelled
+                raise SystemExit from None
+            raise
         finally:
             with self._counting:
                 self._calls -= 1
@@ -367,6 +373,10 @@ class VaeRuntime(TilingAndSlicing, ABC):
                 return False
             self._released = True
             return True
+
+    def is_at_work(self) -> bool:
+        """Whether a call of any thread has begun and not ended."""
+        return self._calls > 0
 
     def close(self) -> None:
         """Release everything; using the runtime afterwards raises. Calls that are at work in other threads end well,
