@@ -24,6 +24,7 @@ from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
     ConfigError,
+    NotInstalled,
     OutOfMemoryError,
     VaeError,
     is_out_of_memory,
@@ -49,7 +50,7 @@ try:
     with _without_telemetry():
         import openvino as ov
 except ImportError:
-    raise BackendUnavailable("OpenVINO is not installed: pip install 'vae-export[openvino]'") from None
+    raise NotInstalled("OpenVINO is not installed: pip install 'vae-export[openvino]'") from None
 
 _ERRORS = (RuntimeError, MemoryError)  #: what OpenVINO raises
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}

@@ -21,7 +21,7 @@ import typer
 from runtimes import Bundle
 from runtimes.bundle import ENGINE_TARGETS
 from runtimes.cancellation import cancel_calls
-from runtimes.errors import BackendUnavailable, NumericsError, VaeError
+from runtimes.errors import NotInstalled, NumericsError, VaeError
 from vae_export import __version__
 from vae_export.cli_dataset import dataset
 from vae_export.cli_engines import Batch, Gpus, Pixels, Preferred, Profiles, engines, profiles_of
@@ -262,7 +262,7 @@ def _import_exporter() -> Any:
     try:
         from vae_export import export
     except ModuleNotFoundError as error:
-        raise BackendUnavailable(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'") from None
+        raise NotInstalled(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'") from None
     return export
 
 

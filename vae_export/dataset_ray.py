@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtimes import Bundle, children
-from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, VaeError
+from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, NotInstalled, VaeError
 from runtimes.latents import manifest_sha256
 from vae_export import __version__
 from vae_export.dataset_encode import BatchSize, Storage, batches, encode_batch
@@ -53,7 +53,7 @@ class RayCluster:
             self.ray: Any = importlib.import_module("ray")
             self.data: Any = importlib.import_module("ray.data")
         except ModuleNotFoundError as error:
-            raise BackendUnavailable(f"--ray needs {error.name}: pip install 'vae-export[ray]'") from None
+            raise NotInstalled(f"--ray needs {error.name}: pip install 'vae-export[ray]'") from None
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
         cores = os.cpu_count() or 1
         if address == "local" and workers * (threads or 1) > cores:
