@@ -22,6 +22,7 @@ from runtimes.errors import (
     CompatibilityError,
     ConfigError,
     IntegrityError,
+    NotInstalled,
     NumericsError,
     OutOfMemoryError,
     ShapeError,
@@ -40,6 +41,7 @@ __all__ = [
     "DecoderOutput",
     "DiagonalGaussianDistribution",
     "IntegrityError",
+    "NotInstalled",
     "NumericsError",
     "OutOfMemoryError",
     "ShapeError",
@@ -74,6 +76,7 @@ def open_vae(
     device: str | None = None,
     tiling: str | None = None,
     memory_budget: int | str | None = None,
+    allow_links: str | Path | None = None,
     **options: Any,
 ) -> VaeRuntime:
     """Open a bundle. The backend follows from the bundle's target; `backend` chooses another that can open it.
@@ -83,13 +86,16 @@ def open_vae(
     `tiling`, "blended" or "seamless", is that of `VaeRuntime.enable_tiling`; `memory_budget`, such as "2GiB", that of
     `VaeRuntime.memory_budget`.
 
+    `allow_links` is a directory inside of which files of the bundle may be links, as on a Kubernetes volume. A snapshot
+    in a cache of the Hugging Face Hub needs none: see `Bundle`.
+
     `options` are those of the backend's class; all take `check_finite=True`, which turns NaN and infinity in a result
     into `NumericsError`.
 
     Raises `BundleError` where there is no bundle, `IntegrityError` where a file is not what the manifest says,
     `CompatibilityError` where the backend cannot load it, `BackendUnavailable` where backend or device is not here.
     """
-    bundle = path if isinstance(path, Bundle) else Bundle(path)
+    bundle = path if isinstance(path, Bundle) else Bundle(path, allow_links=allow_links)
     known = BACKENDS_OF_TARGET.get(bundle.manifest.target, ())
     if not known:
         raise CompatibilityError(f"this version opens no {bundle.manifest.target} bundles")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from runtimes import forks
+from runtimes import exits, forks, reopening
 from runtimes.bundle import Bundle, GraphSpec, Step
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError, NumericsError, OutOfMemoryError, ShapeError, VaeError
@@ -39,6 +39,9 @@ class VaeRuntime(TilingAndSlicing, ABC):
     Open one with `open_vae`, use it from any number of threads, and close it (or use it in a `with` statement). Other
     processes open their own: in a fork of the process that opened it, using it is a `VaeError`.
 
+    A copy or a pickle opens the same bundle again, with the same options and the same tiling. It is independent of the
+    original, and is closed by itself.
+
     `config` is the model's config, `spec` the graphs with their inputs and outputs; `backend` and `precision` say what
     runs.
     """
@@ -46,6 +49,12 @@ class VaeRuntime(TilingAndSlicing, ABC):
     backend: ClassVar[str]
     runs_steps: ClassVar[bool] = False  #: whether it has what seamless tiling needs
     device: str
+    _options: Mapping[str, Any]  #: as the backend's class was given them
+
+    def __new__(cls, *_: Any, **options: Any) -> VaeRuntime:
+        runtime = super().__new__(cls)
+        runtime._options = options
+        return runtime
 
     def __init__(self, bundle: Bundle, *, check_finite: bool = False) -> None:
         self.manifest = bundle.manifest
@@ -58,6 +67,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
                 "check_finite finds no NaN in pixels, which is what this bundle's decoder gives (--io uint8)"
             )
         self._bundle = bundle
+        bundle.check_small_files()
         self._closed = False
         self._set_up_tiling()
         self._budget: tuple[int, Rate] | None = None
@@ -350,7 +360,13 @@ class VaeRuntime(TilingAndSlicing, ABC):
             self._calls += 1
         try:
             self._check_open()  # once more: now nothing is released before this call has ended
+            if exits.must_stop():
+                raise SystemExit
             yield
+        except VaeError:
+            if exits.must_stop():  # it was cancelled
+                raise SystemExit from None
+            raise
         finally:
             with self._counting:
                 self._calls -= 1
@@ -368,6 +384,13 @@ class VaeRuntime(TilingAndSlicing, ABC):
             self._released = True
             return True
 
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def is_at_work(self) -> bool:
+        """Whether a call of any thread has begun and not ended."""
+        return self._calls > 0
+
     def close(self) -> None:
         """Release everything; using the runtime afterwards raises. Calls that are at work in other threads end well,
         and the last of them releases. In a process forked from the one that opened it, nothing is released."""
@@ -382,6 +405,9 @@ class VaeRuntime(TilingAndSlicing, ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reopening.reduced(self, self._bundle, self._options)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.backend} {self.precision}{' closed' if self._closed else ''}>"

@@ -1,8 +1,8 @@
 """A bundle on disk: its manifest, and reading its files without trusting them. Standard library only.
 
 A bundle may come from anyone. Before a native parser sees a byte of it, the manifest's schema has been checked, every
-path has been opened without following a link, and the bytes that will be parsed have been hashed: those very bytes, not
-the file, which could change in between.
+path has been opened without following a link out of the bundle (or out of a directory that the user named), and the
+bytes that will be parsed have been hashed: those very bytes, not the file, which could change in between.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MANIFEST_LIMIT = 4 << 20  #: bytes; a manifest with long validation tables has some 50 KB
 FILE_LIMIT = 4 << 30  #: bytes; no VAE comes near
+SMALL_FILE = 1 << 20  #: bytes; configs have some 2 KB, and hashing so much takes about a millisecond
 LARGE_FILE = 256 << 20  #: bytes; the graphs of Stable Diffusion's size in fp32 have up to 200 MB
 DEEPEST = 32  #: levels of nesting in a manifest; ours have some 6
 MOST_CHANNELS = 1 << 16
@@ -51,6 +52,7 @@ SEAL = "manifest_sha256"
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
 _GPU = re.compile(r"sm\d{2,3}")
+_HUB_REPOSITORY = re.compile(r"(models|datasets|spaces)--")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -206,25 +208,44 @@ class Manifest:
 class Bundle:
     """A bundle directory, opened and its manifest checked; `read` gives a file's bytes after checking them.
 
+    Files that are links are refused, unless `allow_links` names a directory inside which links may lead: that of a
+    Kubernetes volume, for example. For a snapshot in a cache of the Hugging Face Hub, whose files are links to its
+    blobs, it is the repository's directory in that cache unless another is given.
+
     Raises `BundleError` where there is no bundle, `IntegrityError` where it is not what it says, `CompatibilityError`
     for a manifest of another schema.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, allow_links: str | Path | None = None) -> None:
         self.path = Path(path)
+        self.directory = Path(os.path.abspath(path))  #: the same, also after the working directory has changed
         if not self.path.is_dir():
             raise BundleError(f"{path} is not a directory" if self.path.exists() else f"{path} does not exist")
+        if allow_links is not None and not Path(allow_links).is_dir():
+            raise BundleError(f"allow_links names {allow_links}, which is not a directory")
+        given = allow_links or _hub_repository(self.directory)
+        self.allow_links = None if given is None else Path(os.path.abspath(given))
         self.manifest = Manifest.from_json(self._read_manifest())
 
     def _read_manifest(self) -> bytes:
         for _ in range(3):  # an export may replace the directory between opening it and its file
             with suppress(FileNotFoundError):
-                descriptor = _open_regular_file(self.path, MANIFEST_FILE)
+                descriptor = self._open(MANIFEST_FILE)
                 try:
                     return _read_open_file(descriptor, MANIFEST_FILE, limit=MANIFEST_LIMIT)
                 finally:
                     os.close(descriptor)
         raise BundleError(f"{self.path} has no {MANIFEST_FILE}: not a bundle of vae-export")
+
+    def _open(self, name: str) -> int:
+        """A descriptor of a regular file of the bundle. `FileNotFoundError` where there is none."""
+        if self.allow_links is None:
+            return _open_regular_file(self.directory, name)
+        # Where the links lead is found first; that path is then opened without following any link.
+        root, target = (os.path.realpath(path) for path in (self.allow_links, self.directory / name))
+        if not Path(target).is_relative_to(root):
+            raise IntegrityError(f"{name} is a link to {target}, outside of {root}, the directory where links may lead")
+        return _open_regular_file(Path(root), os.path.relpath(target, root))
 
     def read(self, name: str) -> bytes:
         """The bytes of a file that the manifest lists, checked: parse these, not the file."""
@@ -237,7 +258,7 @@ class Bundle:
         if entry is None:
             raise IntegrityError(f"{name} is not listed in the manifest of {self.path}")
         try:
-            return HeldFile(_open_regular_file(self.path, name), name, entry)
+            return HeldFile(self._open(name), name, entry)
         except FileNotFoundError:
             raise IntegrityError(f"{name} is missing from {self.path}") from None
 
@@ -247,10 +268,26 @@ class Bundle:
         other.manifest = replace(self.manifest, **changes)
         return other
 
+    def check_small_files(self) -> None:
+        """Check the listed files of at most SMALL_FILE bytes: configs, which no graph's parser would read."""
+        for name, entry in self.manifest.files.items():
+            if entry.size <= SMALL_FILE:
+                self.read(name)
+
     def verify(self) -> None:
         """Check every listed file."""
         for name in self.manifest.files:
             self.read(name)
+
+
+def _hub_repository(directory: Path) -> Path | None:
+    """REPOSITORY for a directory in REPOSITORY/snapshots/COMMIT of a Hub cache, whose files are links to its blobs."""
+    real = Path(os.path.realpath(directory))
+    for folder in (real, *real.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and _HUB_REPOSITORY.match(repository.name):
+            return repository if (repository / "blobs").is_dir() else None
+    return None
 
 
 # Files ------------------------------------------------------------------------------------------------------------
@@ -335,7 +372,22 @@ def _open_inside(directory: int, part: str, flags: int, name: str) -> int:
         raise
     except OSError as error:
         # ELOOP or ENOTDIR: a link, or a file where a directory belongs.
-        raise IntegrityError(f"{name} cannot be opened as a plain file of the bundle: {error.strerror}") from None
+        raise IntegrityError(
+            f"{name} cannot be opened as a plain file of the bundle: {_link_advice(directory, part) or error.strerror}"
+        ) from None
+
+
+def _link_advice(directory: int, part: str) -> str | None:
+    """What to do about a link; None for what is not one."""
+    try:
+        if not stat.S_ISLNK(os.stat(part, dir_fd=directory, follow_symlinks=False).st_mode):
+            return None
+    except OSError:
+        return None
+    return (
+        f"{part} is a symbolic link. If you trust where it leads, as on a Kubernetes volume, allow links inside of a "
+        "directory with open_vae(..., allow_links=DIRECTORY), or copy the bundle with cp -rL"
+    )
 
 
 # Schema -----------------------------------------------------------------------------------------------------------

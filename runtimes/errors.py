@@ -9,6 +9,7 @@ VaeError
 ├── NumericsError           NaN or infinity, or a validation threshold missed; carries the numbers
 ├── OutOfMemoryError        says what was asked for and what would fit
 └── BackendUnavailable      a backend or device that is not here; names the install command
+    └── NotInstalled        a package that is missing; an ImportError as well
 
 Each class has the exit code with which the command line reports it. Codes 0 (success), 1 (a bug in this program),
 2 (wrong usage) and 130 (interrupted) are taken.
@@ -76,6 +77,13 @@ class BackendUnavailable(VaeError):
     """A backend, provider or device that is not installed or not present; the message says how to get it."""
 
     exit_code = 11
+
+
+class NotInstalled(BackendUnavailable, ImportError):
+    """A Python package that is missing or does not load; the message says how to install it.
+
+    It is an `ImportError` too: modules of ours raise it while they are imported, where programs expect one.
+    """
 
 
 # How backends word it; a thread whose stack does not fit is a resource that is unavailable.

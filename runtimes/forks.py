@@ -40,6 +40,11 @@ def is_foreign(runtime: Any) -> bool:
     return _opened.get(runtime, (_generation, 0))[0] != _generation
 
 
+def opened_here() -> list[Any]:
+    """The runtimes that this process opened and that still exist, closed ones as well."""
+    return [runtime for runtime in list(_opened) if not is_foreign(runtime)]
+
+
 def check(runtime: Any) -> None:
     """`VaeError` in a process forked from the one that opened it."""
     if is_foreign(runtime):

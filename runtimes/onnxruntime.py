@@ -19,6 +19,7 @@ from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
     ConfigError,
+    NotInstalled,
     OutOfMemoryError,
     ShapeError,
     VaeError,
@@ -30,7 +31,7 @@ from runtimes.posterior import array_module
 try:
     import onnxruntime as ort
 except ImportError:
-    raise BackendUnavailable(
+    raise NotInstalled(
         "ONNX Runtime is not installed: pip install 'vae-export[cpu]', or 'vae-export[gpu]' for NVIDIA GPUs"
     ) from None
 

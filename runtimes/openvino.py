@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -23,22 +24,56 @@ from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
     ConfigError,
+    NotInstalled,
     OutOfMemoryError,
     VaeError,
     is_out_of_memory,
 )
 from runtimes.ir_scan import check_ir
 
-# OpenVINO reports its use to its makers where their package for it is installed. It does without one that is not there.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Hide `openvino_telemetry` while OpenVINO is imported: each of its modules looks for it once, then, and reports
+    nothing to its makers where it is missing. Afterwards the program can import that package as before."""
+    hidden = "openvino_telemetry" not in sys.modules
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            sys.modules.pop("openvino_telemetry", None)
+
 
 try:
-    import openvino as ov
+    with _without_telemetry():
+        import openvino as ov
 except ImportError:
-    raise BackendUnavailable("OpenVINO is not installed: pip install 'vae-export[openvino]'") from None
+    raise NotInstalled("OpenVINO is not installed: pip install 'vae-export[openvino]'") from None
 
 _ERRORS = (RuntimeError, MemoryError)  #: what OpenVINO raises
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}
+
+
+_the_core: Any = None
+_making_core = threading.Lock()
+
+
+def shared_core() -> Any:
+    """The one `ov.Core` of the process, made at the first call and never destroyed.
+
+    A Core that loads the CPU plugin replaces the main thread's alternate signal stack, and puts back the one that it
+    found when it is destroyed. Of two Cores, the second to be destroyed puts back the freed stack of the first, and the
+    next signal is a segmentation fault. A Core that stays has nothing to put back, not even while the interpreter ends.
+    """
+    global _the_core
+    with _making_core:
+        if _the_core is None:
+            core = ov.Core()
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(core))  # one reference too many: nothing destroys it
+            _the_core = core
+        return _the_core
 
 
 class OpenVinoVae(VaeRuntime):
@@ -73,7 +108,7 @@ class OpenVinoVae(VaeRuntime):
         check_count("threads", threads)
         check_count("max_shapes", max_shapes)
         self.device = device
-        self._core = ov.Core()
+        self._core = shared_core()
         self._device = _find_device(self._core, device)
         self._settings = self._choose_settings(threads, cache_dir)
         self._files = {graph: self._hold(bundle, graph) for graph in GRAPHS}
@@ -88,7 +123,7 @@ class OpenVinoVae(VaeRuntime):
     @staticmethod
     def check_devices() -> dict[str, str]:
         """{device: "works", or why not}; compiling for it is left to `open_vae`."""
-        found = {name.partition(".")[0] for name in ov.Core().available_devices}
+        found = {name.partition(".")[0] for name in shared_core().available_devices}
         why_not = {"GPU": "no Intel GPU with its drivers was found", "NPU": "no Intel NPU with its drivers was found"}
         return {name.lower(): "works" if name in found else why_not[name] for name in ("CPU", "GPU", "NPU")}
 

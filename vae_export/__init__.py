@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from runtimes.errors import BackendUnavailable
+from runtimes.errors import NotInstalled
 
 if TYPE_CHECKING:
     from runtimes.config import VaeConfig as VaeConfig
@@ -55,6 +55,6 @@ def __getattr__(name: str) -> Any:
         raise missing_package(error) from None
 
 
-def missing_package(error: ModuleNotFoundError) -> BackendUnavailable:
+def missing_package(error: ModuleNotFoundError) -> NotInstalled:
     """The error for a package that exporting needs and that is not installed."""
-    return BackendUnavailable(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'")
+    return NotInstalled(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'")

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from runtimes import VaeRuntime
-from runtimes.errors import BackendUnavailable, ConfigError
+from runtimes.errors import ConfigError, NotInstalled
 
 try:
     from diffusers import AutoencoderKL
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
 except ImportError:
-    raise BackendUnavailable("diffusers is not installed: pip install 'vae-export[diffusers]'") from None
+    raise NotInstalled("diffusers is not installed: pip install 'vae-export[diffusers]'") from None
 
 __all__ = ["DiffusersVae", "as_diffusers_vae"]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from runtimes import Bundle
 from runtimes.bundle import MANIFEST_FILE
-from runtimes.errors import BackendUnavailable, ConfigError, IntegrityError
+from runtimes.errors import ConfigError, IntegrityError, NotInstalled
 from runtimes.files import partial_name, written_whole
 
 SIGNATURE_FILE = "model.sig"
@@ -127,7 +127,7 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(f"model_signing.{module}")
     except ModuleNotFoundError:
-        raise BackendUnavailable("signing needs model-signing: pip install 'vae-export[sign]'") from None
+        raise NotInstalled("signing needs model-signing: pip install 'vae-export[sign]'") from None
 
 
 def _line(error: BaseException) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.errors import BackendUnavailable, ConfigError, NumericsError
+from runtimes.errors import ConfigError, NotInstalled, NumericsError
 
 try:
     import jax.numpy as jnp
     from flax import serialization
 except ImportError:
-    raise BackendUnavailable("JAX and Flax are not installed: pip install 'vae-export[flax]'") from None
+    raise NotInstalled("JAX and Flax are not installed: pip install 'vae-export[flax]'") from None
 
 Array = npt.NDArray[Any]
 Params = dict[str, Any]  #: of arrays, or of more of these
@@ -81,7 +81,7 @@ def import_safetensors() -> Any:
         import safetensors
         import safetensors.numpy  # nothing of PyTorch
     except ImportError:
-        raise BackendUnavailable("safetensors is not installed: pip install 'vae-export[flax]'") from None
+        raise NotInstalled("safetensors is not installed: pip install 'vae-export[flax]'") from None
     return safetensors
 
 

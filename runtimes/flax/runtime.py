@@ -23,6 +23,7 @@ from runtimes.errors import (
     CompatibilityError,
     ConfigError,
     IntegrityError,
+    NotInstalled,
     NumericsError,
     OutOfMemoryError,
     VaeError,
@@ -32,7 +33,7 @@ from runtimes.errors import (
 try:
     import flatbuffers  # noqa: F401  (jax.export reads and writes its files with it, but does not require it)
 except ImportError:
-    raise BackendUnavailable("flatbuffers is not installed: pip install 'vae-export[flax]'") from None
+    raise NotInstalled("flatbuffers is not installed: pip install 'vae-export[flax]'") from None
 
 _DEVICE = re.compile(r"(cpu|gpu|tpu)(?::(\d+))?")
 _ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError)  #: what JAX and XLA raise

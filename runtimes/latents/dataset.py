@@ -25,7 +25,7 @@ import numpy as np
 
 from runtimes.base import VaeRuntime
 from runtimes.bundle import MANIFEST_FILE, Bundle
-from runtimes.errors import BackendUnavailable, BundleError, CompatibilityError, ConfigError, IntegrityError
+from runtimes.errors import BundleError, CompatibilityError, ConfigError, IntegrityError, NotInstalled
 from runtimes.latents.shards import SCHEMA_VERSION, Array, Shard, from_stored, open_shard
 
 CONTRACT_FILE, INDEX_FILE, ERRORS_FILE, SHARDS = "contract.json", "index.parquet", "errors.parquet", "shards"
@@ -219,7 +219,7 @@ def import_pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise BackendUnavailable("datasets of latents need pyarrow: pip install 'vae-export[dataset]'") from None
+        raise NotInstalled("datasets of latents need pyarrow: pip install 'vae-export[dataset]'") from None
     return pyarrow
 
 

@@ -1,6 +1,6 @@
 """ONNX -> plan, in a process of its own: TensorRT's builder may crash, and keeps memory when it does not.
 
-    build_plan(onnx, job) -> the plan        starts `python -m runtimes.tensorrt.builder`, which runs `build`
+    build_plan(onnx, job) -> the plan        starts `python -P -m runtimes.tensorrt.builder`, which runs `build`
 
 The precision is that of the graph: networks are strongly typed, in every version.
 """
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from runtimes import children
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError, VaeError
 from runtimes.onnx_scan import check_onnx
 from runtimes.tensorrt.flavours import Flavour, load_flavour
@@ -26,7 +27,6 @@ from runtimes.tensorrt.flavours import Flavour, load_flavour
 Progress = Callable[[str, int, int], None]  #: (what is being done, steps done, steps in all)
 Shape = tuple[int, int, int, int]
 
-_PACKAGE_PARENT = Path(__file__).parents[2]
 _FAILURES = {kind.__name__: kind for kind in (BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError)}
 
 
@@ -80,15 +80,14 @@ class _Builder(subprocess.Popen[str]):
 
     def __init__(self, directory: str) -> None:
         self._errors = (Path(directory) / "stderr").open("w+", encoding="utf-8", errors="replace")
-        paths = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         super().__init__(
-            [sys.executable, "-m", "runtimes.tensorrt.builder", directory],
+            children.command("runtimes.tensorrt.builder", directory),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             encoding="utf-8",
             errors="replace",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=children.environment(),
         )
 
     def last_words(self) -> str:

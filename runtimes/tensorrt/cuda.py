@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from runtimes.errors import BackendUnavailable, OutOfMemoryError, VaeError
+from runtimes.errors import BackendUnavailable, NotInstalled, OutOfMemoryError, VaeError
 
 ALIGNMENT = 256  #: bytes; cudaMalloc keeps to it, and TensorRT asks for it
 
@@ -17,7 +17,7 @@ def load_cuda() -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise BackendUnavailable(
+    raise NotInstalled(
         "cuda-python is not installed: pip install 'vae-export[tensorrt]', or 'vae-export[rtx]' for TensorRT-RTX"
     )
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from runtimes.errors import BackendUnavailable, ConfigError
+from runtimes.errors import BackendUnavailable, ConfigError, NotInstalled
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  #: flavour -> module
 _INSTALL = {"tensorrt": "vae-export[tensorrt]", "tensorrt-rtx": "vae-export[rtx]"}
@@ -63,7 +63,7 @@ def _load(name: str) -> Flavour:
         trt = importlib.import_module(MODULES[name])
     except Exception as error:  # its libraries may be missing or of another CUDA: any exception means the same
         found = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
-        raise BackendUnavailable(f"{MODULES[name]} {found}: pip install '{_INSTALL[name]}'") from None
+        raise NotInstalled(f"{MODULES[name]} {found}: pip install '{_INSTALL[name]}'") from None
     version = tuple(int(part) for part in re.findall(r"\d+", str(trt.__version__))[:2])
     if version < _OLDEST[name]:
         oldest = ".".join(map(str, _OLDEST[name]))

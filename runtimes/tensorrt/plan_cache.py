@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.errors import BackendUnavailable, ConfigError
+from runtimes.errors import ConfigError, NotInstalled
 
 MOST = 20 << 30  #: bytes that the cache may hold, unless another number is given
 DIRECTORY_VARIABLE = "VAE_EXPORT_CACHE"
@@ -52,7 +52,7 @@ def default_directory() -> Path:
     try:
         import platformdirs
     except ModuleNotFoundError:
-        raise BackendUnavailable("the plan cache needs platformdirs: pip install 'vae-export[tensorrt]'") from None
+        raise NotInstalled("the plan cache needs platformdirs: pip install 'vae-export[tensorrt]'") from None
     return Path(platformdirs.user_cache_dir("vae-export")) / "plans"
 
 
@@ -132,7 +132,7 @@ class PlanCache:
         try:
             from filelock import FileLock
         except ModuleNotFoundError:
-            raise BackendUnavailable("the plan cache needs filelock: pip install 'vae-export[tensorrt]'") from None
+            raise NotInstalled("the plan cache needs filelock: pip install 'vae-export[tensorrt]'") from None
         return FileLock(self.directory / f"{key}.lock")
 
     def _read(self, key: str) -> bytes | None:

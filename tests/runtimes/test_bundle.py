@@ -115,8 +115,10 @@ def test_only_a_plain_file_of_the_bundle_is_read(bundle_copy, tmp_path, parsed, 
     path, aside = bundle_copy(), tmp_path / "aside"
     shutil.move(path / name, aside)
     IMPOSTORS[impostor](path / name, aside)
+    # Behind a linked folder other files are refused as well, whichever is read first.
+    said = "vae_encoder/" if impostor == "parent is a link" else re.escape(name)
     for use in (lambda: Bundle(path).read(name), lambda: open_vae(path)):
-        with pytest.raises(IntegrityError, match=re.escape(name)):
+        with pytest.raises(IntegrityError, match=said):
             use()
     assert parsed == []
 

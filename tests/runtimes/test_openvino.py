@@ -457,6 +457,19 @@ def test_opening_a_bundle_reports_to_nobody(alone, tiny_bundle, tmp_path):
     assert not (tmp_path / "home" / "intel").exists(), "an identity for Google Analytics was left in the home directory"
 
 
+def test_a_program_can_import_openvinos_telemetry_afterwards(alone, tiny_bundle):
+    """It is hidden while OpenVINO is imported, not taken from the program."""
+    pytest.importorskip("openvino_telemetry")
+    program = """
+import sys, runtimes
+runtimes.open_vae(sys.argv[1]).close()
+assert "openvino_telemetry" not in sys.modules
+import openvino_telemetry
+print(openvino_telemetry.__name__)
+"""
+    assert alone(program, tiny_bundle) == ["openvino_telemetry"]
+
+
 def test_where_openvino_is_missing_the_error_says_what_to_install(alone, tiny_bundle):
     program = """
 import sys, runtimes

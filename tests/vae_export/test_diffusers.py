@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runtimes import BackendUnavailable, ConfigError, NumericsError, ShapeError, VaeError, open_vae
+from runtimes import ConfigError, NotInstalled, NumericsError, ShapeError, VaeError, open_vae
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -346,10 +346,10 @@ def test_where_diffusers_is_missing_the_error_says_what_to_install(alone):
 import sys
 sys.modules["diffusers"] = None
 try: import vae_export.diffusers
-except Exception as error: print(type(error).__name__, error)
+except ImportError as error: print(type(error).__name__, error)
 """
     (said,) = alone(program)
-    assert said == f"{BackendUnavailable.__name__} diffusers is not installed: pip install 'vae-export[diffusers]'"
+    assert said == f"{NotInstalled.__name__} diffusers is not installed: pip install 'vae-export[diffusers]'"
 
 
 @pytest.mark.slow  # it exports the embedded model, with all its comparisons

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from runtimes import BACKENDS, Bundle
 from runtimes.bundle import Manifest
-from runtimes.errors import BackendUnavailable
+from runtimes.errors import NotInstalled
 from runtimes.files import written_whole
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def plot_ranges(found: MeasuredRanges, path: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise BackendUnavailable("plotting needs matplotlib: pip install 'vae-export[report]'") from None
+        raise NotInstalled("plotting needs matplotlib: pip install 'vae-export[report]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -55,7 +55,7 @@ class Opening:
         return (self.device or ("cuda" if self.backend_of(bundle).startswith("tensorrt") else "cpu")) == "cpu"
 
     def open(self) -> VaeRuntime:
-        options = {} if self.threads is None else {"threads": self.threads}
+        options: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}
         return open_vae(
             self.bundle,
             backend=self.backend,

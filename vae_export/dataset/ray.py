@@ -16,16 +16,17 @@ import logging
 import os
 import pickle
 import socket
+import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtimes import Bundle
-from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, VaeError
+from runtimes import Bundle, children
+from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, NotInstalled, VaeError
 from runtimes.latents.dataset import manifest_sha256
 from vae_export import __version__
 from vae_export.dataset.encode import BatchSize, Storage, batches, encode_batch
@@ -52,7 +53,7 @@ class RayCluster:
             self.ray: Any = importlib.import_module("ray")
             self.data: Any = importlib.import_module("ray.data")
         except ModuleNotFoundError as error:
-            raise BackendUnavailable(f"--ray needs {error.name}: pip install 'vae-export[ray]'") from None
+            raise NotInstalled(f"--ray needs {error.name}: pip install 'vae-export[ray]'") from None
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
         cores = os.cpu_count() or 1
         if address == "local" and workers * (threads or 1) > cores:
@@ -63,13 +64,14 @@ class RayCluster:
         self._ours = not self.ray.is_initialized()
         if not self._ours:
             return
+        job = self.ray.job_config.JobConfig()
+        job._py_driver_sys_path = _OfOurPath()
         try:
-            if address == "local":
-                self.ray.init(address="local", **quiet)
-            else:
+            if address != "local":
                 _check_reachable(address)
                 del quiet["include_dashboard"]
-                self.ray.init(address=address, **quiet)
+            with children.safe_path():
+                self.ray.init(address=address, job_config=job, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise BackendUnavailable(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from None
 
@@ -81,6 +83,16 @@ class RayCluster:
     ) -> None:
         if self._ours:
             self.ray.shutdown()
+
+
+class _OfOurPath(list[str]):
+    """Directories that Ray puts first on the path of its workers: only those that are on the path of this process.
+
+    Ray would add the working directory, whatever lies there.
+    """
+
+    def extend(self, directories: Iterable[str]) -> None:
+        super().extend(directory for directory in directories if directory in sys.path)
 
 
 class Preparer:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtimes.errors import BackendUnavailable, BundleError, ConfigError
+from runtimes.errors import BundleError, ConfigError, NotInstalled
 from runtimes.latents.dataset import (
     CONTRACT_FILE,
     ERRORS_FILE,
@@ -260,7 +260,7 @@ def _locked(directory: Path) -> Any:
     try:
         from filelock import FileLock, Timeout
     except ModuleNotFoundError:
-        raise BackendUnavailable("datasets of latents need filelock: pip install 'vae-export[dataset]'") from None
+        raise NotInstalled("datasets of latents need filelock: pip install 'vae-export[dataset]'") from None
     lock = FileLock(directory / ".lock")
     try:
         lock.acquire(timeout=0)

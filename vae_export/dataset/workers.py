@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import NamedTuple
 
+from runtimes import children
 from vae_export.dataset.images import Broken, Prepared, SizePolicy, Unchanged, prepare
 from vae_export.dataset.sources import Item, Source
 
@@ -77,7 +78,7 @@ class Decoders:
                 return Broken(None, "the process that decoded it died")
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")  # a backend's threads do not survive a fork
+        context = children.spawn_context()  # a backend's threads do not survive a fork
         return ProcessPoolExecutor(workers, mp_context=context, initializer=_initialize, initargs=self._given)
 
     def __enter__(self) -> Decoders:

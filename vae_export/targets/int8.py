@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtimes.errors import BackendUnavailable, ConfigError, NumericsError
+from runtimes.errors import ConfigError, NotInstalled, NumericsError
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -203,7 +203,7 @@ def import_nncf() -> Any:
         import nncf
         import nncf.quantization.range_estimator
     except ModuleNotFoundError as error:
-        raise BackendUnavailable(f"int8 needs NNCF: pip install 'vae-export[int8]' ({error})") from error
+        raise NotInstalled(f"int8 needs NNCF: pip install 'vae-export[int8]' ({error})") from error
     finally:
         if before is None:
             del os.environ[_NO_TELEMETRY]

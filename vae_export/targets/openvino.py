@@ -94,21 +94,20 @@ def read_graph(
     model: AutoencoderKL, graph: str, precision: str, form: Form, io: str = "float"
 ) -> tuple[openvino.Model, GraphSpec]:
     """A graph as an OpenVINO model in memory, and its input and output."""
-    openvino = import_openvino()
+    core = _runtime_module().shared_core()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
         spec = export_onnx(model, graph, path, precision=TYPED_AS[precision], io=io, form=form)
         # Not openvino.convert_model: it does the same for a file, and reports each use to its makers.
-        ir = openvino.Core().read_model(path.read_bytes())
+        ir = core.read_model(path.read_bytes())
     return ir, spec
 
 
 def runnable(ir: openvino.Model) -> Callable[[Array], Array]:
     """A graph in int8 as a function, computed on this CPU as `runtimes.openvino` does."""
-    from runtimes.openvino import precision_hint
-
-    core = import_openvino().Core()
-    hint = precision_hint(core, "CPU", "int8")
+    module = _runtime_module()
+    core = module.shared_core()
+    hint = module.precision_hint(core, "CPU", "int8")
     compiled: dict[tuple[int, ...], Any] = {}
 
     def run(x: Array) -> Array:
@@ -173,7 +172,11 @@ def statistics(ir: openvino.Model) -> set[str]:
 
 def import_openvino() -> Any:
     """OpenVINO as `runtimes.openvino` imports it: without reports of its use, or with `BackendUnavailable`."""
-    return importlib.import_module("runtimes.openvino").ov
+    return _runtime_module().ov
+
+
+def _runtime_module() -> Any:
+    return importlib.import_module("runtimes.openvino")
 
 
 class OpenVinoTarget(Target):

@@ -1,0 +1,60 @@
+"""Copies and pickles of an opened bundle: each opens the bundle again, from its path, options and state.
+
+Sessions, locks and memory on a GPU can be neither copied nor sent to another process. A copy is independent: closing it
+leaves the original as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from runtimes.bundle import Bundle, Manifest
+from runtimes.errors import IntegrityError, VaeError
+
+if TYPE_CHECKING:
+    from runtimes.base import VaeRuntime
+
+#: attributes that a user may have set since the bundle was opened
+STATE = (
+    *("check_finite", "use_slicing", "use_tiling", "tiling"),
+    *("tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor", "memory_budget"),
+)
+
+
+def reduced(runtime: VaeRuntime, bundle: Bundle, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What `__reduce__` of a runtime returns. Callbacks (`progress`, `on_tile`) belong to the original alone.
+
+    Raises `VaeError` for a runtime that was closed.
+    """
+    if runtime.is_closed():
+        raise VaeError("this VAE was closed and can be neither copied nor pickled; open the bundle again")
+    kept = {name: value for name, value in options.items() if not callable(value)}
+    state = {name: getattr(runtime, name) for name in STATE}
+    where = str(bundle.directory), None if bundle.allow_links is None else str(bundle.allow_links)
+    return _reopen, (type(runtime), *where, _fingerprint(bundle.manifest), kept, state)
+
+
+def _reopen(
+    kind: type[VaeRuntime],
+    path: str,
+    allow_links: str | None,
+    fingerprint: str,
+    options: Mapping[str, Any],
+    state: Mapping[str, Any],
+) -> VaeRuntime:
+    bundle = Bundle(path, allow_links=allow_links)
+    if _fingerprint(bundle.manifest) != fingerprint:
+        raise IntegrityError(
+            f"{path} holds another bundle than the one that was copied or pickled: it was replaced meanwhile; open it "
+            "again and copy that"
+        )
+    runtime = kind(bundle, **options)
+    for name, value in state.items():
+        setattr(runtime, name, value)
+    return runtime
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    return hashlib.sha256(manifest.to_json().encode()).hexdigest()
