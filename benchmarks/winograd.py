@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.models import stable_diffusion_sized
 from runtimes import open_vae
-from runtimes.bundle import GRAPHS
+from runtimes.names import GRAPHS
 from vae_export.export import export_bundle
 from vae_export.rewrites.form import CONVOLUTIONS
 from vae_export.targets import target_named

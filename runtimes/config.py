@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import ConfigError
+from runtimes.latent_space import LatentSpace
 
 DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
@@ -57,15 +58,17 @@ class VaeConfig:
         """The spatial ratio between image and latents, f = 2 ** (levels - 1); 8 for Stable Diffusion."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
-    def latent_affine(self) -> tuple[list[float], list[float]]:
-        """(multiply, add), a number for each latent channel: scaled = (raw - add) * multiply.
-
-        With latents_mean and latents_std (Playground 2.5) each channel has its own. An unknown scaling_factor is 1.
-        """
-        scale = 1.0 if self.scaling_factor is None else self.scaling_factor
-        if self.latents_mean is not None and self.latents_std is not None:
-            return [scale / deviation for deviation in self.latents_std], list(self.latents_mean)
-        return [scale] * self.latent_channels, [self.shift_factor or 0.0] * self.latent_channels
+    @property
+    def latent_space(self) -> LatentSpace:
+        """How raw latents relate to those of a diffusion model."""
+        return LatentSpace.scaled(
+            self.latent_channels,
+            self.downscale,
+            self.scaling_factor,
+            self.shift_factor,
+            self.latents_mean,
+            self.latents_std,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config") -> VaeConfig:
@@ -115,6 +118,35 @@ class VaeConfig:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+class OtherConfig:
+    """The config of another family than AutoencoderKL, field for field what diffusers writes in config.json.
+
+    Fields are attributes, as diffusers has them: `config.patch_size`.
+    """
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self._data = dict(data)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._data:
+            raise AttributeError(f"the config has no field {name!r}")
+        return self._data[name]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OtherConfig) and other._data == self._data
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they were given."""
+        return dict(self._data)
+
+    def to_json(self) -> str:
+        """The fields as the text of a config.json."""
+        return json.dumps(self._data, indent=2, allow_nan=False) + "\n"
 
 
 def _check(config: VaeConfig) -> None:

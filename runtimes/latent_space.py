@@ -10,7 +10,7 @@ This is the only module that turns scaling_factor, shift_factor, means and devia
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from runtimes.arrays import array_module
 from runtimes.errors import ConfigError, ShapeError
-from runtimes.posterior import array_module
 
 UNKNOWN = (
     "the checkpoint does not say its scaling_factor, and guessing it would give wrong latents; export it again with "
@@ -51,6 +51,28 @@ class LatentSpace:
                     f"{name} has {len(values)} numbers, and there are {self.normalised_channels} channels"
                 )
 
+    @classmethod
+    def scaled(
+        cls,
+        channels: int,
+        factor: int,
+        scaling_factor: float | None,
+        shift_factor: float | None = None,
+        means: Sequence[float] | None = None,
+        deviations: Sequence[float] | None = None,
+    ) -> LatentSpace:
+        """The latent space of an AutoencoderKL, from the fields of its config.
+
+        normalised = (raw - shift_factor) * scaling_factor; with means and deviations, those of Playground 2.5, each
+        channel has its own: (raw - mean) * scaling_factor / deviation. An unknown scaling_factor is None.
+        """
+        if scaling_factor is None:
+            return cls(channels, factor, None, None)
+        if means is not None and deviations is not None:
+            multiply = tuple(scaling_factor / deviation for deviation in deviations)
+            return cls(channels, factor, multiply, tuple(means))
+        return cls(channels, factor, (scaling_factor,) * channels, (shift_factor or 0.0,) * channels)
+
     @property
     def normalised_channels(self) -> int:
         return self.channels * self.patch**2
@@ -68,6 +90,11 @@ class LatentSpace:
     @property
     def is_known(self) -> bool:
         return self.multiply is not None
+
+    def check_known(self) -> None:
+        """`ConfigError` where the checkpoint does not say its normalisation."""
+        if not self.is_known:
+            raise ConfigError(UNKNOWN)
 
     def normalise(self, raw: Any) -> Any:
         """Raw latents [B, C, h, w] -> what a diffusion model takes, [B, C * patch**2, h / patch, w / patch].
@@ -133,8 +160,8 @@ class LatentSpace:
     # The arithmetic -------------------------------------------------------------------------------------------------
 
     def _pair(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        if self.multiply is None or self.add is None:
-            raise ConfigError(UNKNOWN)
+        self.check_known()
+        assert self.multiply is not None and self.add is not None
         return self.multiply, self.add
 
     @cached_property

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.posterior import array_module
+from runtimes.arrays import array_module
 
 
 def channels_first(x: Any) -> Any:

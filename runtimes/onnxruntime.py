@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
-from runtimes.bundle import GRAPHS, Bundle, Step
+from runtimes.arrays import Array, answer_in_kind, array_module
+from runtimes.base import VaeRuntime
+from runtimes.bundle import Bundle
 from runtimes.cancellation import cancellable
+from runtimes.edge import check_count
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -25,8 +27,9 @@ from runtimes.errors import (
     VaeError,
     is_out_of_memory,
 )
+from runtimes.manifest import Step
+from runtimes.names import GRAPHS, Graph
 from runtimes.onnx_scan import check_onnx
-from runtimes.posterior import array_module
 
 try:
     import onnxruntime as ort
@@ -89,7 +92,7 @@ class OnnxRuntimeVae(VaeRuntime):
         gpu = "needs pip install 'vae-export[gpu]' in place of onnxruntime"
         return {device: "works" if name in available else gpu for device, name in _PROVIDERS.items()}
 
-    def _open(self, graph: str, data: bytes) -> Any:
+    def _open(self, graph: Graph, data: bytes) -> Any:
         spec = self.spec[graph]
         session = self._load(data, spec.file)
         for said, found in ((spec.input, session.get_inputs()), (spec.output, session.get_outputs())):
@@ -146,14 +149,14 @@ class OnnxRuntimeVae(VaeRuntime):
             options["cudnn_conv_algo_search"] = "HEURISTIC"
         return options
 
-    def _open_steps(self, steps: Sequence[Step]) -> None:
+    def open_steps(self, steps: Sequence[Step]) -> None:
         for step in steps:
             # Tiles are few and large: without an arena they are as fast, and nothing is kept for the next step, which
             # has a session of its own. What runs on the whole is slower without, and its arena is given back.
             arena = step.kind == "whole"
             self._steps[step.file] = self._load(self._bundle.read(step.file), step.file, arena=arena)
 
-    def _run_step(self, step: Step, inputs: Mapping[str, Array]) -> Sequence[Array]:
+    def run_step(self, step: Step, inputs: Mapping[str, Array]) -> Sequence[Array]:
         try:
             with _run_options() as options:
                 if self._kind == "cpu" and step.kind == "whole":
@@ -166,7 +169,7 @@ class OnnxRuntimeVae(VaeRuntime):
                 raise OutOfMemoryError(f"a tile of {shape} does not fit the memory of {self.device}") from None
             raise VaeError(f"ONNX Runtime failed in {step.file} of {shape}: {_reason(error)}") from None
 
-    def _run(self, graph: GraphName, x: Any) -> Any:
+    def _run(self, graph: Graph, x: Any) -> Any:
         try:
             if self._kind == "cuda" and array_module(x) is not np and x.is_cuda:
                 return self._run_on_device(graph, x)
@@ -179,13 +182,13 @@ class OnnxRuntimeVae(VaeRuntime):
                 ) from None
             raise VaeError(f"ONNX Runtime failed in the {graph} of {list(x.shape)}: {_reason(error)}") from None
 
-    def _run_on_host(self, graph: GraphName, x: Array) -> Array:
+    def _run_on_host(self, graph: Graph, x: Array) -> Array:
         spec, feeds = self.spec[graph], {self.spec[graph].input.name: np.ascontiguousarray(x)}
         with _run_options() as options:
             result: Array = self._sessions[graph].run([spec.output.name], feeds, options)[0]
         return result
 
-    def _run_on_device(self, graph: GraphName, x: Any) -> Any:
+    def _run_on_device(self, graph: Graph, x: Any) -> Any:
         """A torch tensor on the GPU: bound where it is, the answer allocated beside it."""
         torch, spec = array_module(x), self.spec[graph]
         if x.is_cuda and x.device.index != self._index:

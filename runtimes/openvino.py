@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
-from runtimes.bundle import GRAPHS, Bundle, HeldFile
+from runtimes.arrays import Array, answer_in_kind
+from runtimes.base import VaeRuntime
+from runtimes.bundle import Bundle, HeldFile
 from runtimes.cancellation import cancellable
+from runtimes.edge import check_count
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -30,6 +32,7 @@ from runtimes.errors import (
     is_out_of_memory,
 )
 from runtimes.ir_scan import check_ir
+from runtimes.names import GRAPHS, Graph
 
 
 @contextmanager
@@ -138,20 +141,20 @@ class OpenVinoVae(VaeRuntime):
             settings["CACHE_DIR"] = str(_made(Path(cache_dir)))
         return settings
 
-    def _hold(self, bundle: Bundle, graph: str) -> tuple[HeldFile, HeldFile]:
+    def _hold(self, bundle: Bundle, graph: Graph) -> tuple[HeldFile, HeldFile]:
         """The structure of a graph, and its weights."""
         file = self.spec[graph].file
         return bundle.hold(file), bundle.hold(str(PurePosixPath(file).with_suffix(".bin")))
 
-    def _read(self, graph: str) -> tuple[bytes, bytes]:
+    def _read(self, graph: Graph) -> tuple[bytes, bytes]:
         structure, weights = (file.read() for file in self._files[graph])
         check_ir(structure, self.spec[graph].file)
         return structure, weights
 
-    def _load(self, graph: str) -> tuple[Any, Array]:
+    def _load(self, graph: Graph) -> tuple[Any, Array]:
         return self._parse(graph, *self._read(graph))
 
-    def _parse(self, graph: str, structure: bytes, data: bytes) -> tuple[Any, Array]:
+    def _parse(self, graph: Graph, structure: bytes, data: bytes) -> tuple[Any, Array]:
         """The model, and its weights, which it shares: they must live as long."""
         spec = self.spec[graph]
         # A copy, since OpenVINO shares the memory of writable arrays only; it makes no copy of its own then.
@@ -175,10 +178,10 @@ class OpenVinoVae(VaeRuntime):
             _raise_out_of_memory(error, self.device, shape)
             raise CompatibilityError(f"OpenVINO {ov.__version__} cannot compile it: {_reason(error)}") from None
 
-    def _run(self, graph: GraphName, x: Any) -> Any:
+    def _run(self, graph: Graph, x: Any) -> Any:
         return answer_in_kind(lambda array: self._infer(graph, array), x)
 
-    def _infer(self, graph: GraphName, x: Array) -> Array:
+    def _infer(self, graph: Graph, x: Array) -> Array:
         x = np.ascontiguousarray(x)
         with self._graphs[graph].request(x.shape) as request:
             try:

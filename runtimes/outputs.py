@@ -17,6 +17,16 @@ class AutoencoderKLOutput:
 
 
 @dataclass
+class AutoencoderTinyOutput:
+    """`latents` [B, C, H/f, W/f]: what the encoder of a family without a posterior gives."""
+
+    latents: Any
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.latents,)[index]
+
+
+@dataclass
 class DecoderOutput:
     """`sample` is the decoded images [B, 3, f*h, f*w], nominally in [-1, 1] and not clipped."""
 

@@ -9,23 +9,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from runtimes.arrays import array_module
 from runtimes.errors import ShapeError
 
 LOGVAR_RANGE = (-30.0, 20.0)  #: as diffusers clamps it
-
-
-def array_module(array: Any) -> ModuleType:
-    """numpy; torch for a tensor, and cupy for its arrays."""
-    for name, kind in (("torch", "Tensor"), ("cupy", "ndarray")):
-        module = sys.modules.get(name)
-        if module is not None and isinstance(array, getattr(module, kind)):
-            return module
-    return np
 
 
 class DiagonalGaussianDistribution:

@@ -10,8 +10,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtimes.bundle import Bundle, Manifest
+from runtimes.bundle import Bundle
 from runtimes.errors import IntegrityError, VaeError
+from runtimes.manifest import Manifest
 
 if TYPE_CHECKING:
     from runtimes.base import VaeRuntime

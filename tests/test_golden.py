@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runtimes import Bundle, CompatibilityError, open_vae
-from runtimes.bundle import Manifest
+from runtimes.manifest import Manifest
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 TARGETS = ("onnx", "openvino", "flax", "tensorrt-rtx")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtimes.bundle import GRAPHS
+from runtimes.names import GRAPHS
 from vae_export import AutoencoderKL, export_bundle
 
 TARGETS = ("onnx", "openvino", "flax", "tensorrt-rtx")

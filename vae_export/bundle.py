@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runtimes.bundle import MANIFEST_FILE, Bundle, FileEntry, Manifest
+from runtimes.bundle import Bundle
 from runtimes.errors import BundleError
+from runtimes.manifest import MANIFEST_FILE, FileEntry, Manifest
 
 _PARTIAL, _ASIDE = ".partial-", ".previous-"  #: .NAME.partial-XXXXXXXX, a bundle NAME in the making
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

@@ -268,13 +268,11 @@ def inputs(
     # A picture of one colour has next to no variance in its first maps: norms that subtract squares end there.
     b, h, w = flat_shape
     yield "encoder", "black", np.full((b, config.in_channels, h * factor, w * factor), -1, np.float32)
-    multiply, add = (np.reshape(values, (1, -1, 1, 1)) for values in config.latent_affine())
     for name, photo in photos.items():
         yield "decoder", f"{PHOTO} {name}", _reference(model, "encoder", photo)[:, : config.latent_channels]
     for b, h, w in shapes:
         # Diffusion models work on latents of unit variance: unscaled, this is how they look.
-        noise = rng.standard_normal((b, config.latent_channels, h, w)) / multiply + add
-        yield "decoder", "noise", noise.astype(np.float32)
+        yield "decoder", "noise", config.latent_space.raw_noise(rng, b, h, w).astype(np.float32)
 
 
 def _psnr_bar(name: str, thresholds: Thresholds) -> float:

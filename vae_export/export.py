@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from runtimes import Bundle
-from runtimes.bundle import GRAPHS, Engine, Manifest
 from runtimes.errors import ConfigError
+from runtimes.manifest import Engine, Manifest
+from runtimes.names import GRAPHS
 from runtimes.progress import Progress, no_progress
 from vae_export import __version__
 from vae_export.bundle import BundleWriter, check_output, write_bundle
@@ -85,6 +86,8 @@ def export_bundle(
             target=target.name,
             precision=export.precision,
             config=model.config,
+            latent_space=model.config.latent_space,
+            family="AutoencoderKL",
             files=writer.entries(),
             graphs=graphs,
             source=model.source._asdict(),

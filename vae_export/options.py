@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtimes.bundle import Engine
+from runtimes.manifest import Engine
 
 if TYPE_CHECKING:
     from vae_export.rewrites.form import Form

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from runtimes import Bundle
-from runtimes.bundle import MANIFEST_FILE
 from runtimes.errors import ConfigError, IntegrityError, NotInstalled
 from runtimes.files import partial_name, written_whole
+from runtimes.manifest import MANIFEST_FILE
 
 SIGNATURE_FILE = "model.sig"
 SIGNATURE_LIMIT = 4 << 20  #: bytes; ours have 3 KB

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runtimes import Bundle
-from runtimes.bundle import GRAPHS, GraphSpec, Manifest, TensorSpec
 from runtimes.errors import BundleError, CompatibilityError, ConfigError
+from runtimes.manifest import GraphSpec, Manifest, TensorSpec
+from runtimes.names import GRAPHS, Graph
 
 BACKENDS = {"onnx": "onnxruntime", "tensorrt": "tensorrt"}  #: target of a bundle -> Triton's backend
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
@@ -85,7 +86,9 @@ def write_repository(
     return models
 
 
-def model_config(manifest: Manifest, graph: str, instances: int, cpu: bool, max_batch: int, queue_delay_us: int) -> str:
+def model_config(
+    manifest: Manifest, graph: Graph, instances: int, cpu: bool, max_batch: int, queue_delay_us: int
+) -> str:
     """The config.pbtxt of one graph."""
     spec = manifest.graphs[graph]
     kind = "KIND_CPU" if cpu else "KIND_GPU"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtimes import Bundle
-from runtimes.bundle import Manifest
 from runtimes.errors import ConfigError
+from runtimes.manifest import Manifest
 from runtimes.progress import Progress, no_progress
 from vae_export.checkpoints.hub import Hub
 from vae_export.checkpoints.load import is_single_file, load_model
@@ -57,5 +57,5 @@ def load_recorded(manifest: Manifest) -> AutoencoderKL:
         raise ConfigError("the bundle was made from a model in memory; name the model to compare with (--model)")
     hub = Hub(revision=source.get("commit"))
     if is_single_file(given):
-        return load_model(given, config=manifest.config, hub=hub)
+        return load_model(given, config=manifest.config.to_dict(), hub=hub)
     return load_model(given, subfolder=source.get("subfolder"), hub=hub)

@@ -29,12 +29,13 @@ from flax import struct
 from jax import Array
 from jax import numpy as jnp
 
-from runtimes.bundle import MANIFEST_FILE, Bundle
+from runtimes.bundle import Bundle
 from runtimes.config import VaeConfig
 from runtimes.errors import BundleError, CompatibilityError, ConfigError, ShapeError
 from runtimes.files import written_whole
 from runtimes.flax.layers import Decoder, Encoder
 from runtimes.flax.params import FLAX_FILE, TORCH_FILE, Params
+from runtimes.manifest import MANIFEST_FILE
 from runtimes.posterior import LOGVAR_RANGE
 
 CONFIG_FILE = "config.json"
@@ -237,10 +238,11 @@ class FlaxAutoencoderKL(nn.Module):
 
     @nn.nowrap
     def _affine(self, layout: str) -> tuple[Array, Array]:
-        if self.config.scaling_factor is None:
+        space = self.config.latent_space
+        if not space.is_known:
             raise ConfigError("the config does not say its scaling_factor; give FlaxAutoencoderKL a scaling_factor")
         shape = (-1, 1, 1) if _known(layout) == "NCHW" else (-1,)
-        multiply, add = (jnp.asarray(values, jnp.float32).reshape(shape) for values in self.config.latent_affine())
+        multiply, add = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (space.multiply, space.add))
         return multiply, add
 
     # Loading and saving -------------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ import jax
 import numpy as np
 from jax import export
 
-from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
-from runtimes.bundle import GRAPHS, Bundle, GraphSpec
+from runtimes.arrays import Array, answer_in_kind
+from runtimes.base import VaeRuntime
+from runtimes.bundle import Bundle
+from runtimes.edge import check_count
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -29,6 +31,8 @@ from runtimes.errors import (
     VaeError,
     is_out_of_memory,
 )
+from runtimes.manifest import GraphSpec
+from runtimes.names import GRAPHS, Graph
 
 try:
     import flatbuffers  # noqa: F401  (jax.export reads and writes its files with it, but does not require it)
@@ -113,15 +117,15 @@ class FlaxVae(VaeRuntime):
         own = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), own, expected)
         return exported.call, jax.device_put(own, self._place)
 
-    def _checked(self, x: Any, what: str, channels: int, *, multiple_of: int, pad: bool = False) -> Any:
+    def _taken(self, x: Any) -> Any:
         if isinstance(x, jax.Array):  # wherever it is: DLPack would give NumPy those on the CPU alone
-            x = np.asarray(x.astype(np.float32) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x)
-        return super()._checked(x, what, channels, multiple_of=multiple_of, pad=pad)
+            return np.asarray(x.astype(np.float32) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x)
+        return x
 
-    def _run(self, graph: GraphName, x: Any) -> Any:
+    def _run(self, graph: Graph, x: Any) -> Any:
         return answer_in_kind(lambda array: self._call(graph, np.ascontiguousarray(array)), x)
 
-    def _call(self, graph: GraphName, x: Array) -> Array:
+    def _call(self, graph: Graph, x: Array) -> Array:
         _, params = self._graphs[graph]
         try:
             compiled = self._compile(graph, x.shape)
@@ -135,7 +139,7 @@ class FlaxVae(VaeRuntime):
                 ) from None
             raise VaeError(f"JAX failed in the {graph} of {list(x.shape)}: {_reason(error)}") from None
 
-    def _compile(self, graph: GraphName, shape: tuple[int, ...]) -> Any:
+    def _compile(self, graph: Graph, shape: tuple[int, ...]) -> Any:
         kept = self._compiled[graph]
         with self._lock:
             found = kept.pop(shape, None)

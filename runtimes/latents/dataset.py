@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtimes.base import VaeRuntime
-from runtimes.bundle import MANIFEST_FILE, Bundle
+from runtimes.bundle import Bundle
 from runtimes.errors import BundleError, CompatibilityError, ConfigError, IntegrityError, NotInstalled
 from runtimes.latents.shards import SCHEMA_VERSION, Array, Shard, from_stored, open_shard
+from runtimes.manifest import MANIFEST_FILE
 
 CONTRACT_FILE, INDEX_FILE, ERRORS_FILE, SHARDS = "contract.json", "index.parquet", "errors.parquet", "shards"
 STORED = ("moments", "mean", "sample")

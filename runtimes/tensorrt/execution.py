@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtimes.base import Array
-from runtimes.bundle import GraphSpec
+from runtimes.arrays import Array, array_module
 from runtimes.errors import CompatibilityError, ConfigError, OutOfMemoryError, ShapeError, VaeError, is_out_of_memory
 from runtimes.files import written_whole
-from runtimes.posterior import array_module
+from runtimes.manifest import GraphSpec
 from runtimes.tensorrt.cuda import Cuda
 from runtimes.tensorrt.flavours import Flavour
 from runtimes.tensorrt.profiles import Profile, nearest

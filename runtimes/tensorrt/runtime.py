@@ -6,28 +6,32 @@ Works with `tensorrt` and `tensorrt_rtx` through cuda-python; torch is not neede
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from runtimes.base import GraphName, VaeRuntime, answer_in_kind, check_count
-from runtimes.bundle import GRAPHS, Bundle, Engine, GraphSpec
+from runtimes.arrays import answer_in_kind, array_module
+from runtimes.base import VaeRuntime
+from runtimes.bundle import Bundle
+from runtimes.edge import check_count
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
     ConfigError,
     VaeError,
 )
-from runtimes.posterior import array_module
+from runtimes.manifest import Engine, GraphSpec
+from runtimes.names import GRAPHS, Graph
 from runtimes.tensorrt.builder import BuildJob, Progress, build_plan
 from runtimes.tensorrt.cuda import Cuda
 from runtimes.tensorrt.execution import LoadedPlan, Settings, on_device
 from runtimes.tensorrt.flavours import Flavour, load_flavour, system
 from runtimes.tensorrt.plan_cache import MOST, TIMING, PlanCache
 from runtimes.tensorrt.profiles import DEFAULT, Profile, checked, parse_profile
+from runtimes.tiling.tiler import Limits
 
 SPECIALIZATIONS = ("lazy", "eager", "none")
 
@@ -96,7 +100,7 @@ class TensorRtVae(VaeRuntime):
         settings = Settings(contexts, cuda_graphs, max_graphs, runtime_cache, kernel_specialization)
         self._engines: dict[str, LoadedPlan] = {}
         for graph in GRAPHS:
-            pixels = self.config.downscale if graph == "decoder" else 1
+            pixels = self.latent_space.factor if graph == "decoder" else 1
             self._engines[graph] = LoadedPlan(
                 flavour,
                 cuda,
@@ -120,27 +124,27 @@ class TensorRtVae(VaeRuntime):
 
     def _engine_of(self, flavour: Flavour, gpu: str, profiles: Sequence[Profile | str] | None) -> Engine:
         """What an ONNX bundle is built for here."""
-        factor = self.config.downscale
+        factor = self.latent_space.factor
         chosen = [parse_profile(p, factor) if isinstance(p, str) else checked(p, factor) for p in profiles or [DEFAULT]]
         return Engine(flavour.name, flavour.version, (gpu,), system(), tuple(chosen))
 
-    def _built(self, bundle: Bundle, engine: Engine, cache: PlanCache, progress: Progress) -> dict[str, bytes]:
+    def _built(self, bundle: Bundle, engine: Engine, cache: PlanCache, progress: Progress) -> dict[Graph, bytes]:
         """The plans of an ONNX bundle, from the cache or built now."""
-        plans = {}
+        plans: dict[Graph, bytes] = {}
         for graph in GRAPHS:
             spec = self.spec[graph]
-            job = job_of(engine, graph, spec, self.config.downscale)
+            job = job_of(engine, graph, spec, self.latent_space.factor)
             if engine.flavour == "tensorrt":
                 job = job.with_timing_cache(cache.directory / f"{TIMING}{engine.version}-{engine.gpus[0]}")
             made_of = {"onnx": bundle.manifest.files[spec.file].sha256, **engine.to_dict(), "input": spec.input.name}
 
-            def build(job: BuildJob = job, graph: str = graph, file: str = spec.file) -> bytes:
+            def build(job: BuildJob = job, graph: Graph = graph, file: str = spec.file) -> bytes:
                 return build_plan(bundle.read(file), job, graph, progress)
 
             plans[graph] = cache.get_or_build(made_of, build)
         return plans
 
-    def _run(self, graph: GraphName, x: Any) -> Any:
+    def _run(self, graph: Graph, x: Any) -> Any:
         engine = self._engines[graph]
         if array_module(x) is not np and on_device(x):
             return engine.run_on_device(x)
@@ -150,37 +154,16 @@ class TensorRtVae(VaeRuntime):
         for engine in self._engines.values():
             engine.free_idle()
 
-    def _tile_sides(self, graph: str, shape: Sequence[int]) -> Iterator[int | None]:
-        """As far as a profile holds them; what is too large for all profiles is cut into the largest that one holds."""
-        factor = self.config.downscale
-        height, width = shape[-2:] if graph == "encoder" else (shape[-2] * factor, shape[-1] * factor)
-        largest = max(height, width) // factor
-        for side in super()._tile_sides(graph, shape):
-            size = (height, width) if side is None else (side * factor, side * factor)
-            if any(profile.holds(shape[0], *size) for profile in self.profiles):
-                yield side
-                continue
-            inside = (
-                s for s in self._possible_sides(graph, min(side or largest, largest)) if self._holding(s, shape[0])
-            )
-            found = next(inside, side)  # none: the engine says which profiles there are
-            yield found
-            if found is not None:
-                yield from (half for half in self._halves(graph, found) if self._holding(half, shape[0]))
-            return
+    def limits(self, graph: Graph, batch: int) -> Limits:
+        """What the profiles hold; tiles at the edges are no smaller than what the profile of the largest takes."""
 
-    def _holding(self, side: int, batch: int) -> list[Profile]:
-        """The profiles that hold square tiles with this side in latents."""
-        pixels = side * self.config.downscale
-        return [profile for profile in self.profiles if profile.holds(batch, pixels, pixels)]
+        def smallest(side: int) -> int:
+            return min((max(p.height.min, p.width.min) for p in self.profiles if side in p.height), default=1)
 
-    def _smallest_tile(self, graph: str, side: int) -> int:
-        """Tiles at the edges are no smaller than what the profile takes."""
-        least = min(
-            (max(p.height.min, p.width.min) for p in self.profiles if side * self.config.downscale in p.height),
-            default=1,
+        return Limits(
+            holds=lambda height, width: any(profile.holds(batch, height, width) for profile in self.profiles),
+            smallest=smallest,
         )
-        return least if graph == "encoder" else -(-least // self.config.downscale)
 
     def _close(self) -> None:
         with ExitStack() as closing:  # all of them, also where one fails
@@ -195,7 +178,7 @@ class TensorRtRtxVae(TensorRtVae):
     flavour = "tensorrt-rtx"
 
 
-def job_of(engine: Engine, graph: str, spec: GraphSpec, factor: int) -> BuildJob:
+def job_of(engine: Engine, graph: Graph, spec: GraphSpec, factor: int) -> BuildJob:
     """What the builder has to know of a graph."""
     where = (0, *spec.input.axes)
     channels = int(spec.input.shape[where[1]])

@@ -7,19 +7,15 @@ nothing of an array but slicing and arithmetic, and therefore serves NumPy array
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from runtimes.config import VaeConfig
-from runtimes.errors import ConfigError, OutOfMemoryError, ShapeError
-from runtimes.posterior import array_module
+from runtimes.arrays import array_module
+from runtimes.errors import ShapeError
+from runtimes.tiling.settings import OnTile
 
 Array = TypeVar("Array")
-OnTile = Callable[[int, int], None]  #: (tiles done, tiles in all)
-
-TILINGS = ("blended", "seamless")
-SMALLEST_TILE = 8  #: side in latents, below which no tile is made smaller where memory runs out
 
 
 @dataclass(frozen=True)
@@ -38,124 +34,16 @@ class TileGrid:
         return cls(tile=tile_in, step=int(tile_in * (1 - overlap_factor)), blend=blend, kept=tile_out - blend)
 
     @property
-    def meets(self) -> bool:
-        """Step and blend were truncated: where they were not whole, the pieces do not meet, and the size is another."""
+    def lines_up(self) -> bool:
+        """Whether step and blend were whole numbers before they were truncated.
+
+        Where they were not, the pieces that are kept leave gaps or overlap, and the result has another size.
+        """
         return self.step >= 1 and self.kept >= 1 and self.kept * self.tile == self.step * (self.kept + self.blend)
 
     def count(self, height: int, width: int) -> int:
         """How many tiles an input of this size has."""
         return -(-height // self.step) * -(-width // self.step)
-
-
-class TilingAndSlicing:
-    """The switches of diffusers' AutoencoderKL, for the reference model and every runtime alike.
-
-    Tiling may be tuned by plain attributes, as in diffusers: `tile_sample_min_size` and `tile_latent_min_size` (the
-    side of a tile in pixels and in latents; tiling is active only beyond it) and `tile_overlap_factor`.
-
-    Where a tile does not fit the memory (`OutOfMemoryError`), smaller ones are tried, down to 8 latents a side.
-    `on_tile` is called behind each tile with the number of those that are done and of all.
-    """
-
-    config: VaeConfig
-    on_tile: OnTile | None
-
-    def _set_up_tiling(self) -> None:
-        self.on_tile = None
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tiling = TILINGS[0]
-        self.tile_sample_min_size = self.config.sample_size
-        self.tile_latent_min_size = int(self.config.sample_size / self.config.downscale)
-        self.tile_overlap_factor = 0.25
-
-    def enable_tiling(self, tiling: str = "blended") -> None:
-        """Work on large images tile by tile, in bounded memory.
-
-        "blended" is the tiling of diffusers: each tile for itself, with visible differences between them. "seamless"
-        gives the untiled result but for rounding, and needs a bundle that was exported with --tileable (`ConfigError`).
-        """
-        if tiling not in TILINGS:
-            raise ConfigError(f"tiling is one of {', '.join(TILINGS)}, not {tiling!r}")
-        if tiling == "seamless":
-            self._prepare_seamless()
-        self.use_tiling, self.tiling = True, tiling
-
-    def _prepare_seamless(self) -> None:
-        raise ConfigError("the reference model is not cut for seamless tiling: a bundle exported with --tileable is")
-
-    def disable_tiling(self) -> None:
-        self.use_tiling = False
-
-    def enable_slicing(self) -> None:
-        """Work on the samples of a batch one by one, to save memory."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        self.use_slicing = False
-
-    def _tile_grid(self, graph: str) -> TileGrid:
-        sample, latent = self.tile_sample_min_size, self.tile_latent_min_size
-        if sample != latent * self.config.downscale:
-            raise ShapeError(
-                f"tile_sample_min_size {sample} is not {self.config.downscale} times tile_latent_min_size {latent}"
-            )
-        return self._grid(graph, latent)
-
-    def _grid(self, graph: str, side: int) -> TileGrid:
-        """Of tiles with this side in latents."""
-        sides = (side * self.config.downscale, side)
-        return TileGrid.of(*(sides if graph == "encoder" else sides[::-1]), self.tile_overlap_factor)
-
-    def _in_parts(self, function: Callable[[Any], Any], x: Any, graph: str) -> Any:
-        """`function` on `x` [B, C, H, W], by samples and by tiles as far as these are switched on and needed."""
-        if self.use_slicing and x.shape[0] > 1:
-            parts = [self._in_parts(function, x[i : i + 1], graph) for i in range(x.shape[0])]
-            return array_module(x).concatenate(parts)
-        if not self._may_tile():
-            return function(x)
-        failed: OutOfMemoryError | None = None
-        for side in self._tile_sides(graph, x.shape):
-            try:
-                return function(x) if side is None else self._tiled(function, x, graph, side)
-            except OutOfMemoryError as error:
-                failed = error
-        assert failed is not None
-        raise failed
-
-    def _may_tile(self) -> bool:
-        return self.use_tiling
-
-    def _tile_sides(self, graph: str, shape: Sequence[int]) -> Iterator[int | None]:
-        """What to try, the largest first: sides of tiles in latents; None is the whole."""
-        unit = self.config.downscale if graph == "encoder" else 1  # pixels or latents
-        side = self._tile_grid(graph).tile // unit
-        if max(shape[-2:]) > side * unit:
-            yield side
-        else:
-            yield None
-            side = -(-max(shape[-2:]) // unit)
-        yield from self._halves(graph, side)
-
-    def _halves(self, graph: str, side: int) -> Iterator[int]:
-        """Half a side, half of that, ..., each the largest that lines up."""
-        while (found := next(self._possible_sides(graph, side // 2), None)) is not None:
-            side = found
-            yield side
-
-    def _possible_sides(self, graph: str, most: int) -> Iterator[int]:
-        """Sides of tiles in latents, from the largest to the smallest."""
-        for side in range(most, SMALLEST_TILE - 1, -1):
-            if self.tiling != "blended" or self._grid(graph, side).meets:
-                yield side
-
-    def _tiled(self, function: Callable[[Any], Any], x: Any, graph: str, side: int) -> Any:
-        smallest = self._smallest_tile(graph, side)
-        return run_tiled(function, x, self._grid(graph, side), smallest=smallest, on_tile=self.on_tile)
-
-    def _smallest_tile(self, graph: str, side: int) -> int:
-        """The side that tiles have at least, in pixels or latents, where the largest have `side` (latents)."""
-        return 1
 
 
 def run_tiled(
@@ -176,7 +64,7 @@ def run_tiled(
 
     `function` must return an array of its own, which is written to. Raises `ShapeError` where tiles would not meet.
     """
-    if not grid.meets:
+    if not grid.lines_up:
         raise ShapeError(
             f"tiles of {grid.tile} cannot advance by {grid.step} and give {grid.kept} of {grid.kept + grid.blend}; "
             "tile_overlap_factor must be below 1, and that part of tile_latent_min_size a whole number"

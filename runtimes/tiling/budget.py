@@ -8,10 +8,12 @@ holds scores of the attention, with the square of the positions.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
+from runtimes.manifest import Manifest
 
 
 class Rate(NamedTuple):
@@ -51,20 +53,40 @@ def parse_bytes(value: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
-def rate_of(backend: str, device: str, precision: str) -> Rate:
-    """`ConfigError` where nothing was measured."""
-    rate = RATES.get((backend, precision)) if device == "cpu" else None
+def rate_of(family: str, backend: str, device: str, precision: str) -> Rate:
+    """The measured rates; `ConfigError` where nothing was measured."""
+    measured = device == "cpu" and family == "AutoencoderKL"
+    rate = RATES.get((backend, precision)) if measured else None
     if rate is None:
-        known = ", ".join(f"{name} in {of}" for name, of in RATES)
+        known = ", ".join(f"{name} in {measured}" for name, measured in RATES)
         raise ConfigError(
-            f"memory_budget needs a measured model of memory: there is one for {known}, on the CPU, and none for "
-            f"{backend} in {precision} on {device}. tile_sample_min_size and tile_latent_min_size set tiles by hand"
+            f"memory_budget needs a measured model of memory: there is one for AutoencoderKL in {known}, on the CPU, "
+            f"and none for {family} in {backend} in {precision} on {device}. tile_sample_min_size and "
+            "tile_latent_min_size set tiles by hand"
         )
     return rate
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a call may use, and the measured model that says what it needs."""
+
+    bytes: int
+    rate: Rate
+    config: Any
+
+    @classmethod
+    def of(cls, value: int | str, manifest: Manifest, backend: str, device: str) -> Budget:
+        """From a number of bytes or a text such as "2GiB". `ConfigError` where nothing was measured."""
+        return cls(parse_bytes(value), rate_of(manifest.family, backend, device, manifest.precision), manifest.config)
+
+    def call_bytes(self, graph: str, batch: int, height: int, width: int) -> int:
+        """Working memory of one call of the whole graph on images of this size in pixels."""
+        return call_bytes(self.rate, self.config, graph, batch, height, width)
+
+
 def call_bytes(rate: Rate, config: VaeConfig, graph: str, batch: int, height: int, width: int) -> int:
-    """Of one call of a whole graph on images of this size in pixels."""
+    """Peak memory of one call of the whole graph on images of this size in pixels, in bytes."""
     values = batch * height * width * config.block_out_channels[0]
     positions = (height // config.downscale) * (width // config.downscale)
     per_value, fixed = (rate.encoder, rate.encoder_fixed) if graph == "encoder" else (rate.decoder, rate.decoder_fixed)

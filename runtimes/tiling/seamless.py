@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from runtimes.bundle import Step
+from runtimes.arrays import Array, answer_in_kind
 from runtimes.errors import NumericsError
-from runtimes.tiling.blended import OnTile
+from runtimes.manifest import GraphSpec, Step
+from runtimes.names import Graph
+from runtimes.tiling.budget import Budget
+from runtimes.tiling.settings import OnTile
 
-Array = npt.NDArray[Any]
 RunStep = Callable[[Step, Mapping[str, Array]], Sequence[Array]]  #: inputs by name -> outputs
 
 
@@ -65,6 +67,70 @@ class Tile(NamedTuple):
     @property
     def pixels(self) -> int:
         return (self.bottom - self.top) * (self.right - self.left)
+
+
+class StepBackend(Protocol):
+    """A backend that runs the steps of tileable bundles."""
+
+    def open_steps(self, steps: Sequence[Step]) -> None:
+        """Load the steps of one graph; called once for each graph, before the first of them runs."""
+
+    def run_step(self, step: Step, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        """Run one of them on arrays in host memory."""
+
+
+class SeamlessGraphs:
+    """Both graphs of a tileable bundle, cut into steps."""
+
+    def __init__(self, steps: Mapping[str, Sequence[Step]], spec: Mapping[Graph, GraphSpec], config: Any) -> None:
+        self._steps, self._spec = steps, spec
+        self._factor: int = config.downscale
+        self._groups: int = config.norm_num_groups
+        self._width: int = config.block_out_channels[0]  #: channels of a map of the image's size
+        self._inner_width: int = config.block_out_channels[-1]  #: channels of a map of the latents' size
+        self._opened: set[str] = set()
+        self._opening = threading.Lock()
+
+    def run(self, backend: StepBackend, graph: Graph, x: Any, side: int, on_tile: OnTile | None = None) -> Any:
+        """The result of a graph for `x` [B, C, H, W] of any kind, in tiles with this side in latents.
+
+        Images have their channels first here; pixels (uint8) are taken as they are and given as floats in 0..255.
+        """
+        return answer_in_kind(lambda array: self._run(backend, graph, array, side, on_tile), x)
+
+    def _run(self, backend: StepBackend, graph: Graph, x: Array, side: int, on_tile: OnTile | None) -> Array:
+        steps = self._steps[graph]
+        with self._opening:
+            if graph not in self._opened:
+                backend.open_steps(steps)
+                self._opened.add(graph)
+        if x.dtype == np.uint8:
+            x = x / np.float32(127.5) - np.float32(1)
+        parts = [
+            run_seamless(
+                steps,
+                backend.run_step,
+                x[i : i + 1].astype(np.float32, copy=False),
+                factor=self._factor,
+                groups=self._groups,
+                tile_values=(side * self._factor) ** 2 * self._width,
+                on_tile=on_tile,
+            )
+            for i in range(len(x))
+        ]
+        result = np.concatenate(parts)
+        if self._spec[graph].output.dtype == "uint8":
+            return np.asarray(np.clip(result / 2 + 0.5, 0, 1) * 255)
+        return result.astype(self._spec[graph].output.dtype, copy=False)
+
+    def bytes_needed(self, budget: Budget, graph: Graph, shape: Sequence[int], side: int) -> int:
+        """Working memory of a call: what lies between the steps, with a tile or with what runs on the whole."""
+        pixels_per_unit = 1 if graph == "encoder" else self._factor
+        positions = (shape[-2] * pixels_per_unit // self._factor) * (shape[-1] * pixels_per_unit // self._factor)
+        rate = budget.rate
+        whole = positions * self._inner_width * rate.step + rate.whole_score * positions**2
+        tile = (side * self._factor) ** 2 * self._width * rate.step
+        return int(max(whole, tile)) + largest_maps(self._steps[graph], shape[-2], shape[-1], self._factor)
 
 
 def run_seamless(

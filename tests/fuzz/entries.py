@@ -17,12 +17,12 @@ from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import save
 
-from runtimes.bundle import Manifest
 from runtimes.config import VaeConfig
 from runtimes.errors import VaeError
 from runtimes.images import load_image
 from runtimes.ir_scan import check_ir
 from runtimes.latents.shards import open_shard
+from runtimes.manifest import Manifest
 from runtimes.onnx_scan import check_onnx
 from vae_export.checkpoints.load import EMBEDDED, load_model
 from vae_export.families.autoencoder_kl import AutoencoderKL

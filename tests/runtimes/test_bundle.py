@@ -10,7 +10,8 @@ import onnxruntime
 import pytest
 
 from runtimes import Bundle, BundleError, CompatibilityError, IntegrityError, open_vae
-from runtimes.bundle import FILE_LIMIT, MANIFEST_LIMIT, Manifest
+from runtimes.bundle import MANIFEST_LIMIT
+from runtimes.manifest import FILE_LIMIT, Manifest
 
 GRAPH_FILES = ("vae_encoder/model.onnx", "vae_decoder/model.onnx")
 LISTED = (*GRAPH_FILES, "config.json", "vae_encoder/config.json", "vae_decoder/config.json")

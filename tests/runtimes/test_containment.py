@@ -18,7 +18,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from runtimes import Bundle, BundleError, CompatibilityError, IntegrityError
-from runtimes.bundle import FILE_LIMIT, LARGE_FILE
+from runtimes.bundle import LARGE_FILE
+from runtimes.manifest import FILE_LIMIT
 
 ENCODER, DECODER = "vae_encoder/model.onnx", "vae_decoder/model.onnx"
 MOST_MEMORY = 512 << 20  # bytes, of the process that tries to open all of them

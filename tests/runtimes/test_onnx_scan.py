@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from runtimes import CompatibilityError, IntegrityError, onnx_scan, open_vae
-from runtimes.bundle import GRAPHS
+from runtimes.names import GRAPHS
 from runtimes.onnx_scan import check_onnx
 from runtimes.tensorrt.builder import BuildJob, build_plan
 

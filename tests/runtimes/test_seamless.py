@@ -10,8 +10,8 @@ import torch
 from helpers import FORMS
 
 from runtimes import Bundle, ConfigError, IntegrityError, NumericsError, OutOfMemoryError, open_vae
-from runtimes.bundle import Step
 from runtimes.images import load_image, psnr, to_float
+from runtimes.manifest import Step
 from runtimes.tiling.seamless import largest_maps, run_seamless
 from vae_export import AutoencoderKL, export_bundle
 from vae_export.export import rescaled

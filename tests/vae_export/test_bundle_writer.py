@@ -16,7 +16,7 @@ import pytest
 
 import vae_export.bundle
 from runtimes import Bundle, BundleError, VaeConfig
-from runtimes.bundle import GraphSpec, Manifest, TensorSpec
+from runtimes.manifest import GraphSpec, Manifest, TensorSpec
 from vae_export.bundle import check_output, write_bundle
 
 MEGABYTE = 1 << 20

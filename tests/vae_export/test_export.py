@@ -12,7 +12,8 @@ import torch
 from onnx import numpy_helper
 
 from runtimes import Bundle, BundleError, ConfigError, IntegrityError, NumericsError, VaeError, open_vae
-from runtimes.bundle import GRAPHS, TensorSpec
+from runtimes.manifest import TensorSpec
+from runtimes.names import GRAPHS
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
 from vae_export.comparison import THRESHOLDS
 from vae_export.targets import onnx_graphs

@@ -9,7 +9,8 @@ import torch
 from test_export import TABLE, tree
 
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError
-from runtimes.bundle import GRAPHS, GraphSpec, TensorSpec
+from runtimes.manifest import GraphSpec, TensorSpec
+from runtimes.names import GRAPHS
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
 from vae_export.comparison import THRESHOLDS
 from vae_export.rewrites.form import PLAIN

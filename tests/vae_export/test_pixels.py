@@ -11,8 +11,8 @@ from helpers import FORMS
 from PIL import Image
 
 from runtimes import Bundle, ConfigError, NumericsError, ShapeError, VaeError, open_vae
-from runtimes.bundle import TensorSpec
 from runtimes.images import to_float, to_uint8
+from runtimes.manifest import TensorSpec
 from runtimes.tensorrt.builder import build_plan
 from runtimes.tensorrt.profiles import parse_profile
 from runtimes.tensorrt.runtime import job_of

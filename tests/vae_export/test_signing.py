@@ -72,7 +72,7 @@ FORGERIES = {
 
 def edited(path):
     """What hashes alone cannot show: the manifest says what the file is now."""
-    from runtimes.bundle import Manifest
+    from runtimes.manifest import Manifest
 
     manifest = Manifest.from_json((path / "manifest.json").read_bytes())
     config = manifest.config.__class__(**{**vars(manifest.config), "scaling_factor": 9.0})

@@ -14,8 +14,9 @@ from helpers import FORMS
 from onnx import TensorProto, helper
 
 from runtimes import Bundle, open_vae
-from runtimes.bundle import GRAPHS, Engine
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, NumericsError, OutOfMemoryError
+from runtimes.manifest import Engine
+from runtimes.names import GRAPHS
 from runtimes.tensorrt.builder import BuildJob, build, build_plan
 from runtimes.tensorrt.flavours import load_flavour, system
 from runtimes.tensorrt.profiles import DEFAULT, Profile, Range, parse_profile

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from runtimes import Bundle
-from runtimes.bundle import GRAPHS, Engine
 from runtimes.errors import BundleError, CompatibilityError, ConfigError
+from runtimes.manifest import Engine
+from runtimes.names import GRAPHS
 from runtimes.tensorrt.profiles import parse_profile
 from vae_export.triton import model_config, write_repository
 

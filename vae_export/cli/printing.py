@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from runtimes import BACKENDS, Bundle
-from runtimes.bundle import Manifest
 from runtimes.errors import NotInstalled
 from runtimes.files import written_whole
+from runtimes.manifest import Manifest
 
 if TYPE_CHECKING:
     from runtimes.tensorrt.plan_cache import CachedPlan
@@ -121,9 +121,9 @@ def bundle_table(path: str, manifest: Manifest) -> Table:
         for profile in manifest.engine.profiles:
             table.add_row("profile", f"{profile}, batch x height x width")
     table.add_row("model", f"{channels}, {scaling}")
-    for name, graph in manifest.graphs.items():
-        shapes = (f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in (graph.input, graph.output))
-        table.add_row(name, printable(" -> ".join(shapes)))
+    for graph, spec in manifest.graphs.items():
+        shapes = (f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in (spec.input, spec.output))
+        table.add_row(graph, printable(" -> ".join(shapes)))
     for name, entry in manifest.files.items():
         table.add_row(name, f"{entry.size:,} bytes, sha256 {entry.sha256[:16]}...")
     measurements = manifest.validation.get("measurements")

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import VaeRuntime, on_host
-from runtimes.config import VaeConfig
+from runtimes.arrays import on_host
+from runtimes.base import VaeRuntime
 from runtimes.errors import ConfigError, OutOfMemoryError, ShapeError
 from runtimes.images import to_float
+from runtimes.latent_space import LatentSpace
 from runtimes.latents.dataset import STORED
 from runtimes.latents.shards import DTYPES, Array, to_stored
 from runtimes.posterior import DiagonalGaussianDistribution
@@ -43,7 +44,7 @@ class Storage:
     flips: bool = False
     seed: int = 0
 
-    def check(self, config: VaeConfig) -> None:
+    def check(self, latent_space: LatentSpace) -> None:
         """`ConfigError` for what is unknown, or cannot be had of this VAE."""
         if self.stored not in STORED:
             raise ConfigError(f"stored {self.stored!r}; known are {', '.join(STORED)}")
@@ -53,7 +54,7 @@ class Storage:
             raise ConfigError(f"seed {self.seed} is negative")
         if self.scaled and self.stored == "moments":
             raise ConfigError("moments are those of raw latents, and are not scaled: give --unscaled")
-        if self.scaled and config.scaling_factor is None:
+        if self.scaled and not latent_space.is_known:
             raise ConfigError(
                 "the bundle does not know its scaling_factor: give --unscaled, or export the model again with "
                 "--scaling-factor"
@@ -135,8 +136,7 @@ def _stored(vae: VaeRuntime, moments: Array, image: Prepared, flipped: bool, sto
         key = [storage.seed, int(flipped), int.from_bytes(image.sha256, "big")]
         values = (posterior.mode() if storage.stored == "mean" else posterior.sample([np.random.default_rng(key)]))[0]
         if storage.scaled:
-            multiply, add = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in vae.config.latent_affine())
-            values = (values - add) * multiply
+            values = vae.latent_space.normalise(values[None])[0]
     if not np.isfinite(values).all():
         return Broken(image.sha256, f"the encoder of this {vae.precision} bundle gave NaN or infinity")
     stored = to_stored(values, storage.dtype)

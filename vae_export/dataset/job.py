@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes import BACKENDS_OF_TARGET, Bundle, VaeRuntime, open_vae
-from runtimes.base import check_count
+from runtimes.edge import check_count
 from runtimes.latents.dataset import ERRORS_FILE, INDEX_FILE, import_pyarrow, manifest_sha256
 from runtimes.latents.shards import SCHEMA_VERSION, Array, Failure, Shard
 from vae_export import __version__
@@ -185,8 +185,8 @@ def encode_dataset(
         check_count(name, value)
     bundle = Bundle(opening.bundle)
     at_once = BatchSize(batch_size or MOST_AT_ONCE, CACHED if batch_size is None and opening.is_cpu(bundle) else None)
-    storage.check(bundle.manifest.config)
-    size_policy = SizePolicy(policy, sizes, bundle.manifest.config.downscale)
+    storage.check(bundle.manifest.latent_space)
+    size_policy = SizePolicy(policy, sizes, bundle.manifest.latent_space.factor)
     workers = (os.cpu_count() or 1) if workers is None else workers
     contract = make_contract(bundle, opening, size_policy, storage, at_once, images_per_shard)
     summary = Summary()
@@ -293,9 +293,7 @@ def make_contract(
     images_per_shard: int,
 ) -> dict[str, Any]:
     """What the latents are. All of it must be the same when a job goes on, but for `encoded_with`: with what."""
-    manifest, config = bundle.manifest, bundle.manifest.config
-    multiply, add = config.latent_affine()
-    known = config.scaling_factor is not None
+    manifest, space = bundle.manifest, bundle.manifest.latent_space
     packages = {"vae-export": __version__}
     for name in _PACKAGES[1:]:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -307,13 +305,15 @@ def make_contract(
             "manifest_sha256": manifest_sha256(bundle),
             "target": manifest.target,
             "precision": manifest.precision,
-            "latent_channels": config.latent_channels,
-            "downscale": config.downscale,
+            "latent_channels": space.channels,
+            "downscale": space.factor,
         },
         "stored": storage.stored,
         "seed": storage.seed if storage.stored == "sample" else None,
         "scaled": storage.scaled,
-        "affine": {"multiply": multiply, "add": add} if known else None,  # scaled = (raw - add) * multiply
+        "affine": {"multiply": list(space.multiply), "add": list(space.add)}
+        if space.multiply and space.add
+        else None,  # scaled = (raw - add) * multiply
         "dtype": storage.dtype,
         "preprocessing": {
             "policy": policy.policy,

@@ -21,7 +21,9 @@ from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
 from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
 from runtimes.posterior import DiagonalGaussianDistribution
-from runtimes.tiling.blended import TilingAndSlicing, run_tiled
+from runtimes.tiling.blended import run_tiled
+from runtimes.tiling.settings import TilingSettings
+from runtimes.tiling.tiler import Tiler
 
 NORM_EPS = 1e-6
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -234,7 +236,7 @@ class Decoder(nn.Module):
         return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))
 
 
-class AutoencoderKL(TilingAndSlicing, nn.Module):
+class AutoencoderKL(TilingSettings, nn.Module):
     """The VAE: images in [-1, 1] to a posterior over latents, and latents back to images.
 
     Build one from a `VaeConfig` or from its fields (`AutoencoderKL(latent_channels=16, ...)`, random weights), or load
@@ -242,7 +244,7 @@ class AutoencoderKL(TilingAndSlicing, nn.Module):
 
     Latents are raw: `scaling_factor` and `shift_factor` are the business of whoever feeds them to a diffusion model.
 
-    Tiling and slicing: see `TilingAndSlicing`.
+    Tiling and slicing: see `TilingSettings`.
     """
 
     def __init__(self, config: VaeConfig | None = None, **config_fields: Any) -> None:
@@ -257,7 +259,7 @@ class AutoencoderKL(TilingAndSlicing, nn.Module):
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if self.config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if self.config.use_post_quant_conv else None
 
-        self._set_up_tiling()
+        self._set_up_tiling(self.config.sample_size, self.config.downscale)
 
     # Loading and saving -------------------------------------------------------------------------------------------
 
@@ -334,7 +336,7 @@ class AutoencoderKL(TilingAndSlicing, nn.Module):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Images [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, latent_channels, H//f, W//f]."""
-        posterior = DiagonalGaussianDistribution(self._in_parts(self.encode_moments, x, "encoder"))
+        posterior = DiagonalGaussianDistribution(self._tiler().run(self.encode_moments, x, "encoder"))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
@@ -344,7 +346,7 @@ class AutoencoderKL(TilingAndSlicing, nn.Module):
 
         `generator` is accepted, as in diffusers, and not used: decoding is deterministic.
         """
-        sample = self._in_parts(self.decode_latents, z, "decoder")
+        sample = self._tiler().run(self.decode_latents, z, "decoder")
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -372,13 +374,16 @@ class AutoencoderKL(TilingAndSlicing, nn.Module):
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """`encode` by tiles, whatever the size and whether or not tiling is enabled."""
-        posterior = DiagonalGaussianDistribution(run_tiled(self.encode_moments, x, self._tile_grid("encoder")))
+        posterior = DiagonalGaussianDistribution(run_tiled(self.encode_moments, x, self._tiler().grid("encoder")))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """`decode` by tiles, whatever the size and whether or not tiling is enabled."""
-        sample = run_tiled(self.decode_latents, z, self._tile_grid("decoder"))
+        sample = run_tiled(self.decode_latents, z, self._tiler().grid("decoder"))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _tiler(self) -> Tiler:
+        return Tiler(self, self.config.downscale)
 
     # Attention ----------------------------------------------------------------------------------------------------
 

@@ -152,12 +152,12 @@ def calibration_inputs(
         progress(f"Measuring activations on {path.name}", done, total)
         yield "encoder", middle_of(path, height * factor, width * factor, config.in_channels)
     # Diffusion models work on latents of unit variance: unscaled, this is how they look.
-    multiply, add = (torch.tensor(values).view(1, -1, 1, 1) for values in config.latent_affine())
+    space = model.config.latent_space
     generator = torch.Generator().manual_seed(0)
     for done, (height, width) in enumerate(LATENT_SIZES, start=len(photos)):
         progress("Measuring activations on noise", done, total)
         noise = torch.randn(1, config.latent_channels, height, width, generator=generator)
-        yield "decoder", noise / multiply + add
+        yield "decoder", space.denormalise(noise) if space.is_known else noise
     progress("Measured", total, total)
 
 

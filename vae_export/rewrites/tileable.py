@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from runtimes.bundle import Step
+from runtimes.manifest import Step
 from vae_export.families.autoencoder_kl import AutoencoderKL, Block, ResnetBlock, Upsample
 from vae_export.rewrites.form import DeconvUpsample, Form, FourConvUpsample, rewrite
 from vae_export.targets.onnx_graphs import DTYPES, OPSET, TracedGraph, trace_graph, write_graph

@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from runtimes.bundle import Bundle, Engine, GraphSpec, Step
+from runtimes.bundle import Bundle
 from runtimes.errors import ConfigError
+from runtimes.manifest import Engine, GraphSpec, Step
 from vae_export.comparison import Case, Validator, bundle_validators
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import CONVOLUTIONS, LAST_BLOCKS, NORMS, UPSAMPLES, Form

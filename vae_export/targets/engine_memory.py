@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from runtimes.bundle import GRAPHS, Engine
 from runtimes.config import VaeConfig
 from runtimes.errors import OutOfMemoryError
+from runtimes.manifest import Engine
+from runtimes.names import GRAPHS
 from runtimes.tensorrt.cuda import Cuda
 from runtimes.tensorrt.profiles import Profile
 

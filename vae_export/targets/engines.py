@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from runtimes import Bundle
-from runtimes.bundle import GRAPHS, Engine, GraphSpec
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError
+from runtimes.manifest import Engine, GraphSpec
+from runtimes.names import GRAPHS, Graph
 from runtimes.tensorrt.builder import Progress, build_plan, check_gpus
 from runtimes.tensorrt.cuda import Cuda
 from runtimes.tensorrt.flavours import load_flavour, system
@@ -55,7 +56,7 @@ def plan_engine(target: str, profiles: Sequence[Profile] = (), gpus: Sequence[st
 
 
 def build_graph(
-    engine: Engine, graph: str, spec: GraphSpec, onnx: Path, factor: int, progress: Progress = lambda *_: None
+    engine: Engine, graph: Graph, spec: GraphSpec, onnx: Path, factor: int, progress: Progress = lambda *_: None
 ) -> GraphSpec:
     """Build the plan of a graph beside its ONNX file -> the spec with the plan in its place."""
     plan = build_plan(onnx.read_bytes(), job_of(engine, graph, spec, factor), graph, progress)

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from runtimes.bundle import GraphSpec, TensorSpec
 from runtimes.errors import ConfigError
+from runtimes.manifest import GraphSpec, TensorSpec
 from vae_export.bundle import BundleWriter
 from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.options import ExportOptions

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from runtimes.bundle import GRAPHS, Step
+from runtimes.manifest import Step
+from runtimes.names import GRAPHS
 from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.rewrites.form import Form
 from vae_export.rewrites.tileable import TileableExport

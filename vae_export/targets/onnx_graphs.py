@@ -18,8 +18,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from runtimes.bundle import GraphSpec, TensorSpec
 from runtimes.errors import ConfigError
+from runtimes.manifest import GraphSpec, TensorSpec
 from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.rewrites.form import PLAIN, Form, rewrite
 from vae_export.rewrites.operators import TRANSLATIONS

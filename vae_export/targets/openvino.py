@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from runtimes.bundle import GraphSpec
 from runtimes.errors import ConfigError
+from runtimes.manifest import GraphSpec
 from runtimes.progress import Progress
 from vae_export.comparison import THRESHOLDS, worst_photo
 from vae_export.families.autoencoder_kl import AutoencoderKL

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from runtimes.bundle import Bundle, Engine
+from runtimes.bundle import Bundle
 from runtimes.errors import BackendUnavailable
+from runtimes.manifest import Engine
 from runtimes.tensorrt.profiles import DEFAULT, Profile, checked, make_profile
 from vae_export.comparison import Validator, bundle_validators
 from vae_export.families.autoencoder_kl import AutoencoderKL

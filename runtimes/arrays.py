@@ -1,0 +1,41 @@
+"""Arrays of any kind: NumPy's, and those of torch or CuPy where the caller uses them.
+
+Neither is imported here: whoever gives an array has its library loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+def array_module(array: Any) -> ModuleType:
+    """The library of an array: torch for a tensor, cupy for its arrays, numpy for everything else."""
+    for name, kind in (("torch", "Tensor"), ("cupy", "ndarray")):
+        module = sys.modules.get(name)
+        if module is not None and isinstance(array, getattr(module, kind)):
+            return module
+    return np
+
+
+def on_host(x: Any) -> Array:
+    """An array of any kind as one of NumPy."""
+    if array_module(x) is np:
+        return np.asarray(x)
+    return np.asarray(x.detach().cpu().numpy() if hasattr(x, "detach") else x.get())
+
+
+def answer_in_kind(function: Callable[[Array], Array], x: Any) -> Any:
+    """Apply a NumPy function to `x`; for a torch tensor or CuPy array, answer with one, a tensor on the same device."""
+    xp = array_module(x)
+    if xp is np:
+        return function(x)
+    result = function(on_host(x))
+    return xp.from_numpy(result).to(x.device) if hasattr(xp, "from_numpy") else xp.asarray(result)
