@@ -91,6 +91,13 @@ class LatentSpace:
     def is_known(self) -> bool:
         return self.multiply is not None
 
+    @property
+    def affine(self) -> dict[str, list[float]] | None:
+        """`multiply` and `add`, as they stand in the contract of a dataset; None where they are not known."""
+        if self.multiply is None or self.add is None:
+            return None
+        return {"multiply": list(self.multiply), "add": list(self.add)}
+
     def check_known(self) -> None:
         """`ConfigError` where the checkpoint does not say its normalisation."""
         if not self.is_known:
@@ -135,7 +142,7 @@ class LatentSpace:
     def from_dict(cls, data: Mapping[str, Any]) -> LatentSpace:
         """The inverse of `to_dict`; `ConfigError` for anything else."""
         if set(data) != {"channels", "factor", "patch", "encoder_gives", "multiply", "add"}:
-            raise ConfigError(f"a latent space has other fields: {', '.join(sorted(map(str, data)))}")
+            raise ConfigError(f"the fields of the latent space are {sorted(map(repr, data))}, which it does not have")
         for name in ("channels", "factor", "patch"):
             value = data[name]
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65536:

@@ -21,6 +21,7 @@ import numpy as np
 
 from runtimes import Bundle, VaeRuntime, open_vae
 from runtimes.errors import ConfigError
+from runtimes.names import GRAPHS, Graph
 from runtimes.progress import Progress, no_progress
 from vae_export.bundle import check_output
 from vae_export.export import check_choices, export_bundle
@@ -99,7 +100,7 @@ def tune_bundle(
     timed = replace(options, engine=target.plan_for_size(height, width, factor))
     with tempfile.TemporaryDirectory() as directory:
         bench = _Bench(model, target, timed, (height, width), rounds, Path(directory), progress)
-        winners = {graph: bench.winner(graph) for graph in ("encoder", "decoder")}
+        winners = {graph: bench.winner(graph) for graph in GRAPHS}
     record = {
         "name": "tuned",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -143,7 +144,7 @@ class _Bench:
             "decoder": rng.standard_normal((1, config.latent_channels, *latent)).astype(np.float32),
         }
 
-    def winner(self, graph: str) -> Trial:
+    def winner(self, graph: Graph) -> Trial:
         """The fastest: first among upsamplings and norms, then with another last block, with other convolutions, and
         with other numbers of threads."""
         precision = str(self._options.precision)
@@ -166,7 +167,7 @@ class _Bench:
         counts = [None, *sorted({cores // 2, cores} - {0})] if cores > 1 else [None]
         return self._race("threads", graph, [(best.form, threads) for threads in counts])
 
-    def _race(self, race: str, graph: str, entries: Sequence[tuple[Form, int | None]]) -> Trial:
+    def _race(self, race: str, graph: Graph, entries: Sequence[tuple[Form, int | None]]) -> Trial:
         """Time the entries in turn. The first is the one to beat, by more than what noise alone could be."""
         x = self._inputs[graph]
         seconds: list[list[float]] = [[] for _ in entries]

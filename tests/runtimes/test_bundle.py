@@ -181,7 +181,7 @@ WRONG = [
     *(((*ENTRY, "sha256"), sha, "sha256") for sha in ("A" * 64, "0" * 63, "0" * 65, "0" * 64 + "\n", "g" * 64, 0)),
     *((["schema_version"], version, "schema_version") for version in ("1", True, 1.0, None)),
     (["version"], 1, "version"),
-    (["target"], "tflite", "tflite"),
+    (["target"], "../onnx", "not a name"),
     (["precision"], ["fp32"], "precision"),
     (["rewrites"], {}, "rewrites"),
     (["tools"], {"torch": 2}, "tools"),

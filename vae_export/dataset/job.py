@@ -311,9 +311,7 @@ def make_contract(
         "stored": storage.stored,
         "seed": storage.seed if storage.stored == "sample" else None,
         "scaled": storage.scaled,
-        "affine": {"multiply": list(space.multiply), "add": list(space.add)}
-        if space.multiply and space.add
-        else None,  # scaled = (raw - add) * multiply
+        "affine": space.affine,  # scaled = (raw - add) * multiply
         "dtype": storage.dtype,
         "preprocessing": {
             "policy": policy.policy,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from runtimes.bundle import Bundle
 from runtimes.errors import ConfigError
 from runtimes.manifest import Engine, GraphSpec, Step
+from runtimes.names import Graph
 from vae_export.comparison import Case, Validator, bundle_validators
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import CONVOLUTIONS, LAST_BLOCKS, NORMS, UPSAMPLES, Form
@@ -102,7 +103,7 @@ class Target(ABC):
         return []
 
     @abstractmethod
-    def write(self, export: Export, graph: str, path: Path) -> Written:
+    def write(self, export: Export, graph: Graph, path: Path) -> Written:
         """Write `graph`, "encoder" or "decoder", to `path` and any files beside it; the spec's `file` is its name."""
 
     def write_steps(self, export: Export, divided: AutoencoderKL, directory: Path) -> Mapping[str, tuple[Step, ...]]:
@@ -144,7 +145,7 @@ class Target(ABC):
         """The engine of the tuned bundle, which also takes the sizes that `plan` has by default."""
         return engine
 
-    def choices(self, graph: str, precision: str) -> FormChoices:
+    def choices(self, graph: Graph, precision: str) -> FormChoices:
         """The forms of a graph that are worth timing. `ConfigError` where there is one form alone."""
         convolutions = CONVOLUTIONS if precision == "fp32" else ("direct",)  # it loses digits in half precision
         if graph == "encoder":

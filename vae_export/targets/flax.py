@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from runtimes.errors import ConfigError
 from runtimes.manifest import GraphSpec, TensorSpec
+from runtimes.names import Graph
 from vae_export.bundle import BundleWriter
 from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.options import ExportOptions
@@ -128,13 +129,13 @@ class FlaxTarget(Target):
     def check(self, model: AutoencoderKL, options: ExportOptions) -> None:
         check_available(options.io_precision)
 
-    def write(self, export: Export, graph: str, path: Path) -> Written:
+    def write(self, export: Export, graph: Graph, path: Path) -> Written:
         return Written(export_stablehlo(export.exact, graph, path, precision=export.precision, form=export.form(graph)))
 
     def finish(self, export: Export, writer: BundleWriter) -> None:
         write_params(export.model, writer.directory, export.precision)
 
-    def choices(self, graph: str, precision: str) -> FormChoices:
+    def choices(self, graph: Graph, precision: str) -> FormChoices:
         raise ConfigError("flax bundles are written in one form, the fastest on the CPU: there is nothing to tune")
 
     def tool_versions(self, options: ExportOptions) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from runtimes.manifest import Step
-from runtimes.names import GRAPHS
+from runtimes.names import GRAPHS, Graph
 from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.rewrites.form import Form
 from vae_export.rewrites.tileable import TileableExport
@@ -30,7 +30,7 @@ class OnnxTarget(Target):
     io_precisions = ("fp32", "same")
     tileable = True
 
-    def write(self, export: Export, graph: str, path: Path) -> Written:
+    def write(self, export: Export, graph: Graph, path: Path) -> Written:
         options = export.options
         spec = export_onnx(
             export.exact,

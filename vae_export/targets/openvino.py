@@ -16,6 +16,7 @@ import torch
 
 from runtimes.errors import ConfigError
 from runtimes.manifest import GraphSpec
+from runtimes.names import Graph
 from runtimes.progress import Progress
 from vae_export.comparison import THRESHOLDS, worst_photo
 from vae_export.families.autoencoder_kl import AutoencoderKL
@@ -200,7 +201,7 @@ class OpenVinoTarget(Target):
             )
         check_available(str(options.precision), options.io_precision)
 
-    def write(self, export: Export, graph: str, path: Path) -> Written:
+    def write(self, export: Export, graph: Graph, path: Path) -> Written:
         form = export.form(graph)
         if export.precision != "int8":
             spec = export_ir(export.exact, graph, path, precision=export.precision, io=export.options.io, form=form)

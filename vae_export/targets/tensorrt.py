@@ -10,6 +10,7 @@ from typing import ClassVar
 from runtimes.bundle import Bundle
 from runtimes.errors import BackendUnavailable
 from runtimes.manifest import Engine
+from runtimes.names import Graph
 from runtimes.tensorrt.profiles import DEFAULT, Profile, checked, make_profile
 from vae_export.comparison import Validator, bundle_validators
 from vae_export.families.autoencoder_kl import AutoencoderKL
@@ -51,7 +52,7 @@ class EngineTarget(Target):
     def notes(self, model: AutoencoderKL, options: ExportOptions) -> list[str]:
         return memory_lines(self.estimates(model, options))
 
-    def write(self, export: Export, graph: str, path: Path) -> Written:
+    def write(self, export: Export, graph: Graph, path: Path) -> Written:
         engine, options = export.options.engine, export.options
         assert engine is not None
         spec = export_onnx(
@@ -91,7 +92,7 @@ class EngineTarget(Target):
         tuned = () if DEFAULT.holds(1, height, width) else engine.profiles
         return replace(engine, profiles=(DEFAULT, *tuned))
 
-    def choices(self, graph: str, precision: str) -> FormChoices:
+    def choices(self, graph: Graph, precision: str) -> FormChoices:
         upsamples = tuple(kind for kind in UPSAMPLES if (kind, precision) != ("deconv", "bf16"))  # it does not build
         return (
             super()
