@@ -11,7 +11,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +64,7 @@ class Tuned(NamedTuple):
 
     bundle: Bundle
     trials: tuple[Trial, ...]
-    winners: dict[str, Trial]
+    winners: Mapping[Graph, Trial]
 
 
 def tune_bundle(
