@@ -39,7 +39,7 @@ class Trial(NamedTuple):
     """One graph in one form with a number of threads (None: the runtime's choice), and how long its calls took."""
 
     race: str  #: "forms", "last block", "convolutions" or "threads": what it was timed against, in turn
-    graph: str
+    graph: Graph
     form: Form
     threads: int | None
     seconds: tuple[float, ...]
