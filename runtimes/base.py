@@ -25,6 +25,7 @@ from runtimes.images import Images, as_uint8_batch, to_float, to_uint8
 from runtimes.layout import as_pixels, channels_first, channels_first_floats, channels_last, padded
 from runtimes.memory import Rate, call_bytes, parse_bytes, rate_of
 from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
+from runtimes.pixels import to_levels, to_samples
 from runtimes.posterior import DiagonalGaussianDistribution, array_module
 from runtimes.seamless import largest_maps, run_seamless
 from runtimes.tiling import TilingAndSlicing
@@ -269,7 +270,7 @@ class VaeRuntime(TilingAndSlicing, ABC):
                 self._open_steps(steps)
                 self._opened.add(graph)
         if x.dtype == np.uint8:
-            x = x / np.float32(127.5) - np.float32(1)
+            x = to_samples(x.astype(np.float32))
         parts = [
             run_seamless(
                 steps,
@@ -284,7 +285,8 @@ class VaeRuntime(TilingAndSlicing, ABC):
         ]
         result = np.concatenate(parts)
         if self.spec[graph].output.dtype == "uint8":
-            return np.clip(result / 2 + 0.5, 0, 1) * 255
+            levels: Array = to_levels(result)
+            return levels
         return result.astype(self.spec[graph].output.dtype, copy=False)
 
     def _output_shape(self, graph: GraphName, shape: Sequence[int]) -> tuple[int, ...]:

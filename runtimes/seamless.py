@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from runtimes.bundle import Step
 from runtimes.errors import NumericsError
+from runtimes.precisions import FP16_LARGEST
 from runtimes.tiling import OnTile
 
 Array = npt.NDArray[Any]
@@ -127,8 +128,8 @@ def run_seamless(
             return target[None]
         if not np.isfinite(found).all():
             raise NumericsError(
-                f"activations behind {step.file} exceed 65504, the most that is kept between tiles, or are not finite; "
-                'enable_tiling("blended") keeps none'
+                f"activations behind {step.file} exceed {FP16_LARGEST:.0f}, the most kept between tiles, or are "
+                'not finite; enable_tiling("blended") keeps none'
             )
         made = _Map(target, _merged(found, tiles))
         if step.kind == "conv1":

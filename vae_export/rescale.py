@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from runtimes.precisions import FP16_LARGEST
 from vae_export.model import Attention, AutoencoderKL, Block, MidBlock, ResnetBlock
 
 if TYPE_CHECKING:
     from vae_export.ranges import Ranges
 
-FP16_LARGEST = 65504.0
 HEADROOM = 2.0**4  #: between the largest activation seen and the largest fp16, for inputs not seen
 TARGET = FP16_LARGEST / HEADROOM
 LOWEST = 2.0**-6  #: a place whose largest value is below this is scaled up, out of fp16's subnormals (2**-14)
