@@ -156,7 +156,7 @@ def commands() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     yield "command-onnx", "embedded", ("--to", "onnx", "--tileable")
     yield "command-openvino", "attention", ("--to", "openvino", "--precision", "bf16", "--io", "uint8")
     yield "command-flax", "bare", ("--to", "flax")
-    yield "command-tensorrt", "embedded", ("--to", "tensorrt", "--height", "64..512@256", "--width", "64..512@256")
+    yield "command-tensorrt", "embedded", ("--to", "tensorrt", "--height", "64..512", "--width", "64..512")
     yield "command-tensorrt-rtx", "attention", ("--to", "tensorrt-rtx", "--precision", "bf16")
 
 

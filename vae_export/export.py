@@ -31,9 +31,8 @@ from vae_export.validate import (
     Measurement,
     Progress,
     compare,
-    opened_bundle,
+    compare_bundle,
     reference_cases,
-    seamless_bundle,
     simulated,
     thresholds_of,
     through_pixels,
@@ -153,7 +152,9 @@ def export_bundle(
         rewritten = rewrite(exact, forms["decoder"]._replace(attention_blocks=1))
         half = simulated(rewritten, precision)
         half = through_pixels(half) if io == "uint8" else half
-        measurements += compare(cases, f"simulated {precision}", half, precision, progress)
+        # An engine takes no small images, and the simulation computes a large one for minutes.
+        small = cases if engine is None else reference_cases(model, progress, io=io)
+        measurements += compare(small, f"simulated {precision}", half, precision, progress)
     calibration = int8_calibration(model, calibrate, progress) if precision == "int8" else {}
     with write_bundle(out, overwrite=overwrite) as writer:
         graphs = {}
@@ -203,16 +204,14 @@ def export_bundle(
             as_onnx = {graph: replace(spec, file=f"vae_{graph}/{TARGETS[target]}") for graph, spec in graphs.items()}
             writer.write_manifest(replace(manifest, target="onnx", graphs=as_onnx, engine=None))
             with open_vae(writer.directory, backend="onnxruntime") as vae:
-                measurements += compare(cases, vae.backend, opened_bundle(vae), precision, progress)
+                measurements += compare_bundle(vae, cases, progress)
             writer.write_manifest(manifest)
         if cases:
             why_not = not_runnable_here(target, precision)
             if why_not is None:
                 with open_vae(writer.directory) as vae:
-                    measurements += compare(cases, vae.backend, opened_bundle(vae), precision, progress)
-                    if tileable:
-                        measurements += compare(cases, *seamless_bundle(vae), precision, progress)
-            writer.write_manifest(replace(manifest, validation=_record(why_not, precision, io, measurements)))
+                    measurements += compare_bundle(vae, cases, progress)
+            writer.write_manifest(replace(manifest, validation=_record(why_not, precision, io, tileable, measurements)))
         return writer.finish()
 
 
@@ -300,7 +299,7 @@ def validate_bundle(
     with open_vae(path, device=device) as vae:
         io = "uint8" if manifest.graphs["encoder"].input.dtype == "uint8" else "float"
         cases = reference_cases(model, progress, shapes_of(manifest.engine, model), io)
-        return compare(cases, vae.backend, opened_bundle(vae), manifest.precision, progress)
+        return compare_bundle(vae, cases, progress)
 
 
 def check_engine_memory(model: AutoencoderKL, engine: Engine, precision: str) -> list[tensorrt_engines.Estimate]:
@@ -390,18 +389,24 @@ def not_runnable_here(target: str, precision: str) -> str | None:
 
 
 def shapes_of(engine: Engine | None, model: AutoencoderKL) -> Sequence[tuple[int, int, int]] | None:
-    """Batch, height and width in latents of what an engine is validated on: the ends of each profile, and between."""
+    """Batch, height and width in latents of what an engine is validated on: the ends of each profile, and between.
+
+    The first, which photographs are cut to, is the smallest.
+    """
     if engine is None:
         return None
     factor, shapes = model.config.downscale, []
     for profile in engine.profiles:
         b, h, w = profile.batch, profile.height, profile.width
         high, wide = ((size.min + min(size.max, 2 * size.min)) // 2 // factor for size in (h, w))
-        shapes += [(b.max, h.min // factor, w.min // factor), (b.min, high, wide)]
+        smallest = h.min // factor, w.min // factor
+        shapes += [*((count, *smallest) for count in sorted({b.min, b.max})), (b.min, high, wide)]
     return shapes
 
 
-def _record(why_not: str | None, precision: str, io: str, measurements: list[Measurement]) -> dict[str, Any]:
+def _record(
+    why_not: str | None, precision: str, io: str, tileable: bool, measurements: list[Measurement]
+) -> dict[str, Any]:
     """What the manifest says of the validation."""
     record: dict[str, Any] = {"verdict": "passed", "reference": "AutoencoderKL of vae-export in PyTorch, fp32"}
     if why_not is not None:
@@ -409,6 +414,9 @@ def _record(why_not: str | None, precision: str, io: str, measurements: list[Mea
     record["thresholds"] = THRESHOLDS[precision]._asdict()
     if io == "uint8":
         record["thresholds_of_pixels"] = thresholds_of(precision, pixels=True)._asdict()
+    if tileable:
+        bars = thresholds_of(precision, pixels=io == "uint8", seamless=True)
+        record["thresholds_of_seamless_tiling"] = bars._asdict()
     record["measurements"] = [measurement.to_dict() for measurement in measurements]
     return record
 

@@ -91,7 +91,7 @@ def validation_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
         psnr, steps = m["psnr_db"], m["uint8_steps"]
         table.add_row(
             m["graph"],
-            m["by"].split()[-1 if m["by"].endswith("seamless") else 0],
+            m["tiling"] or m["by"],
             m["input"].removeprefix("photo "),
             "x".join(map(str, m["shape"])),
             f"{m['max_abs']:.1e}",

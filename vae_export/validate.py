@@ -27,7 +27,6 @@ Array = npt.NDArray[Any]  #: float32, or uint8 where graphs take and give pixels
 Candidate = Callable[[str, Array], Array]  #: (graph, input) -> output, as the reference computes it in fp32
 Progress = Callable[[str, int, int], None]  #: (what is being done, steps done, steps in all)
 
-PHOTO = "photo"  #: how names of inputs begin that are photographs
 PHOTO_SIZE = (16, 24)  #: in latents; 128 x 192 pixels at f = 8
 
 
@@ -58,7 +57,6 @@ PIXELS_PSNR_DB = 60.0
 
 # What seamless tiling keeps between its steps is rounded to fp16, some 40 times on the way; no difference may be seen:
 # not one of a step beside that of rounding.
-SEAMLESS = "seamless"
 SEAMLESS_PSNR_DB = 60.0
 SEAMLESS_STEPS = 2
 SEAMLESS_TILE = 8  #: in latents: photographs are cut into six
@@ -71,6 +69,7 @@ class Measurement:
     graph: str
     by: str  #: what computed it: a backend, or "simulated fp16"
     input: str
+    tiling: str | None  #: None: as a whole; else "seamless"
     shape: tuple[int, ...]
     max_abs: float
     mean_abs: float
@@ -87,9 +86,19 @@ class Case(NamedTuple):
     """An input, and what the reference makes of it."""
 
     graph: str
-    input: str
+    input: str  #: what it is, for people
     array: Array
     expected: Array
+    photo: bool = False  #: a photograph, for which thresholds may be higher
+
+
+class Input(NamedTuple):
+    """A `Case` before the reference has seen it."""
+
+    graph: str
+    input: str
+    array: Array
+    photo: bool = False
 
 
 def reference_cases(
@@ -105,32 +114,39 @@ def reference_cases(
     given = list(inputs(model, shapes))
     reference: Candidate = partial(_reference, model)
     if io == "uint8":
-        given = [(graph, name, to_uint8(x) if graph == "encoder" else x) for graph, name, x in given]
+        given = [x._replace(array=to_uint8(x.array)) if x.graph == "encoder" else x for x in given]
         reference = through_pixels(reference)
     cases = []
-    for done, (graph, name, array) in enumerate(given):
+    for done, (graph, name, array, photo) in enumerate(given):
         progress(f"Computing the reference of {graph} on {name}", done, len(given))
-        cases.append(Case(graph, name, array, reference(graph, array)))
+        cases.append(Case(graph, name, array, reference(graph, array), photo))
     return cases
 
 
 def compare(
-    cases: Sequence[Case], by: str, candidate: Candidate, precision: str, progress: Progress = lambda *_: None
+    cases: Sequence[Case],
+    by: str,
+    candidate: Candidate,
+    precision: str,
+    progress: Progress = lambda *_: None,
+    *,
+    tiling: str | None = None,
 ) -> list[Measurement]:
     """Measure a candidate, such as an opened bundle; `NumericsError` where it misses a threshold.
 
-    The error carries all measurements, the good ones too.
+    `tiling` names the tiling that the candidate computes with: "seamless" has thresholds of its own. The error carries
+    all measurements, the good ones too.
     """
     measurements = []
     missed = []
     for done, case in enumerate(cases):
-        progress(f"Validating {case.graph} by {by} on {case.input}", done, len(cases))
-        pixels, in_fp16 = case.expected.dtype == np.uint8, by.endswith(SEAMLESS)
-        thresholds = thresholds_of(precision, pixels=pixels, seamless=in_fp16)
-        measurement = _measure(by, case, candidate(case.graph, case.array), thresholds)
+        what = f"{by}, {tiling}," if tiling else by
+        progress(f"Validating {case.graph} by {what} on {case.input}", done, len(cases))
+        thresholds = thresholds_of(precision, pixels=case.expected.dtype == np.uint8, seamless=tiling == "seamless")
+        measurement = _measure(by, case, candidate(case.graph, case.array), thresholds, tiling)
         measurements.append(measurement)
         if not measurement.passed:
-            missed.append(_described(measurement, thresholds))
+            missed.append(_described(measurement, case, thresholds))
     progress("Validated", len(cases), len(cases))
     if missed:
         raise NumericsError(
@@ -159,9 +175,26 @@ def through_pixels(candidate: Candidate) -> Candidate:
     return run
 
 
+def compare_bundle(
+    runtime: VaeRuntime, cases: Sequence[Case], progress: Progress = lambda *_: None
+) -> list[Measurement]:
+    """Measure everything that an opened bundle computes: both graphs and, in a tileable bundle, their steps.
+
+    Steps run in tiles of `SEAMLESS_TILE`, which the runtime is left with. Raises `NumericsError` as `compare` does.
+    """
+    candidate = opened_bundle(runtime)
+    measurements = compare(cases, runtime.backend, candidate, runtime.precision, progress)
+    if runtime.manifest.tileable is not None:
+        runtime.tile_latent_min_size = SEAMLESS_TILE
+        runtime.tile_sample_min_size = SEAMLESS_TILE * runtime.config.downscale
+        runtime.enable_tiling("seamless")
+        measurements += compare(cases, runtime.backend, candidate, runtime.precision, progress, tiling="seamless")
+    return measurements
+
+
 def worst_photo(cases: Sequence[Case], graph: str, precision: str) -> Callable[[Callable[[Array], Array]], float]:
     """A measure of one graph, given as a function: the lowest PSNR over the photographs; infinite where equal."""
-    photos = [case for case in cases if case.graph == graph and case.input.startswith(PHOTO)]
+    photos = [case for case in cases if case.graph == graph and case.photo]
 
     def measure(run: Callable[[Array], Array]) -> float:
         found = [_measure("", case, run(case.array), THRESHOLDS[precision]).psnr_db for case in photos]
@@ -178,14 +211,6 @@ def opened_bundle(runtime: VaeRuntime) -> Candidate:
         return result
 
     return run
-
-
-def seamless_bundle(runtime: VaeRuntime) -> tuple[str, Candidate]:
-    """A tileable bundle as a candidate, in small tiles, and what to call it."""
-    runtime.tile_latent_min_size = SEAMLESS_TILE
-    runtime.tile_sample_min_size = SEAMLESS_TILE * runtime.config.downscale
-    runtime.enable_tiling(SEAMLESS)
-    return f"{runtime.backend} {SEAMLESS}", opened_bundle(runtime)
 
 
 def simulated(model: AutoencoderKL, precision: str) -> Candidate:
@@ -205,23 +230,22 @@ def simulated(model: AutoencoderKL, precision: str) -> Candidate:
     return run
 
 
-def _described(missed: Measurement, thresholds: Thresholds) -> str:
-    where = f"{missed.graph} by {missed.by} on {missed.input} {list(missed.shape)}"
+def _described(missed: Measurement, case: Case, thresholds: Thresholds) -> str:
+    tiling = f", {missed.tiling}," if missed.tiling else ""
+    where = f"{missed.graph} by {missed.by}{tiling} on {missed.input} {list(missed.shape)}"
     if not missed.finite:
         return f"{where}: NaN or infinity"
     return (
-        f"{where}: PSNR {missed.psnr_db:.1f} dB (at least {_psnr_bar(missed.input, thresholds):g}), "
+        f"{where}: PSNR {missed.psnr_db:.1f} dB (at least {_psnr_bar(case, thresholds):g}), "
         f"{missed.uint8_steps or 0} uint8 steps (at most {thresholds.uint8_steps})"
     )
 
 
-def inputs(
-    model: AutoencoderKL, shapes: Sequence[tuple[int, int, int]] | None = None
-) -> Iterator[tuple[str, str, Array]]:
-    """(graph, name, array): photographs, noise and one colour.
+def inputs(model: AutoencoderKL, shapes: Sequence[tuple[int, int, int]] | None = None) -> Iterator[Input]:
+    """Photographs, noise and one colour for both graphs.
 
     Without `shapes`, noise of batch 1 and 3, non-square, and the smallest legal size; else noise of these, and
-    photographs of the first.
+    photographs and one colour of the first.
     """
     config, factor = model.config, model.config.downscale
     rng = np.random.default_rng(0)
@@ -238,24 +262,25 @@ def inputs(
         for p in photographs()[:3]
     }
     for name, photo in photos.items():
-        yield "encoder", f"{PHOTO} {name}", photo
+        yield Input("encoder", f"photo {name}", photo, photo=True)
     for b, h, w in shapes:
         noise = rng.uniform(-1, 1, (b, config.in_channels, h * factor, w * factor))
-        yield "encoder", "noise", noise.astype(np.float32)
+        yield Input("encoder", "noise", noise.astype(np.float32))
     # A picture of one colour has next to no variance in its first maps: norms that subtract squares end there.
     b, h, w = flat_shape
-    yield "encoder", "black", np.full((b, config.in_channels, h * factor, w * factor), -1, np.float32)
+    yield Input("encoder", "black", np.full((b, config.in_channels, h * factor, w * factor), -1, np.float32))
     multiply, add = (np.reshape(values, (1, -1, 1, 1)) for values in config.latent_affine())
     for name, photo in photos.items():
-        yield "decoder", f"{PHOTO} {name}", _reference(model, "encoder", photo)[:, : config.latent_channels]
+        latents = _reference(model, "encoder", photo)[:, : config.latent_channels]
+        yield Input("decoder", f"photo {name}", latents, photo=True)
     for b, h, w in shapes:
         # Diffusion models work on latents of unit variance: unscaled, this is how they look.
         noise = rng.standard_normal((b, config.latent_channels, h, w)) / multiply + add
-        yield "decoder", "noise", noise.astype(np.float32)
+        yield Input("decoder", "noise", noise.astype(np.float32))
 
 
-def _psnr_bar(name: str, thresholds: Thresholds) -> float:
-    return thresholds.psnr_db if name.startswith(PHOTO) else thresholds.noise_psnr_db
+def _psnr_bar(case: Case, thresholds: Thresholds) -> float:
+    return thresholds.psnr_db if case.photo else thresholds.noise_psnr_db
 
 
 @torch.no_grad()
@@ -265,7 +290,7 @@ def _reference(model: AutoencoderKL, graph: str, array: Array) -> Array:
     return result
 
 
-def _measure(by: str, case: Case, actual: Array, thresholds: Thresholds) -> Measurement:
+def _measure(by: str, case: Case, actual: Array, thresholds: Thresholds, tiling: str | None = None) -> Measurement:
     expected = case.expected
     if expected.dtype == np.uint8:
         actual, expected = to_float(actual), to_float(expected)
@@ -277,13 +302,12 @@ def _measure(by: str, case: Case, actual: Array, thresholds: Thresholds) -> Meas
     steps = None
     if case.graph == "decoder":
         steps = int(np.abs(to_uint8(actual).astype(int) - to_uint8(expected)).max()) if finite else 255
-    near = (psnr is None or psnr >= _psnr_bar(case.input, thresholds)) and (
-        steps is None or steps <= thresholds.uint8_steps
-    )
+    near = (psnr is None or psnr >= _psnr_bar(case, thresholds)) and (steps is None or steps <= thresholds.uint8_steps)
     return Measurement(
         graph=case.graph,
         by=by,
         input=case.input,
+        tiling=tiling,
         shape=case.array.shape,
         max_abs=float(difference.max()),
         mean_abs=float(difference.mean()),
