@@ -1,7 +1,7 @@
 """`VaeRuntime`: the one encode/decode API of every backend.
 
 A backend is a subclass with `_run` and `_close`, over arrays that have already been checked (`runtimes.edge`). Tiling
-is composed with it (`runtimes.tiling`); counting its calls and closing it are in `runtimes.lifetime`.
+is composed with it (`runtimes.tiling.blended`); counting its calls and closing it are in `runtimes.lifetime`.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from runtimes.errors import ShapeError
 from runtimes.files import written_whole
+from runtimes.pixels import to_levels, to_samples
 
 Images: TypeAlias = Any
 """uint8 [B, H, W, 3] or [H, W, 3], a PIL image, a path, or a list of PIL images, paths or arrays [H, W, 3]."""
@@ -128,13 +129,14 @@ def _on_host(array: Any) -> npt.NDArray[Any]:
 
 def to_float(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """uint8 [B, H, W, 3] in 0..255 -> float32 [B, 3, H, W] in [-1, 1]."""
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1.0))
+    samples: npt.NDArray[np.float32] = to_samples(pixels.transpose(0, 3, 1, 2).astype(np.float32))
+    return np.ascontiguousarray(samples)
 
 
 def to_uint8(samples: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
     """float [B, 3, H, W], nominally in [-1, 1] -> uint8 [B, H, W, 3]."""
-    unit = np.clip(samples.astype(np.float32) / 2 + 0.5, 0.0, 1.0)
-    return np.ascontiguousarray(np.rint(unit * 255).astype(np.uint8).transpose(0, 2, 3, 1))
+    levels = to_levels(samples.astype(np.float32))
+    return np.ascontiguousarray(np.rint(levels).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:

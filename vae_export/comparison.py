@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,6 @@ from vae_export.rewrites.ranges import SimulatedHalf
 Array = npt.NDArray[Any]  #: float32, or uint8 where graphs take and give pixels
 Candidate = Callable[[str, Array], Array]  #: (graph, input) -> output, as the reference computes it in fp32
 
-PHOTO = "photo"  #: how names of inputs begin that are photographs
 PHOTO_SIZE = (16, 24)  #: in latents; 128 x 192 pixels at f = 8
 
 
@@ -58,7 +57,6 @@ PIXELS_PSNR_DB = 60.0
 
 # What seamless tiling keeps between its steps is rounded to fp16, some 40 times on the way; no difference may be seen:
 # not one of a step beside that of rounding.
-SEAMLESS = "seamless"
 SEAMLESS_PSNR_DB = 60.0
 SEAMLESS_STEPS = 2
 SEAMLESS_TILE = 8  #: in latents: photographs are cut into six
@@ -71,6 +69,7 @@ class Measurement:
     graph: str
     by: str  #: what computed it: a backend, or "simulated fp16"
     input: str
+    tiling: str | None  #: None: as a whole; else "seamless"
     shape: tuple[int, ...]
     max_abs: float
     mean_abs: float
@@ -87,9 +86,19 @@ class Case(NamedTuple):
     """An input, and what the reference makes of it."""
 
     graph: str
-    input: str
+    input: str  #: what it is, for people
     array: Array
     expected: Array
+    photo: bool = False  #: a photograph, for which thresholds may be higher
+
+
+class Input(NamedTuple):
+    """A `Case` before the reference has seen it."""
+
+    graph: str
+    input: str
+    array: Array
+    photo: bool = False
 
 
 def reference_cases(
@@ -105,12 +114,12 @@ def reference_cases(
     given = list(inputs(model, shapes))
     reference: Candidate = partial(_reference, model)
     if io == "uint8":
-        given = [(graph, name, to_uint8(x) if graph == "encoder" else x) for graph, name, x in given]
+        given = [x._replace(array=to_uint8(x.array)) if x.graph == "encoder" else x for x in given]
         reference = through_pixels(reference)
     cases = []
-    for done, (graph, name, array) in enumerate(given):
+    for done, (graph, name, array, photo) in enumerate(given):
         progress(f"Computing the reference of {graph} on {name}", done, len(given))
-        cases.append(Case(graph, name, array, reference(graph, array)))
+        cases.append(Case(graph, name, array, reference(graph, array), photo))
     return cases
 
 
@@ -121,21 +130,23 @@ def compare(
     precision: str,
     progress: Progress = no_progress,
     *,
-    seamless: bool = False,
+    tiling: str | None = None,
 ) -> list[Measurement]:
     """Measure what computes the graphs, named `by`; `NumericsError` where it misses a threshold.
 
-    The error carries all measurements, the good ones too.
+    `tiling` names the tiling that the candidate computes with: "seamless" has thresholds of its own. The error carries
+    all measurements, the good ones too.
     """
     measurements = []
     missed = []
     for done, case in enumerate(cases):
-        progress(f"Validating {case.graph} by {by} on {case.input}", done, len(cases))
-        thresholds = thresholds_of(precision, pixels=case.expected.dtype == np.uint8, seamless=seamless)
-        measurement = _measure(by, case, candidate(case.graph, case.array), thresholds)
+        what = f"{by}, {tiling}," if tiling else by
+        progress(f"Validating {case.graph} by {what} on {case.input}", done, len(cases))
+        thresholds = thresholds_of(precision, pixels=case.expected.dtype == np.uint8, seamless=tiling == "seamless")
+        measurement = _measure(by, case, candidate(case.graph, case.array), thresholds, tiling)
         measurements.append(measurement)
         if not measurement.passed:
-            missed.append(_described(measurement, thresholds))
+            missed.append(_described(measurement, case, thresholds))
     progress("Validated", len(cases), len(cases))
     if missed:
         raise NumericsError(
@@ -159,7 +170,7 @@ def check(
     cases: Sequence[Case], validator: Validator, precision: str, progress: Progress = no_progress
 ) -> list[Measurement]:
     """`compare` what a target names as computing its graphs."""
-    return compare(cases, validator.by, validator.run, precision, progress, seamless=validator.seamless)
+    return compare(cases, validator.by, validator.run, precision, progress, tiling=validator.tiling)
 
 
 def through_pixels(candidate: Candidate) -> Candidate:
@@ -173,7 +184,7 @@ def through_pixels(candidate: Candidate) -> Candidate:
 
 def worst_photo(cases: Sequence[Case], graph: str, precision: str) -> Callable[[Callable[[Array], Array]], float]:
     """A measure of one graph, given as a function: the lowest PSNR over the photographs; infinite where equal."""
-    photos = [case for case in cases if case.graph == graph and case.input.startswith(PHOTO)]
+    photos = [case for case in cases if case.graph == graph and case.photo]
 
     def measure(run: Callable[[Array], Array]) -> float:
         found = [_measure("", case, run(case.array), THRESHOLDS[precision]).psnr_db for case in photos]
@@ -187,7 +198,7 @@ class Validator(NamedTuple):
 
     by: str  #: its name in tables and in the manifest
     run: Candidate
-    seamless: bool = False  #: whether it tiles seamlessly, which has thresholds of its own
+    tiling: str | None = None  #: the tiling that it computes with; "seamless" has thresholds of its own
 
 
 def bundle_validators(bundle: Bundle, device: str | None = None, backend: str | None = None) -> Iterator[Validator]:
@@ -197,16 +208,18 @@ def bundle_validators(bundle: Bundle, device: str | None = None, backend: str | 
         if bundle.manifest.tileable is not None:
             vae.tile_latent_min_size = SEAMLESS_TILE
             vae.tile_sample_min_size = SEAMLESS_TILE * vae.config.downscale
-            vae.enable_tiling(SEAMLESS)
-            yield Validator(f"{vae.backend} {SEAMLESS}", opened_bundle(vae), seamless=True)
+            vae.enable_tiling("seamless")
+            yield Validator(vae.backend, opened_bundle(vae), tiling="seamless")
 
 
 def opened_bundle(runtime: VaeRuntime) -> Candidate:
     """A bundle as a candidate."""
 
     def run(graph: str, array: Array) -> Array:
-        result: Array = runtime.encode(array)[0].parameters if graph == "encoder" else runtime.decode(array)[0]
-        return result
+        if graph == "decoder":
+            return cast(Array, runtime.decode(array)[0])
+        encoded = runtime.encode(array)[0]
+        return cast(Array, encoded.parameters if runtime.latent_space.posterior else encoded)
 
     return run
 
@@ -228,23 +241,22 @@ def simulated(model: AutoencoderKL, precision: str) -> Candidate:
     return run
 
 
-def _described(missed: Measurement, thresholds: Thresholds) -> str:
-    where = f"{missed.graph} by {missed.by} on {missed.input} {list(missed.shape)}"
+def _described(missed: Measurement, case: Case, thresholds: Thresholds) -> str:
+    tiling = f", {missed.tiling}," if missed.tiling else ""
+    where = f"{missed.graph} by {missed.by}{tiling} on {missed.input} {list(missed.shape)}"
     if not missed.finite:
         return f"{where}: NaN or infinity"
     return (
-        f"{where}: PSNR {missed.psnr_db:.1f} dB (at least {_psnr_bar(missed.input, thresholds):g}), "
+        f"{where}: PSNR {missed.psnr_db:.1f} dB (at least {_psnr_bar(case, thresholds):g}), "
         f"{missed.uint8_steps or 0} uint8 steps (at most {thresholds.uint8_steps})"
     )
 
 
-def inputs(
-    model: AutoencoderKL, shapes: Sequence[tuple[int, int, int]] | None = None
-) -> Iterator[tuple[str, str, Array]]:
-    """(graph, name, array): photographs, noise and one colour.
+def inputs(model: AutoencoderKL, shapes: Sequence[tuple[int, int, int]] | None = None) -> Iterator[Input]:
+    """Photographs, noise and one colour for both graphs.
 
     Without `shapes`, noise of batch 1 and 3, non-square, and the smallest legal size; else noise of these, and
-    photographs of the first.
+    photographs and one colour of the first.
     """
     config, factor = model.config, model.config.downscale
     rng = np.random.default_rng(0)
@@ -261,22 +273,23 @@ def inputs(
         for p in photographs()[:3]
     }
     for name, photo in photos.items():
-        yield "encoder", f"{PHOTO} {name}", photo
+        yield Input("encoder", f"photo {name}", photo, photo=True)
     for b, h, w in shapes:
         noise = rng.uniform(-1, 1, (b, config.in_channels, h * factor, w * factor))
-        yield "encoder", "noise", noise.astype(np.float32)
+        yield Input("encoder", "noise", noise.astype(np.float32))
     # A picture of one colour has next to no variance in its first maps: norms that subtract squares end there.
     b, h, w = flat_shape
-    yield "encoder", "black", np.full((b, config.in_channels, h * factor, w * factor), -1, np.float32)
+    yield Input("encoder", "black", np.full((b, config.in_channels, h * factor, w * factor), -1, np.float32))
     for name, photo in photos.items():
-        yield "decoder", f"{PHOTO} {name}", _reference(model, "encoder", photo)[:, : config.latent_channels]
+        latents = _reference(model, "encoder", photo)[:, : config.latent_channels]
+        yield Input("decoder", f"photo {name}", latents, photo=True)
     for b, h, w in shapes:
         # Diffusion models work on latents of unit variance: unscaled, this is how they look.
-        yield "decoder", "noise", config.latent_space.raw_noise(rng, b, h, w).astype(np.float32)
+        yield Input("decoder", "noise", config.latent_space.raw_noise(rng, b, h, w).astype(np.float32))
 
 
-def _psnr_bar(name: str, thresholds: Thresholds) -> float:
-    return thresholds.psnr_db if name.startswith(PHOTO) else thresholds.noise_psnr_db
+def _psnr_bar(case: Case, thresholds: Thresholds) -> float:
+    return thresholds.psnr_db if case.photo else thresholds.noise_psnr_db
 
 
 @torch.no_grad()
@@ -286,7 +299,7 @@ def _reference(model: AutoencoderKL, graph: str, array: Array) -> Array:
     return result
 
 
-def _measure(by: str, case: Case, actual: Array, thresholds: Thresholds) -> Measurement:
+def _measure(by: str, case: Case, actual: Array, thresholds: Thresholds, tiling: str | None = None) -> Measurement:
     expected = case.expected
     if expected.dtype == np.uint8:
         actual, expected = to_float(actual), to_float(expected)
@@ -298,13 +311,12 @@ def _measure(by: str, case: Case, actual: Array, thresholds: Thresholds) -> Meas
     steps = None
     if case.graph == "decoder":
         steps = int(np.abs(to_uint8(actual).astype(int) - to_uint8(expected)).max()) if finite else 255
-    near = (psnr is None or psnr >= _psnr_bar(case.input, thresholds)) and (
-        steps is None or steps <= thresholds.uint8_steps
-    )
+    near = (psnr is None or psnr >= _psnr_bar(case, thresholds)) and (steps is None or steps <= thresholds.uint8_steps)
     return Measurement(
         graph=case.graph,
         by=by,
         input=case.input,
+        tiling=tiling,
         shape=case.array.shape,
         max_abs=float(difference.max()),
         mean_abs=float(difference.mean()),

@@ -178,8 +178,12 @@ def simulate_half(export: Export) -> list[Measurement]:
     if not export.cases or export.precision not in HALVES:
         return []
     half = simulated(rewrite(export.exact, export.form("decoder")._replace(attention_blocks=1)), export.precision)
-    half = through_pixels(half) if export.options.io == "uint8" else half
-    return compare(export.cases, f"simulated {export.precision}", half, export.precision, export.progress)
+    io = export.options.io
+    half = through_pixels(half) if io == "uint8" else half
+    # An engine takes no small images, and the simulation of a large one takes minutes.
+    engine = export.options.engine
+    cases = export.cases if engine is None else reference_cases(export.model, export.progress, io=io)
+    return compare(cases, f"simulated {export.precision}", half, export.precision, export.progress)
 
 
 def for_steps(export: Export) -> AutoencoderKL:
@@ -205,6 +209,9 @@ def validate_written(
     record["thresholds"] = THRESHOLDS[export.precision]._asdict()
     if export.options.io == "uint8":
         record["thresholds_of_pixels"] = thresholds_of(export.precision, pixels=True)._asdict()
+    if export.options.tileable:
+        seamless = thresholds_of(export.precision, pixels=export.options.io == "uint8", seamless=True)
+        record["thresholds_of_seamless_tiling"] = seamless._asdict()
     record["measurements"] = [measurement.to_dict() for measurement in measurements]
     return record
 
@@ -218,12 +225,16 @@ def form_records(forms: Mapping[str, Form]) -> list[Mapping[str, Any]]:
 
 
 def shapes_of(engine: Engine | None, model: AutoencoderKL) -> Sequence[tuple[int, int, int]] | None:
-    """Batch, height and width in latents that an engine is validated on: the ends of each profile, and between."""
+    """Batch, height and width in latents of what an engine is validated on: the ends of each profile, and between.
+
+    The first, which photographs are cut to, is the smallest.
+    """
     if engine is None:
         return None
     factor, shapes = model.config.downscale, []
     for profile in engine.profiles:
         b, h, w = profile.batch, profile.height, profile.width
         high, wide = ((size.min + min(size.max, 2 * size.min)) // 2 // factor for size in (h, w))
-        shapes += [(b.max, h.min // factor, w.min // factor), (b.min, high, wide)]
+        smallest = h.min // factor, w.min // factor
+        shapes += [*((count, *smallest) for count in sorted({b.min, b.max})), (b.min, high, wide)]
     return shapes

@@ -21,7 +21,8 @@ import numpy as np
 from runtimes.arrays import Array, answer_in_kind
 from runtimes.errors import NumericsError
 from runtimes.manifest import GraphSpec, Step
-from runtimes.names import Graph
+from runtimes.names import FP16_LARGEST, Graph
+from runtimes.pixels import to_levels, to_samples
 from runtimes.tiling.budget import Budget
 from runtimes.tiling.settings import OnTile
 
@@ -105,7 +106,7 @@ class SeamlessGraphs:
                 backend.open_steps(steps)
                 self._opened.add(graph)
         if x.dtype == np.uint8:
-            x = x / np.float32(127.5) - np.float32(1)
+            x = to_samples(x.astype(np.float32))
         parts = [
             run_seamless(
                 steps,
@@ -120,7 +121,7 @@ class SeamlessGraphs:
         ]
         result = np.concatenate(parts)
         if self._spec[graph].output.dtype == "uint8":
-            return np.asarray(np.clip(result / 2 + 0.5, 0, 1) * 255)
+            return np.asarray(to_levels(result))
         return result.astype(self._spec[graph].output.dtype, copy=False)
 
     def bytes_needed(self, budget: Budget, graph: Graph, shape: Sequence[int], side: int) -> int:
@@ -193,8 +194,8 @@ def run_seamless(
             return target[None]
         if not np.isfinite(found).all():
             raise NumericsError(
-                f"activations behind {step.file} exceed 65504, the most that is kept between tiles, or are not finite; "
-                'enable_tiling("blended") keeps none'
+                f"activations behind {step.file} exceed {FP16_LARGEST:.0f}, the most kept between tiles, or are "
+                'not finite; enable_tiling("blended") keeps none'
             )
         made = _Map(target, _merged(found, tiles))
         if step.kind == "conv1":

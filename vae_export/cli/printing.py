@@ -21,13 +21,12 @@ from runtimes import BACKENDS, Bundle
 from runtimes.errors import NotInstalled
 from runtimes.files import written_whole
 from runtimes.manifest import Manifest
+from runtimes.names import FP16_LARGEST
 
 if TYPE_CHECKING:
     from runtimes.tensorrt.plan_cache import CachedPlan
     from vae_export.rewrites.rescale import MeasuredRanges
     from vae_export.tune import Tuned
-
-FP16_LARGEST = 65504.0
 
 # No markup: paths, models and messages have brackets of their own. Colour is given as Text.
 out = Console(highlight=False, markup=False, emoji=False)
@@ -92,7 +91,7 @@ def validation_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
         psnr, steps = m["psnr_db"], m["uint8_steps"]
         table.add_row(
             m["graph"],
-            m["by"].split()[-1 if m["by"].endswith("seamless") else 0],
+            m["tiling"] or m["by"],
             m["input"].removeprefix("photo "),
             "x".join(map(str, m["shape"])),
             f"{m['max_abs']:.1e}",
@@ -230,7 +229,7 @@ def plot_ranges(found: MeasuredRanges, path: Path) -> None:
         for ranges, label, colour in ((found.before, "as it is", "#c0392b"), (found.after, "rescaled", "#2471a3")):
             values = [ranges.largest[place] or float("nan") for place in places]
             axis.plot(values, label=label, color=colour, linewidth=1.3)
-        axis.axhline(FP16_LARGEST, color="black", linestyle="--", linewidth=1, label="end of fp16, 65504")
+        axis.axhline(FP16_LARGEST, color="black", linestyle="--", linewidth=1, label=f"end of fp16, {FP16_LARGEST:.0f}")
         axis.set(yscale="log", title=side, ylabel="largest |activation|", xmargin=0.01)
         axis.set_xticks(starts, [blocks[i] for i in starts], rotation=30, ha="right", fontsize=8)
         axis.grid(alpha=0.3)

@@ -26,10 +26,15 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: int) -> Tensor:
 
     A softmax runs over the keys of one query: blocks of queries do not see each other.
     """
-    parts = [
-        torch.matmul(torch.softmax(torch.matmul(part, k.transpose(1, 2)), dim=-1), v) for part in q.chunk(blocks, dim=1)
-    ]
-    return torch.cat(parts, dim=1)
+    return attend_in_turn(q, k, v, -(-q.shape[1] // blocks))
+
+
+def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, queries: int) -> Tensor:
+    """softmax(q k^T) v for [B, HW, C], so many of the queries at a time, as PyTorch operations that can be watched."""
+    keys = k.transpose(1, 2)
+    blocks = (q[:, start : start + queries] for start in range(0, q.shape[1], queries))
+    parts = [torch.matmul(torch.softmax(torch.matmul(block, keys), dim=-1), v) for block in blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @attend_in_blocks.register_fake

@@ -22,10 +22,12 @@ from runtimes.errors import NumericsError
 from runtimes.progress import Progress, no_progress
 from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.photos import middle_of, photographs
-from vae_export.rewrites.form import use_portable_attention
+from vae_export.rewrites.form import PortableAttention, use_portable_attention
+from vae_export.rewrites.operators import attend_in_turn
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LATENT_SIZES = ((16, 24), (32, 32))  #: statistics of the norms, and so activations, depend on the size
+SCORES = 2**24  #: attention scores computed at once while every operation is watched: 64 MiB, and some copies of them
 
 
 class Ranges(NamedTuple):
@@ -41,6 +43,26 @@ class Ranges(NamedTuple):
         """The largest activation that a module gives out: its own place, or any of its own operations."""
         found = (v for name, v in self.largest.items() if name == place or name.startswith(place + " "))
         return max(found, default=0.0)
+
+
+class WatchedAttention(PortableAttention):
+    """Attention from operations that `Watch` sees, for some queries at a time: `SCORES` scores, at any resolution.
+
+    An operator of its own, as in the graphs, would hide the scores, and with them their overflow.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, positions, channels = q.shape
+        return attend_in_turn(q * channels**-0.5, k, v, max(1, SCORES // (batch * positions)))
+
+
+def watchable(model: AutoencoderKL) -> AutoencoderKL:
+    """A copy of the model whose attention is `WatchedAttention`."""
+    model = use_portable_attention(model)
+    for module in model.modules():
+        if isinstance(module, PortableAttention):
+            module.__class__ = WatchedAttention
+    return model
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -85,7 +107,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = result.to(self._dtype).to(result.dtype)
         module = self._stack[-1] if self._stack else ""
         place = module if module in self._leaves else f"{module} {func.overloadpacket.__name__}".strip()
-        largest = result.abs().amax().item()
+        # Not abs().amax(): that would copy the largest tensors there are.
+        largest = max(abs(end.item()) for end in torch.aminmax(result))
         if not math.isfinite(largest) and self.first_not_finite is None:
             self.first_not_finite = place
         self.largest[place] = max(largest, self.largest.get(place, 0.0))
@@ -98,7 +121,7 @@ def probe(model: AutoencoderKL, inputs: Iterable[tuple[str, Tensor]]) -> Ranges:
     ("encoder", images) are encoded, and their latents decoded; ("decoder", latents) are decoded. Raises `NumericsError`
     where fp32 itself overflows: no scale can help then.
     """
-    watched = use_portable_attention(model)
+    watched = watchable(model)
     watch = Watch(watched)
     for graph, x in inputs:
         with watch.watching():
@@ -120,7 +143,7 @@ class SimulatedHalf:
 
     def __init__(self, model: AutoencoderKL, precision: str) -> None:
         dtype = HALVES[precision]
-        self._model = use_portable_attention(model)
+        self._model = watchable(model)
         for parameter in self._model.parameters():
             parameter.data = parameter.data.to(dtype).to(torch.float32)
         self._watch = Watch(self._model, dtype)

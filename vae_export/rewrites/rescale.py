@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from runtimes.names import FP16_LARGEST
 from runtimes.progress import Progress, no_progress
 from vae_export.families.autoencoder_kl import Attention, AutoencoderKL, Block, MidBlock, ResnetBlock
 from vae_export.rewrites.ranges import Ranges, calibration_inputs, probe
 
-FP16_LARGEST = 65504.0
 HEADROOM = 2.0**4  #: between the largest activation seen and the largest fp16, for inputs not seen
 TARGET = FP16_LARGEST / HEADROOM
 LOWEST = 2.0**-6  #: a place whose largest value is below this is scaled up, out of fp16's subnormals (2**-14)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import onnx
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from runtimes.errors import ConfigError
 from runtimes.manifest import GraphSpec, TensorSpec
+from runtimes.pixels import to_levels, to_samples
 from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.rewrites.form import PLAIN, Form, rewrite
 from vae_export.rewrites.operators import TRANSLATIONS
@@ -60,23 +61,23 @@ class DecoderGraph(nn.Module):
         return self.model.decode_latents(latent_sample.to(self.model.dtype)).to(self.io_dtype)
 
 
-# Pixels are converted in fp32, as `runtimes.images` does it (and diffusers' VaeImageProcessor). TensorRT has uint8 at
-# its inputs and outputs alone, and there a cast must touch it: a transposition of uint8 does not build.
+# Pixels are converted in fp32. TensorRT has uint8 at its inputs and outputs alone, and there a cast must touch it: a
+# transposition of uint8 does not build.
 
 
 class PixelEncoderGraph(EncoderGraph):
     """sample uint8 [B, H, W, 3] -> latent_parameters [B, 2*C, H/f, W/f]."""
 
     def forward(self, sample: Tensor) -> Tensor:
-        return super().forward(sample.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1.0)
+        return super().forward(to_samples(sample.to(torch.float32).permute(0, 3, 1, 2)))
 
 
 class PixelDecoderGraph(DecoderGraph):
     """latent_sample [B, C, h, w] -> sample uint8 [B, f*h, f*w, 3]."""
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        unit = (super().forward(latent_sample).to(torch.float32) / 2 + 0.5).clamp(0.0, 1.0)
-        return (unit * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+        levels = to_levels(super().forward(latent_sample).to(torch.float32))
+        return cast(Tensor, levels.round().permute(0, 2, 3, 1).to(torch.uint8))
 
 
 class TracedGraph(NamedTuple):
