@@ -22,7 +22,6 @@ import json
 import os
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.memory_model import status
-from runtimes import Bundle, open_vae
+from runtimes import Bundle, children, open_vae
 from runtimes.images import load_image
 from runtimes.latents import LatentDataset
 from vae_export.dataset.encode import BatchSize, Storage, encode_batch
@@ -203,9 +202,9 @@ def make_small(folder: Path, count: int) -> None:
 
 def run(*arguments: Any) -> dict[str, Any]:
     """A row, in a process of its own, and in `others` the share of the machine that other processes had meanwhile."""
-    command = [sys.executable, "-m", "benchmarks.dataset", "--one", *map(str, arguments)]
+    command = children.command("benchmarks.dataset", "--one", *map(str, arguments))
     before, start = _cpu_seconds(), time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=children.environment())
     everybody, mine = (now - then for now, then in zip(_cpu_seconds(), before, strict=True))
     if done.returncode:
         raise SystemExit(f"{arguments[0]} failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from runtimes import open_vae
+from runtimes import children, open_vae
 
 BUNDLES = (("onnx", "fp32"), ("onnx", "fp16"), ("openvino", "fp32"), ("openvino", "fp16"), ("openvino", "bf16"))
 SIDES = (512, 1024)
@@ -67,9 +66,11 @@ def main() -> None:
             for tiling in ("none", "seamless") if tileable else ("none",):
                 for graph in ("encoder", "decoder") if tiling == "none" else ("decoder",):
                     for side in SIDES:
-                        command = [sys.executable, "-m", "benchmarks.memory_model"]
+                        command = children.command("benchmarks.memory_model")
                         command += ["--one", bundle, graph, str(side), tiling]
-                        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                        said = subprocess.run(
+                            command, capture_output=True, text=True, check=True, env=children.environment()
+                        ).stdout
                         used = int(said)
                         print(
                             f"{target:8} {precision} {graph} {side:>4} {tiling:8}: {used / 2**30:5.2f} GiB, "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.memory_model import status
-from runtimes import open_vae
+from runtimes import children, open_vae
 from runtimes.images import load_image, to_float
 from runtimes.tiling.blended import TILINGS
 
@@ -108,18 +107,9 @@ def main() -> None:
         )
         for row in arguments.rows:
             mode, side = row.split(":")
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.tiling",
-                "--tile",
-                str(arguments.tile),
-                "--one",
-                bundle,
-                mode,
-                side,
-            ]
-            said = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = children.command("benchmarks.tiling", "--tile", str(arguments.tile), "--one", bundle, mode, side)
+            environment = children.environment()
+            said = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             if said.returncode:
                 print(f"{mode:9} {side}: failed ({said.returncode}): {said.stderr.strip().splitlines()[-1:]}")
                 continue

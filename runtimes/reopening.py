@@ -31,7 +31,7 @@ def reduced(runtime: VaeRuntime, bundle: Bundle, options: Mapping[str, Any]) -> 
     """
     if runtime.is_closed():
         raise VaeError("this VAE was closed and can be neither copied nor pickled; open the bundle again")
-    kept = {name: value for name, value in options.items() if not callable(value)}
+    kept = {name: value for name, value in options.items() if name != "bundle" and not callable(value)}
     state = {name: getattr(runtime, name) for name in STATE}
     where = str(bundle.directory), None if bundle.allow_links is None else str(bundle.allow_links)
     return _reopen, (type(runtime), *where, _fingerprint(bundle.manifest), kept, state)
@@ -52,8 +52,12 @@ def _reopen(
             "again and copy that"
         )
     runtime = kind(bundle, **options)
-    for name, value in state.items():
-        setattr(runtime, name, value)
+    try:
+        for name, value in state.items():
+            setattr(runtime, name, value)
+    except VaeError:  # such as a budget for which this machine has no measured model of memory
+        runtime.close()
+        raise
     return runtime
 
 

@@ -6,6 +6,9 @@ The names below load on first use: the command line runs `decode` and `inspect` 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from runtimes.errors import NotInstalled
@@ -44,6 +47,29 @@ __all__ = [
     "validate_bundle",
 ]
 __version__ = "0.1.0"
+
+
+def _check_runtimes() -> None:
+    """`ImportError` where `runtimes` is not the package beside this one, but another that comes first on the path."""
+    ours = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "runtimes")
+    if "runtimes" in sys.modules:
+        found = getattr(sys.modules["runtimes"], "__file__", None)
+    else:
+        spec = importlib.util.find_spec("runtimes")
+        found = None if spec is None else spec.origin
+    if found is not None and os.path.dirname(os.path.realpath(found)) == ours:
+        return
+    is_package = found is not None and os.path.basename(found).startswith("__init__.")
+    where = os.path.dirname(found) if found is not None and is_package else found
+    raise ImportError(
+        f"vae_export needs its own package 'runtimes', in {ours}, and Python finds "
+        + ("none" if where is None else f"another first: {where}. Rename that, or start Python elsewhere, or with -P"),
+        name="runtimes",
+        path=found,
+    )
+
+
+_check_runtimes()
 
 
 def __getattr__(name: str) -> Any:

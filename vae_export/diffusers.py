@@ -12,6 +12,7 @@ The name of this module is that of the library that it serves: with absolute imp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ try:
     from diffusers import AutoencoderKL
     from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
     from diffusers.models.modeling_outputs import AutoencoderKLOutput
+    from diffusers.utils.accelerate_utils import apply_forward_hook
 except ImportError:
     raise NotInstalled("diffusers is not installed: pip install 'vae-export[diffusers]'") from None
 
@@ -45,14 +47,32 @@ def as_diffusers_vae(runtime: VaeRuntime, *, device: str | torch.device | None =
     return DiffusersVae(runtime, device=device)
 
 
-class DiffusersVae(AutoencoderKL):  # type: ignore[misc]  # diffusers is not typed
+class _EqualToAutoencoderKL(type(AutoencoderKL)):  # type: ignore[misc]  # diffusers is not typed
+    """The type of `DiffusersVae`, for `==` and `in` the same as diffusers' `AutoencoderKL`.
+
+    `from_pipe` keeps a component only if `type(component) in (AutoencoderKL,)`, where a subclass does not count. The
+    hash stays the class's own: dictionaries and sets of classes keep the two apart.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or other is AutoencoderKL
+
+    def __hash__(cls) -> int:
+        return type.__hash__(cls)
+
+
+class DiffusersVae(AutoencoderKL, metaclass=_EqualToAutoencoderKL):  # type: ignore[misc]
     """An `AutoencoderKL` of diffusers whose encoder and decoder are those of an opened bundle, `runtime`.
 
     Tensors may be of any float type and on any device; results are of the same, computed in the bundle's precision on
-    the runtime's device. Where that is the tensors' device, nothing is copied. No gradients flow.
+    the runtime's device. Where that is the tensors' device, nothing is copied. No gradients flow: a warning says so
+    where one was asked for.
 
     `dtype` and `device` are what pipelines give to it, and nothing else follows from them: `to(torch.float16)` changes
-    `dtype`, not the precision, which is fixed in the bundle; moving it to another device is refused (`ConfigError`).
+    `dtype`, not the precision, which is fixed in the bundle. It can be moved between its device and the CPU, as
+    offloading does, which moves nothing but the mark; another device is refused (`ConfigError`).
+
+    Copies and pickles, also those of a pipeline that holds it, open the bundle again: see `VaeRuntime`.
 
     Tiling and slicing are the runtime's, with all of its options; so are `tile_latent_min_size` and its kin.
 
@@ -73,19 +93,22 @@ class DiffusersVae(AutoencoderKL):  # type: ignore[misc]  # diffusers is not typ
         self.runtime = runtime
         dtype = getattr(torch, runtime.spec["decoder"].output.dtype)
         self.interface = _Interface(torch.empty(0, dtype=dtype, device=device or _device_of(runtime)))
+        self._home = self.interface.marker.device
+        self._warned_of_gradients = False
         self.eval()
 
     # Encoding and decoding ------------------------------------------------------------------------------------------
 
+    @apply_forward_hook  # type: ignore[untyped-decorator]  # accelerate's, which offloads the model before
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Images, float [B, in_channels, H, W] in [-1, 1] -> diffusers' posterior over latents [B, C, H/f, W/f].
 
         Raises `ShapeError` where H or W is not a multiple of f.
         """
-        moments = self.runtime.encode(x)[0].parameters
-        posterior = DiagonalGaussianDistribution(moments.to(x.dtype))
+        posterior = DiagonalGaussianDistribution(self._moments(x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
@@ -93,8 +116,30 @@ class DiffusersVae(AutoencoderKL):  # type: ignore[misc]  # diffusers is not typ
 
         `generator` is not used: decoding is deterministic.
         """
-        sample = self.runtime.decode(z)[0].to(z.dtype)
+        sample = self._sample(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        self._warn_of_gradients(x)
+        moments: Tensor = self.runtime.encode(x)[0].parameters
+        return moments.to(x.dtype)
+
+    def _sample(self, z: Tensor) -> Tensor:
+        self._warn_of_gradients(z)
+        sample: Tensor = self.runtime.decode(z)[0]
+        return sample.to(z.dtype)
+
+    def _warn_of_gradients(self, x: Any) -> None:
+        """Once: what is guided through this VAE, or trained, would get nothing and not know it."""
+        if self._warned_of_gradients or not (torch.is_grad_enabled() and getattr(x, "requires_grad", False)):
+            return
+        self._warned_of_gradients = True
+        warnings.warn(
+            f"the tensor requires grad, and no gradient flows through a VAE that runs in {self.runtime.backend}: use "
+            "diffusers' own VAE for guidance or training, or call this one under torch.no_grad()",
+            UserWarning,
+            stacklevel=5,
+        )
 
     # Where tensors are, and of what type ----------------------------------------------------------------------------
 
@@ -104,29 +149,39 @@ class DiffusersVae(AutoencoderKL):  # type: ignore[misc]  # diffusers is not typ
         runs = f"this VAE runs in {self.runtime.backend} on {getattr(self.runtime, 'device', 'cpu')}"
         elsewhere = (
             f"{runs}, and the pipeline's tensors are on {marker.device}: neither can be moved. Open the bundle with "
-            "open_vae(..., device=...), or say where the tensors are with as_diffusers_vae(..., device=...); with "
-            "offloading of models, set pipe.vae after it was enabled"
+            "open_vae(..., device=...), or say where the tensors are with as_diffusers_vae(..., device=...)"
         )
         try:
             moved = fn(marker)
         except (RuntimeError, AssertionError) as error:  # PyTorch without that device
             raise ConfigError(f"{elsewhere} ({error})") from None
-        if moved.device != marker.device:
+        if not any(_same_device(moved.device, other) for other in (marker.device, self._home, torch.device("cpu"))):
             raise ConfigError(elsewhere)
         if moved.dtype not in INTERFACE_DTYPES:
             raise ConfigError(f"{runs} in {self.runtime.precision}: it takes and gives no {moved.dtype}")
         super()._apply(fn, recurse)
         return self
 
+    # What pipelines find inside -------------------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Images -> moments: the whole encoder graph. `quant_conv` behind it is an identity."""
+        return _Graph(self.interface, self._moments)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Raw latents -> images: the whole decoder graph. `post_quant_conv` before it is an identity."""
+        return _Graph(self.interface, self._sample)
+
+    @property
+    def quant_conv(self) -> nn.Module | None:
+        return self.interface if self.config.use_quant_conv else None
+
     @property
     def post_quant_conv(self) -> nn.Module | None:
         """Pipelines that upcast look for the type of its parameters."""
         return self.interface if self.config.use_post_quant_conv else None
-
-    @property
-    def decoder(self) -> Any:
-        """Some pipelines ask what computes its attention: nothing that could stay in half precision."""
-        return SimpleNamespace(mid_block=SimpleNamespace(attentions=[SimpleNamespace(processor=None)]))
 
     # Tiling and slicing ---------------------------------------------------------------------------------------------
 
@@ -175,6 +230,31 @@ class _Interface(nn.Module):
         super().__init__()
         self.marker = nn.Parameter(marker, requires_grad=False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Its part of the network is in the graphs."""
+        return x
+
+
+class _Graph(nn.Module):
+    """A graph of the bundle in the place of diffusers' encoder or decoder, with the parts that pipelines ask for."""
+
+    def __init__(self, interface: _Interface, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.interface = interface
+        self._run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+    @property
+    def conv_in(self) -> nn.Module:
+        return self.interface
+
+    @property
+    def mid_block(self) -> Any:
+        """Some pipelines ask what computes its attention: nothing that could stay in half precision."""
+        return SimpleNamespace(attentions=[SimpleNamespace(processor=None)], to=self.interface.to)
+
 
 def _of_runtime(name: str) -> property:
     def get(self: DiffusersVae) -> Any:
@@ -189,6 +269,11 @@ def _of_runtime(name: str) -> property:
 # Plain attributes in diffusers, read and set by whoever tunes tiling.
 for _name in ("use_tiling", "use_slicing", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"):
     setattr(DiffusersVae, _name, _of_runtime(_name))
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    """ "cuda" and "cpu" are the first of their kind."""
+    return (one.type, one.index or 0) == (other.type, other.index or 0)
 
 
 def _device_of(runtime: VaeRuntime) -> torch.device:

@@ -107,7 +107,8 @@ def _check_files(bundle: Bundle) -> set[str]:
     for path in bundle.path.rglob("*"):
         name = path.relative_to(bundle.path).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise IntegrityError(f"{name} is not a plain file of {bundle.path}")
+            advice = "; a signature is of plain files: copy the bundle with cp -rL" if path.is_symlink() else ""
+            raise IntegrityError(f"{name} is not a plain file of {bundle.path}{advice}")
         if path.is_file() and name != SIGNATURE_FILE:
             found.add(name)
     for name in sorted(found - names):

@@ -226,7 +226,7 @@ def import_pyarrow() -> Any:
 
 def manifest_sha256(bundle: Bundle) -> str:
     """What tells a bundle from all others, its files being hashed in its manifest."""
-    return hashlib.sha256((bundle.path / MANIFEST_FILE).read_bytes()).hexdigest()
+    return hashlib.sha256((bundle.directory / MANIFEST_FILE).read_bytes()).hexdigest()
 
 
 def _identity(vae: Any) -> tuple[str, str]:

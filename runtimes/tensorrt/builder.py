@@ -20,14 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from runtimes import children
-from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError, VaeError
+from runtimes.errors import (
+    BackendUnavailable,
+    CompatibilityError,
+    ConfigError,
+    NotInstalled,
+    OutOfMemoryError,
+    VaeError,
+)
 from runtimes.onnx_scan import check_onnx
 from runtimes.tensorrt.flavours import Flavour, load_flavour
 
 Progress = Callable[[str, int, int], None]  #: (what is being done, steps done, steps in all)
 Shape = tuple[int, int, int, int]
 
-_FAILURES = {kind.__name__: kind for kind in (BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError)}
+_FAILURES = {
+    kind.__name__: kind
+    for kind in (BackendUnavailable, CompatibilityError, ConfigError, NotInstalled, OutOfMemoryError)
+}
 
 
 @dataclass(frozen=True)

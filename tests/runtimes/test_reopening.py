@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from runtimes import IntegrityError, VaeError, open_vae
+from runtimes import Bundle, ConfigError, IntegrityError, VaeError, open_vae
 
 X = np.random.default_rng(0).uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)
 WAYS = {
@@ -55,6 +55,24 @@ def test_options_and_state_come_along(tiny_bundle):
             assert copied.on_tile is None, "a callback belongs to the original"
             vae.memory_budget = copied.memory_budget = None
             assert np.array_equal(moments(copied), moments(vae))
+
+
+def test_a_backend_that_was_made_by_its_class_is_copied_as_well(tiny_bundle):
+    from runtimes.onnxruntime import OnnxRuntimeVae
+
+    with OnnxRuntimeVae(bundle=Bundle(tiny_bundle), threads=1) as vae, copy.copy(vae) as copied:
+        assert np.array_equal(moments(copied), moments(vae))
+
+
+def test_a_copy_that_cannot_be_made_whole_is_closed(tiny_bundle, monkeypatch):
+    closed = []
+    with open_vae(tiny_bundle, threads=1, memory_budget="1GiB") as vae:
+        kept = pickle.dumps(vae)
+    monkeypatch.setattr("runtimes.tiling.budget.RATES", {})
+    monkeypatch.setattr(type(vae), "_close", lambda self: closed.append(self))
+    with pytest.raises(ConfigError, match="measured model of memory"):
+        pickle.loads(kept)
+    assert len(closed) == 1
 
 
 def test_seamless_tiling_comes_along(tileable_bundle):
