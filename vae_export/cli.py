@@ -1,11 +1,15 @@
 """The command line: parses, calls, prints. Everything it does is in the library.
 
 Exit codes: 0 success, 1 a bug in this program, 2 wrong usage, 4 and up the error classes (see `runtimes.errors`),
-130 and 143 interrupted (Ctrl-C, SIGTERM).
+130 and 143 interrupted (Ctrl-C, SIGTERM), 141 a reader of standard output that has gone.
+
+With --json, an error is printed as {"error": {"class", "message", "exit_code"}}, with "measurements" where it has some.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
 import signal
@@ -21,19 +25,33 @@ import typer
 from runtimes import Bundle
 from runtimes.bundle import ENGINE_TARGETS
 from runtimes.cancellation import cancel_calls
-from runtimes.errors import BackendUnavailable, NumericsError, VaeError
+from runtimes.errors import BackendUnavailable, BundleError, NumericsError, VaeError
 from vae_export import __version__
 from vae_export.cli_dataset import dataset
 from vae_export.cli_engines import Batch, Gpus, Pixels, Preferred, Profiles, engines, profiles_of
 from vae_export.cli_images import images
-from vae_export.cli_options import AsJson, BundlePath, Calibrate, Device, Model, Overwrite, Subfolder
+from vae_export.cli_options import (
+    AsJson,
+    BundlePath,
+    Calibrate,
+    Device,
+    Loading,
+    Overwrite,
+    loads_model,
+    typed_directory,
+    typed_output,
+)
 from vae_export.cli_signing import signing
 from vae_export.printing import (
     bundle_table,
+    console_beside,
     diagnose,
     doctor_table,
     err,
+    measurements_table,
+    plot_format,
     plot_ranges,
+    print_error,
     print_export,
     print_result,
     progress_bar,
@@ -42,6 +60,7 @@ from vae_export.printing import (
     tuning_table,
     validation_table,
 )
+from vae_export.streams import watched_streams
 
 app = typer.Typer(
     help="Export the image VAE of latent diffusion models, verified, and run it.",
@@ -59,15 +78,18 @@ _stopped_by: list[int] = []  #: signals that asked this process to end
 
 
 @app.callback(invoke_without_command=True)
+@loads_model()
 def export(
     context: typer.Context,
     to: Annotated[
         Optional[str],
         typer.Option("--to", help="What to build: onnx, openvino, flax, tensorrt or tensorrt-rtx.", show_default=False),
     ] = None,
-    model: Model = None,
+    *,
+    loading: Loading,
     out_dir: Annotated[
-        Optional[Path], typer.Option("--out", help="The bundle. (default: vae-TARGET-PRECISION)")
+        Optional[Path],
+        typer.Option("--out", help="The bundle. (default: vae-TARGET-PRECISION)", parser=typed_directory),
     ] = None,
     precision: Annotated[
         Optional[str],
@@ -84,13 +106,6 @@ def export(
         bool,
         typer.Option("--no-rescale", help="Half precision as it is, to compare; add --no-validate if it overflows."),
     ] = False,
-    subfolder: Subfolder = None,
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    config: Annotated[
-        Optional[str], typer.Option(help="For a single file: its config.json, or a Hub id that has one.")
-    ] = None,
-    scaling_factor: Annotated[Optional[float], typer.Option(help="Where the checkpoint does not say it.")] = None,
-    shift_factor: Annotated[Optional[float], typer.Option(help="Where the checkpoint does not say it.")] = None,
     height: Pixels = None,
     width: Pixels = None,
     batch: Batch = None,
@@ -122,15 +137,8 @@ def export(
         raise typer.BadParameter("give what to build: --to onnx, openvino, flax, tensorrt or tensorrt-rtx")
     exporter = _import_exporter()
     with progress_bar() as progress:
-        progress(f"Loading {model or 'the embedded model'}", 0, 1)
-        loaded = exporter.load_model(
-            model,
-            subfolder=subfolder,
-            config=config,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            hub=exporter.Hub(revision=revision),
-        )
+        progress(f"Loading {loading.model or 'the embedded model'}", 0, 1)
+        loaded = loading.load(exporter)
         precision = exporter.DEFAULT_PRECISION.get(to, "fp32") if precision is None else precision
         path = out_dir or Path(f"vae-{to}-{precision}")
         engine = None
@@ -159,17 +167,19 @@ def export(
 
 
 @app.command()
+@loads_model()
 def validate(
     bundle: BundlePath,
-    model: Model = None,
-    subfolder: Subfolder = None,
+    *,
+    loading: Loading,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a bundle with its model again, here and now; the model is loaded from where it came from."""
+    loading.refuse_without_model(*(field.name for field in dataclasses.fields(loading)))
     exporter = _import_exporter()
     with progress_bar() as progress:
-        reference = None if model is None else exporter.load_model(model, subfolder=subfolder)
+        reference = None if loading.model is None else loading.load(exporter)
         measurements = [
             m.to_dict() for m in exporter.validate_bundle(bundle, reference, device=device, progress=progress)
         ]
@@ -181,13 +191,16 @@ def validate(
 
 
 @app.command()
+@loads_model(positional=True)
 def tune(
-    model: Annotated[Optional[str], typer.Argument(help="As --model of the export.", show_default=False)] = None,
+    *,
+    loading: Loading,
     to: Annotated[
         str, typer.Option("--to", help="What to build: onnx or openvino; tensorrt or tensorrt-rtx on a GPU.")
     ] = "onnx",
     out_dir: Annotated[
-        Optional[Path], typer.Option("--out", help="The bundle. (default: vae-TARGET-PRECISION-tuned)")
+        Optional[Path],
+        typer.Option("--out", help="The bundle. (default: vae-TARGET-PRECISION-tuned)", parser=typed_directory),
     ] = None,
     precision: Annotated[
         Optional[str], typer.Option(help="fp32, fp16 or bf16. (default: fp32; fp16 for TensorRT)", show_default=False)
@@ -195,7 +208,6 @@ def tune(
     height: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
     width: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each form.")] = 3,
-    subfolder: Subfolder = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -206,7 +218,7 @@ def tune(
     precision = exporter.DEFAULT_PRECISION.get(to, "fp32") if precision is None else precision
     path = out_dir or Path(f"vae-{to}-{precision}-tuned")
     with progress_bar() as progress:
-        loaded = exporter.load_model(model, subfolder=subfolder)
+        loaded = loading.load(exporter)
         tuned = tune_bundle(
             loaded,
             path,
@@ -231,20 +243,25 @@ def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
 
 
 @app.command()
+@loads_model(positional=True)
 def ranges(
-    model: Annotated[Optional[str], typer.Argument(help="As --model of the export.", show_default=False)] = None,
-    out_file: Annotated[Path, typer.Option("--out", help="The plot.")] = Path("ranges.png"),
+    *,
+    loading: Loading,
+    out_file: Annotated[
+        Path, typer.Option("--out", help="The plot; - is standard output.", parser=typed_output)
+    ] = Path("ranges.png"),
     calibrate: Calibrate = None,
-    subfolder: Subfolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how large activations get, before and after rescaling for half precision, and plot them."""
     exporter = _import_exporter()
+    console = console_beside(out_file, as_json)
+    format = plot_format(out_file)
     with progress_bar() as progress:
-        loaded = exporter.load_model(model, subfolder=subfolder)
+        loaded = loading.load(exporter)
         found = exporter.measure_ranges(loaded, calibrate, progress)
-    plot_ranges(found, out_file)
-    print_result(found.to_dict(), ranges_table(found, out_file), as_json)
+    plot_ranges(found, out_file, format)
+    print_result(found.to_dict(), ranges_table(found, out_file), as_json, console)
 
 
 @app.command()
@@ -267,32 +284,74 @@ def _import_exporter() -> Any:
 
 
 def main() -> NoReturn:
-    """Entry point: runs the command and turns every error into one line and an exit code."""
+    """Entry point: runs the command and turns every error into one line and an exit code; into JSON with --json."""
+    with watched_streams() as stdout:
+        try:
+            code = _run()
+            stdout.flush()
+        except Exception as error:
+            _exit_if_stopped()  # a library may have made another exception of it
+            code = 0 if stdout.failed is not None else _report_bug(error)
+        if stdout.failed is not None and code in (0, 1):  # 1: what typer makes of it
+            code = _report_stdout(stdout.failed)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command -> its exit code."""
+    as_json = _json_asked()
     try:
         with _heeding_signals():
-            app(prog_name="vae-export")
+            # Wrong usage: typer prints it for people.
+            code = app(prog_name="vae-export", standalone_mode=not as_json)
+            return code if isinstance(code, int) else 0
     except VaeError as error:
         _exit_if_stopped()  # a call that was ended says so
         if isinstance(error, NumericsError) and error.measurements:
-            err.print(validation_table(error.measurements))
+            err.print(measurements_table(error.measurements))
         _complain("error", error)
-        sys.exit(error.exit_code)
-    except SystemExit:
+        if as_json:
+            print_error(error, error.exit_code)
+        return error.exit_code
+    except SystemExit as stop:
         _exit_if_stopped()
-        raise
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except Exception as error:
-        _exit_if_stopped()  # a library may have made another exception of it
-        if os.environ.get("VAE_EXPORT_DEBUG"):
+        # Wrong usage, without typer's printing. Its versions have a ClickException of their own, or that of click.
+        if not as_json or not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
-        _complain("internal error", error)
-        say("This is a bug; VAE_EXPORT_DEBUG=1 shows where.", err)
-        sys.exit(1)
-    sys.exit(0)
+        say(f"error: {error.format_message()}", err)
+        print_error(error, error.exit_code, error.format_message())
+        return int(error.exit_code)
+
+
+def _json_asked() -> bool:
+    """Whether errors go to standard output as well: known before the arguments are parsed, which may be what fails."""
+    return "--json" in sys.argv[1:]
+
+
+def _report_bug(error: Exception) -> int:
+    """What this program did not foresee."""
+    if os.environ.get("VAE_EXPORT_DEBUG"):
+        raise error
+    _complain("internal error", error)
+    say("This is a bug; VAE_EXPORT_DEBUG=1 shows where.", err)
+    if _json_asked():
+        print_error(error, 1)
+    return 1
+
+
+def _report_stdout(failed: OSError) -> int:
+    """The exit code where standard output takes no more; a reader that has gone wants no message."""
+    if failed.errno == errno.EPIPE:
+        return 128 + signal.SIGPIPE
+    error = BundleError(f"cannot write to standard output: {failed.strerror or failed}")
+    _complain("error", error)
+    return error.exit_code
 
 
 def _complain(what: str, error: Exception) -> None:
-    err.print(what, style="bold red", end="")
-    say(f" ({type(error).__name__}): {str(error) or 'no message'}", err)
+    say(f"{what} ({type(error).__name__}): {str(error) or 'no message'}", err, first=what)
 
 
 @contextmanager

@@ -50,9 +50,13 @@ class Result(NamedTuple):
         return json.loads(self.out, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
 
     def check_refusal(self, kind, *said):
-        """The exit code of the class, and on standard error one readable line that holds all that is `said`."""
+        """The exit code of the class, and on standard error one readable line that holds all that is `said`.
+
+        On standard output nothing, or the error as JSON.
+        """
         line = self.err.splitlines()[-1]
-        assert (self.code, self.out) == (kind.exit_code, ""), self.err
+        assert self.code == kind.exit_code, self.err
+        assert not self.out or json.loads(self.out)["error"]["class"] == kind.__name__
         assert line.startswith(f"error ({kind.__name__}): ") and "Traceback" not in self.err
         assert not [part for part in said if part not in line], line
 
