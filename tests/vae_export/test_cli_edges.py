@@ -1,4 +1,6 @@
-"""What the command line prints and writes elsewhere than in files and on terminals, and its errors as JSON."""
+"""What the command line prints and writes elsewhere than in files, errors as JSON, which model is loaded."""
+
+# ruff: noqa: F811  (tests take the fixtures by these names)
 
 import io
 import json
@@ -10,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import COMMAND, ERRORS, PHOTO, files, run  # noqa: F401  (two fixtures)
+from test_cli import COMMAND, ERRORS, files, run  # noqa: F401  (two fixtures)
 
+from runtimes import Bundle
 from runtimes.errors import BundleError, ConfigError, NumericsError, ShapeError
 from vae_export import cli, quantize
 
@@ -26,7 +29,7 @@ def command(*arguments, stdout=subprocess.PIPE, **options):
 
 
 @pytest.mark.parametrize("place", ["-", "/dev/stdout", "/dev/fd/1", "link"])
-def test_latents_go_to_standard_output_and_what_is_said_does_not(tiny_bundle, files, place):  # noqa: F811
+def test_latents_go_to_standard_output_and_what_is_said_does_not(tiny_bundle, files, place):
     (files / "link").symlink_to("/dev/stdout")
     done = command("encode", tiny_bundle, "photo.png", "--out", place, cwd=files)
     assert (done.returncode, np.load(io.BytesIO(done.stdout)).shape) == (0, (1, 4, 8, 12)), done.stderr
@@ -34,7 +37,7 @@ def test_latents_go_to_standard_output_and_what_is_said_does_not(tiny_bundle, fi
     assert Path("/dev/stdout").is_symlink() and (files / "link").is_symlink()
 
 
-def test_pictures_go_to_standard_output(tiny_bundle, files):  # noqa: F811
+def test_pictures_go_to_standard_output(tiny_bundle, files):
     picture = command("roundtrip", tiny_bundle, "photo.png", "--out", "-", cwd=files).stdout
     with Image.open(io.BytesIO(picture)) as image:
         assert (image.format, image.size) == ("PNG", (3 * 96, 64))
@@ -62,7 +65,7 @@ def test_pictures_go_to_standard_output(tiny_bundle, files):  # noqa: F811
         ("ranges ~/nowhere.safetensors", ConfigError, ["HOME/nowhere.safetensors does not exist"]),
     ],
 )
-def test_mistake_is_named_as_text_and_as_json(run, tiny_bundle, files, monkeypatch, arguments, kind, said):  # noqa: F811
+def test_mistake_is_named_as_text_and_as_json(run, tiny_bundle, files, monkeypatch, arguments, kind, said):
     monkeypatch.setenv("HOME", str(files / "home"))
     names = {"BUNDLE": tiny_bundle, "FILES": files, "HOME": files / "home"}
     words = [re.sub("BUNDLE|FILES", lambda match: str(names[match[0]]), word) for word in arguments.split()]
@@ -88,7 +91,7 @@ def test_mistake_is_named_as_text_and_as_json(run, tiny_bundle, files, monkeypat
         ("nonsense", "nonsense"),
     ],
 )
-def test_wrong_usage_is_exit_code_2_as_json_too(run, arguments, said):  # noqa: F811
+def test_wrong_usage_is_exit_code_2_as_json_too(run, arguments, said):
     words = [word.strip("'") for word in arguments.split()]
     assert run(*words).code == 2
     result = run(*words, "--json") if "encode-dataset" not in words else run(*words[:1], "--json", *words[1:])
@@ -124,7 +127,7 @@ def test_reader_that_has_gone_ends_the_command_without_a_word(tiny_bundle):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "latin-1", "utf-8"])
-def test_no_encoding_of_the_streams_makes_a_command_fail(tiny_bundle, files, encoding):  # noqa: F811
+def test_no_encoding_of_the_streams_makes_a_command_fail(tiny_bundle, files, encoding):
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     name = "Öl-日本.npy"
     done = command("encode", tiny_bundle, "photo.png", "--out", name, cwd=files, env=environment)
@@ -140,7 +143,7 @@ def test_no_encoding_of_the_streams_makes_a_command_fail(tiny_bundle, files, enc
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_each_error_class_is_printed_as_json(run, monkeypatch, kind):  # noqa: F811
+def test_each_error_class_is_printed_as_json(run, monkeypatch, kind):
     def fail(path):
         raise kind(f"{path} is wrong")
 
@@ -151,7 +154,7 @@ def test_each_error_class_is_printed_as_json(run, monkeypatch, kind):  # noqa: F
     assert result.err == f"error ({kind.__name__}): b is wrong\n"
 
 
-def test_bug_is_printed_as_json(run, monkeypatch):  # noqa: F811
+def test_bug_is_printed_as_json(run, monkeypatch):
     monkeypatch.setattr(cli, "Bundle", lambda path: 1 / 0)
     result = run("inspect", "b", "--json")
     assert (result.code, json.loads(result.out)["error"]["class"]) == (1, "ZeroDivisionError")
@@ -184,7 +187,7 @@ def of_no_known_kind(path):
     ("fail", "shown"),
     [(missed_by_int8, "layer2"), (not_finite, "NaN"), (of_no_known_kind, "a [b]")],
 )
-def test_numbers_of_what_failed_are_printed_whatever_they_are(run, monkeypatch, fail, shown):  # noqa: F811
+def test_numbers_of_what_failed_are_printed_whatever_they_are(run, monkeypatch, fail, shown):
     monkeypatch.setattr(cli, "Bundle", fail)
     text = run("inspect", "b")
     text.check_refusal(NumericsError)
@@ -195,9 +198,66 @@ def test_numbers_of_what_failed_are_printed_whatever_they_are(run, monkeypatch, 
     assert error["measurements"]
 
 
-def test_failing_validation_prints_its_numbers_as_json(run, tiny_bundle, monkeypatch):  # noqa: F811
+def test_failing_validation_prints_its_numbers_as_json(run, tiny_bundle, monkeypatch):
     from vae_export import export
 
     monkeypatch.setattr(export, "validate_bundle", lambda *_, **__: not_finite(""))
     error = json.loads(run("validate", tiny_bundle, "--json").out)["error"]
     assert error["measurements"][0]["graph"] == "encoder" and error["measurements"][0]["max_abs"] is None
+
+
+# Which model ------------------------------------------------------------------------------------------------------
+
+
+def test_bundle_made_from_a_relative_path_is_validated_from_anywhere(run, two_level_model, tmp_path, monkeypatch):
+    Path("models").mkdir()
+    two_level_model.save_pretrained("models/vae")
+    assert run("--to", "onnx", "--model", "models/vae", "--out", "b", "--no-validate").code == 0
+    work = Path.cwd()
+    source = Bundle("b").manifest.source
+    assert (source["given"], source["absolute"]) == ("models/vae", str(work / "models/vae"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("validate", work / "b", "--json").json["verdict"] == "passed"
+    (work / "models").rename(work / "moved")
+    missing = f"made from models/vae, then {work / 'models/vae'}, and nothing is there now; give --model"
+    run("validate", work / "b").check_refusal(ConfigError, missing)
+    assert run("validate", work / "b", "--model", work / "moved/vae", "--json").json["verdict"] == "passed"
+
+
+def test_embedded_model_is_recorded_without_a_path(tiny_model):
+    from vae_export.export import load_model
+
+    assert load_model().source.absolute is None
+
+
+def test_every_command_that_loads_a_model_takes_what_the_export_takes(run, monkeypatch):
+    """All options reach the function that loads, from each command."""
+    from vae_export import export
+
+    asked = []
+
+    def load(source, **options):
+        asked.append((source, options))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(export, "load_model", load)
+    options = "--subfolder s --revision r --variant v --config c.json --scaling-factor 2 --shift-factor 0.5"
+    for words in (["--to", "onnx", "--model", "m"], ["validate", "b", "--model", "m"], ["tune", "m"], ["ranges", "m"]):
+        run(*words, *options.split()).check_refusal(ConfigError, "enough")
+    expected = {"subfolder": "s", "variant": "v", "config": "c.json", "scaling_factor": 2.0, "shift_factor": 0.5}
+    assert asked == [("m", {"hub": export.Hub(revision="r"), **expected})] * 4
+    asked.clear()
+    run("ranges").check_refusal(ConfigError, "enough")
+    assert asked == [(None, {"hub": export.Hub()})]
+
+
+def test_a_single_file_is_validated_measured_and_tuned_with_its_config(run, two_level_model, tmp_path):
+    """Of an architecture that no public model has, so that the config has to be given."""
+    two_level_model.save_pretrained(tmp_path / "m")
+    file = tmp_path / "only.safetensors"
+    (tmp_path / "m" / "diffusion_pytorch_model.safetensors").rename(file)
+    config = ("--config", tmp_path / "m" / "config.json")
+    assert run("--to", "onnx", "--model", file, *config, "--out", "b", "--no-validate").code == 0
+    assert run("validate", "b", "--model", file, *config, "--json").json["verdict"] == "passed"
+    assert run("ranges", file, *config, "--json").json["before"]
