@@ -1,7 +1,7 @@
 """Ending calls that are at work in native code, from another thread.
 
 Python runs a signal's handler when the main thread comes back from native code, which for one large image takes
-minutes. A thread beside it ends what it waits for: see `vae_export.cli.app.main`.
+minutes. A thread beside it ends what it waits for: see `vae_export.cli.main`.
 """
 
 from __future__ import annotations

@@ -19,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from runtimes.errors import ShapeError
-from runtimes.files import written_whole
+from runtimes.errors import BundleError, ShapeError
+from runtimes.files import is_stream, written_whole
 from runtimes.pixels import to_levels, to_samples
 
 Images: TypeAlias = Any
 """uint8 [B, H, W, 3] or [H, W, 3], a PIL image, a path, or a list of PIL images, paths or arrays [H, W, 3]."""
+
+USUAL_EXTENSIONS = (".png", ".jpg", ".webp", ".tiff", ".bmp")  #: of pictures, to name in errors
 
 #: EXIF orientation -> what makes the stored pixels upright; 1, or anything else, is upright already
 ORIENTATION, UPRIGHT = (
@@ -83,9 +85,30 @@ def load_rgb(source: str | Path | Image.Image) -> Image.Image:
 
 
 def save_image(pixels: npt.NDArray[np.uint8], path: str | Path) -> None:
-    """Write uint8 [H, W, 3] in the format of the path's suffix; whole or not at all."""
+    """Write uint8 [H, W, 3] in the format of the path's suffix; whole or not at all. PNG into pipes and devices."""
+    format = picture_format(path)
     with written_whole(path) as partial:
-        Image.fromarray(pixels).save(partial)
+        try:
+            Image.fromarray(pixels).save(partial, format)
+        except ValueError as error:  # such as a side that the format has no room for
+            raise BundleError(f"cannot write {path}: {error}") from None
+
+
+def picture_format(path: str | Path) -> str:
+    """Pillow's name of the format that `save_image` writes; `BundleError` for an extension that is none of a picture.
+
+    Pipes and devices, which may have no extension, get PNG.
+    """
+    Image.init()
+    extension = Path(path).suffix.lower()
+    writable = {name: format for name, format in Image.registered_extensions().items() if format in Image.SAVE}
+    if not extension and is_stream(path):
+        return "PNG"
+    if extension not in writable:
+        wrong = f"{extension!r} is not the extension of a picture" if extension else "the name has no extension"
+        usual = ", ".join(name for name in USUAL_EXTENSIONS if name in writable)
+        raise BundleError(f"cannot write {path}: {wrong}, which says the format; give one such as {usual}")
+    return writable[extension]
 
 
 def as_uint8_batch(images: Images) -> npt.NDArray[np.uint8]:

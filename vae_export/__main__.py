@@ -1,5 +1,5 @@
 """`python -m vae_export` is the command `vae-export`."""
 
-from vae_export.cli.app import main
+from vae_export.cli.main import main
 
 main()

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError
+from runtimes.files import flush
 from runtimes.manifest import MANIFEST_FILE, FileEntry, Manifest
 
 _PARTIAL, _ASIDE = ".partial-", ".previous-"  #: .NAME.partial-XXXXXXXX, a bundle NAME in the making
@@ -48,14 +49,14 @@ class BundleWriter:
         """Flush everything to disk and give the bundle its name."""
         Bundle(self.directory)  # what cannot be opened must not replace what can
         for path in (*self.directory.rglob("*"), self.directory):
-            _flush(path)
+            flush(path)
         _check_free(self.out, self.overwrite)  # again: exporting takes long, and another export may have been faster
         if self.overwrite and self.out.exists():
             _exchange(self.directory, self.out)
             shutil.rmtree(self.directory, ignore_errors=True)  # now the old bundle
         else:
             os.rename(self.directory, self.out)  # refused by the system where anything but an empty directory is
-        _flush(self.out.parent)
+        flush(self.out.parent)
         self.finished = True
         return Bundle(self.out)
 
@@ -211,14 +212,6 @@ def _exchange(new: Path, old: Path) -> None:
         os.rename(aside, new)
     finally:
         os.close(lock)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _entry(path: Path) -> FileEntry:

@@ -15,13 +15,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from runtimes import Bundle
 from runtimes.errors import ConfigError, IntegrityError, NotInstalled
-from runtimes.files import partial_name, written_whole
+from runtimes.files import leftovers, written_whole
 from runtimes.manifest import MANIFEST_FILE
 
 SIGNATURE_FILE = "model.sig"
@@ -36,8 +36,8 @@ def sign_bundle(path: str | Path, key: str | Path) -> Path:
     """
     signing = _import("signing")
     bundle = Bundle(path)
-    with suppress(OSError):
-        partial_name(bundle.path / SIGNATURE_FILE).unlink()  # of a signing that was killed
+    for leftover in leftovers(bundle.path, SIGNATURE_FILE):
+        leftover.unlink(missing_ok=True)
     _check_files(bundle)
     bundle.verify()
     with _key_errors(key, "a private elliptic key without a password"):

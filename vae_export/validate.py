@@ -55,6 +55,14 @@ def load_recorded(manifest: Manifest) -> AutoencoderKL:
         return load_model()
     if kind == "memory" or not isinstance(given, str):
         raise ConfigError("the bundle was made from a model in memory; name the model to compare with (--model)")
+    if kind in ("directory", "file"):
+        place = source.get("absolute") or given  # bundles of earlier versions have only what was given
+        if not Path(place).exists():
+            raise ConfigError(
+                f"the bundle was made from {given}{'' if place == given else f', then {place},'} and nothing is there "
+                "now; give --model"
+            )
+        given = place
     hub = Hub(revision=source.get("commit"))
     if is_single_file(given):
         return load_model(given, config=manifest.config.to_dict(), hub=hub)

@@ -22,12 +22,14 @@ from typing import Any
 from runtimes import children
 from runtimes.errors import (
     BackendUnavailable,
+    BundleError,
     CompatibilityError,
     ConfigError,
     NotInstalled,
     OutOfMemoryError,
     VaeError,
 )
+from runtimes.files import written_whole
 from runtimes.onnx_scan import check_onnx
 from runtimes.tensorrt.flavours import Flavour, load_flavour
 
@@ -230,10 +232,8 @@ def _read_timing_cache(trt: Any, config: Any, path: str) -> Any:
 
 def _write_timing_cache(config: Any, path: str) -> None:
     """Whole or not at all; a cache that cannot be written costs time at the next build, and nothing else."""
-    with suppress(OSError):
-        partial = f"{path}.{os.getpid()}"
-        Path(partial).write_bytes(bytes(config.get_timing_cache().serialize()))
-        os.replace(partial, path)
+    with suppress(BundleError), written_whole(path) as partial:
+        partial.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
 def _monitor(trt: Any, report: Callable[[str, int, int], None]) -> Any:

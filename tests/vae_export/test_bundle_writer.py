@@ -125,7 +125,7 @@ def test_full_and_read_only_disks_keep_the_old_bundle(tmp_path):
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize("step", ["_flush", "_exchange", "too large"])
+@pytest.mark.parametrize("step", ["flush", "_exchange", "too large"])
 def test_error_while_writing_keeps_the_old_bundle(tmp_path, monkeypatch, step):
     def fail(*_):
         raise OSError(5, "Input/output error")

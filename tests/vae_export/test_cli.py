@@ -51,9 +51,13 @@ class Result(NamedTuple):
         return json.loads(self.out, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
 
     def check_refusal(self, kind, *said):
-        """The exit code of the class, and on standard error one readable line that holds all that is `said`."""
+        """The exit code of the class, and on standard error one readable line that holds all that is `said`.
+
+        On standard output nothing, or the error as JSON.
+        """
         line = self.err.splitlines()[-1]
-        assert (self.code, self.out) == (kind.exit_code, ""), self.err
+        assert self.code == kind.exit_code, self.err
+        assert not self.out or json.loads(self.out)["error"]["class"] == kind.__name__
         assert line.startswith(f"error ({kind.__name__}): ") and "Traceback" not in self.err
         assert not [part for part in said if part not in line], line
 
@@ -402,7 +406,7 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocker())
-from vae_export.cli.app import main
+from vae_export.cli.main import main
 
 for arguments in json.loads(sys.argv[1]):
     sys.argv = ["vae-export", *arguments]

@@ -108,7 +108,7 @@ def test_a_signature_that_leaves_files_out_is_none(bundle_copy, keys, ignored):
 
 def test_signing_goes_on_where_it_was_killed(bundle_copy, keys):
     path = bundle_copy()
-    (path / ".model.sig.partial.sig").write_bytes(b"half a signature")
+    (path / ".model.sig.0123abcd.partial").write_bytes(b"half a signature")
     sign_bundle(path, keys[0])
     verify_bundle(path, keys[1])
 

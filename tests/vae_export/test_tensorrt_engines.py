@@ -271,7 +271,7 @@ def test_a_profile_that_cannot_fit_is_refused_with_the_largest_that_would(tiny_m
 
 
 def command(*arguments, cwd):
-    run = [sys.executable, "-c", "from vae_export.cli.app import main; main()", *arguments]
+    run = [sys.executable, "-c", "from vae_export.cli.main import main; main()", *arguments]
     return subprocess.run(run, cwd=cwd, capture_output=True, text=True, check=False)
 
 

@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from runtimes import NumericsError
-from runtimes.bundle import GRAPHS
+from runtimes.names import GRAPHS
 from vae_export import export_bundle, validate_bundle
 from vae_export.comparison import SEAMLESS_PSNR_DB, THRESHOLDS, Case, compare
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from runtimes.config import VaeConfig
 from runtimes.errors import BundleError, ConfigError, NumericsError
+from runtimes.files import written_whole
 from vae_export.checkpoints.architecture import complete_config, find_public_vae, infer_architecture, with_factors
 from vae_export.checkpoints.hub import Hub, check_repository, commit_of, first_line, parse_hub_url
 from vae_export.checkpoints.keys import is_attention_projection, select_vae_keys, to_diffusers_names
@@ -55,7 +56,7 @@ def load_model(
     """Load what the command line's --model names: directory, Hub id, URL or file; None is the embedded model."""
     if source is None:
         model = load_pretrained(EMBEDDED)
-        model.source = model.source._replace(given="embedded", kind="embedded")
+        model.source = model.source._replace(given="embedded", kind="embedded", absolute=None)
     elif is_single_file(source):
         return load_single_file(
             source, config=config, scaling_factor=scaling_factor, shift_factor=shift_factor, hub=hub or Hub()
@@ -146,12 +147,10 @@ def save_pretrained(model: AutoencoderKL, directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        partial = directory / f".{WEIGHTS_FILE}.partial"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        os.replace(partial, directory / WEIGHTS_FILE)
-        partial = directory / f".{CONFIG_FILE}.partial"
-        partial.write_text(model.config.to_json(), encoding="utf-8")
-        os.replace(partial, directory / CONFIG_FILE)
+        with written_whole(directory / WEIGHTS_FILE) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
+        with written_whole(directory / CONFIG_FILE) as partial:
+            partial.write_text(model.config.to_json(), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise BundleError(f"could not save the model to {directory}: {error}") from None
 
@@ -196,7 +195,8 @@ def build_model(config: VaeConfig, tensors: Mapping[str, Tensor], source: Source
         raise ConfigError(f"{source.given}: no network has the sizes in this config: {first_line(error)}") from None
     _check_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}, tensors, source.given)
     model.load_state_dict(tensors, strict=True, assign=True)
-    model.source = source
+    local = source.kind in ("directory", "file")
+    model.source = source._replace(absolute=os.path.abspath(source.given)) if local else source
     return model.eval().requires_grad_(False)
 
 

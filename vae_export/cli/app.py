@@ -1,37 +1,38 @@
-"""The command line: parses, calls, prints. Everything it does is in the library.
-
-Exit codes: 0 success, 1 a bug in this program, 2 wrong usage, 4 and up the error classes (see `runtimes.errors`),
-130 and 143 interrupted (Ctrl-C, SIGTERM).
-"""
+"""The commands about checkpoints and bundles, and the application that all groups of commands join."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, Optional
 
 import typer
 
 import vae_export
 from runtimes import Bundle
-from runtimes.cancellation import cancel_calls
-from runtimes.errors import NumericsError, VaeError
 from vae_export.cli.dataset import dataset
 from vae_export.cli.engines import Batch, Gpus, Pixels, Preferred, Profiles, engines, profiles_of
 from vae_export.cli.images import images
-from vae_export.cli.options import AsJson, BundlePath, Calibrate, Device, Model, Overwrite, Subfolder
+from vae_export.cli.options import (
+    AsJson,
+    BundlePath,
+    Calibrate,
+    Device,
+    Loading,
+    Overwrite,
+    loads_model,
+    typed_directory,
+    typed_output,
+)
 from vae_export.cli.printing import (
     bundle_table,
+    console_beside,
     diagnose,
     doctor_table,
     err,
+    plot_format,
     plot_ranges,
     print_export,
     print_result,
@@ -57,19 +58,20 @@ app.add_typer(engines)
 app.add_typer(dataset)
 app.add_typer(signing)
 
-_stopped_by: list[int] = []  #: signals that asked this process to end
-
 
 @app.callback(invoke_without_command=True)
+@loads_model()
 def export(
     context: typer.Context,
     to: Annotated[
         Optional[str],
         typer.Option("--to", help="What to build: onnx, openvino, flax, tensorrt or tensorrt-rtx.", show_default=False),
     ] = None,
-    model: Model = None,
+    *,
+    loading: Loading,
     out_dir: Annotated[
-        Optional[Path], typer.Option("--out", help="The bundle. (default: vae-TARGET-PRECISION)")
+        Optional[Path],
+        typer.Option("--out", help="The bundle. (default: vae-TARGET-PRECISION)", parser=typed_directory),
     ] = None,
     precision: Annotated[
         Optional[str],
@@ -86,13 +88,6 @@ def export(
         bool,
         typer.Option("--no-rescale", help="Half precision as it is, to compare; add --no-validate if it overflows."),
     ] = False,
-    subfolder: Subfolder = None,
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    config: Annotated[
-        Optional[str], typer.Option(help="For a single file: its config.json, or a Hub id that has one.")
-    ] = None,
-    scaling_factor: Annotated[Optional[float], typer.Option(help="Where the checkpoint does not say it.")] = None,
-    shift_factor: Annotated[Optional[float], typer.Option(help="Where the checkpoint does not say it.")] = None,
     height: Pixels = None,
     width: Pixels = None,
     batch: Batch = None,
@@ -136,15 +131,8 @@ def export(
     )
     path = out_dir or Path(f"vae-{to}-{options.precision}")
     with progress_bar() as progress:
-        progress(f"Loading {model or 'the embedded model'}", 0, 1)
-        loaded = vae_export.load_model(
-            model,
-            subfolder=subfolder,
-            config=config,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            hub=vae_export.Hub(revision=revision),
-        )
+        progress(f"Loading {loading.model or 'the embedded model'}", 0, 1)
+        loaded = loading.load()
         profiles = profiles_of(loaded.config.downscale, height, width, batch, opt, profile or [])
         options = replace(options, engine=target.plan(profiles, [gpu.strip() for gpu in (gpu or "").split(",") if gpu]))
         for line in target.notes(loaded, options):
@@ -154,16 +142,18 @@ def export(
 
 
 @app.command()
+@loads_model()
 def validate(
     bundle: BundlePath,
-    model: Model = None,
-    subfolder: Subfolder = None,
+    *,
+    loading: Loading,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare a bundle with its model again, here and now; the model is loaded from where it came from."""
+    loading.refuse_without_model(*(field.name for field in dataclasses.fields(loading)))
     with progress_bar() as progress:
-        reference = None if model is None else vae_export.load_model(model, subfolder=subfolder)
+        reference = None if loading.model is None else loading.load()
         found = vae_export.validate_bundle(bundle, reference, device=device, progress=progress)
     measurements = [measurement.to_dict() for measurement in found]
     print_result(
@@ -174,13 +164,16 @@ def validate(
 
 
 @app.command()
+@loads_model(positional=True)
 def tune(
-    model: Annotated[Optional[str], typer.Argument(help="As --model of the export.", show_default=False)] = None,
+    *,
+    loading: Loading,
     to: Annotated[
         str, typer.Option("--to", help="What to build: onnx or openvino; tensorrt or tensorrt-rtx on a GPU.")
     ] = "onnx",
     out_dir: Annotated[
-        Optional[Path], typer.Option("--out", help="The bundle. (default: vae-TARGET-PRECISION-tuned)")
+        Optional[Path],
+        typer.Option("--out", help="The bundle. (default: vae-TARGET-PRECISION-tuned)", parser=typed_directory),
     ] = None,
     precision: Annotated[
         Optional[str], typer.Option(help="fp32, fp16 or bf16. (default: fp32; fp16 for TensorRT)", show_default=False)
@@ -188,7 +181,6 @@ def tune(
     height: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
     width: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each form.")] = 3,
-    subfolder: Subfolder = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -198,7 +190,7 @@ def tune(
     )
     path = out_dir or Path(f"vae-{to}-{options.precision}-tuned")
     with progress_bar() as progress:
-        loaded = vae_export.load_model(model, subfolder=subfolder)
+        loaded = loading.load()
         tuned = vae_export.tune_bundle(
             loaded, path, options, height=height, width=width, rounds=rounds, progress=progress
         )
@@ -215,19 +207,24 @@ def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
 
 
 @app.command()
+@loads_model(positional=True)
 def ranges(
-    model: Annotated[Optional[str], typer.Argument(help="As --model of the export.", show_default=False)] = None,
-    out_file: Annotated[Path, typer.Option("--out", help="The plot.")] = Path("ranges.png"),
+    *,
+    loading: Loading,
+    out_file: Annotated[
+        Path, typer.Option("--out", help="The plot; - is standard output.", parser=typed_output)
+    ] = Path("ranges.png"),
     calibrate: Calibrate = None,
-    subfolder: Subfolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how large activations get, before and after rescaling for half precision, and plot them."""
+    console = console_beside(out_file, as_json)
+    format = plot_format(out_file)
     with progress_bar() as progress:
-        loaded = vae_export.load_model(model, subfolder=subfolder)
+        loaded = loading.load()
         found = vae_export.measure_ranges(loaded, calibrate, progress)
-    plot_ranges(found, out_file)
-    print_result(found.to_dict(), ranges_table(found, out_file), as_json)
+    plot_ranges(found, out_file, format)
+    print_result(found.to_dict(), ranges_table(found, out_file), as_json, console)
 
 
 @app.command()
@@ -235,76 +232,3 @@ def doctor(as_json: AsJson = False) -> None:
     """Show what is installed, which backends work here, and why the others do not."""
     found = diagnose()
     print_result(found, doctor_table(found), as_json)
-
-
-# Helpers ----------------------------------------------------------------------------------------------------------
-
-
-def main() -> NoReturn:
-    """Entry point: runs the command and turns every error into one line and an exit code."""
-    try:
-        with _heeding_signals():
-            app(prog_name="vae-export")
-    except VaeError as error:
-        _exit_if_stopped()  # a call that was ended says so
-        if isinstance(error, NumericsError) and error.measurements:
-            err.print(validation_table(error.measurements))
-        _complain("error", error)
-        sys.exit(error.exit_code)
-    except SystemExit:
-        _exit_if_stopped()
-        raise
-    except Exception as error:
-        _exit_if_stopped()  # a library may have made another exception of it
-        if os.environ.get("VAE_EXPORT_DEBUG"):
-            raise
-        _complain("internal error", error)
-        say("This is a bug; VAE_EXPORT_DEBUG=1 shows where.", err)
-        sys.exit(1)
-    sys.exit(0)
-
-
-def _complain(what: str, error: Exception) -> None:
-    err.print(what, style="bold red", end="")
-    say(f" ({type(error).__name__}): {str(error) or 'no message'}", err)
-
-
-@contextmanager
-def _heeding_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM call `_stop`, and end what may keep it waiting: a call at work in native code."""
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    reading, writing = os.pipe()  # Python writes each signal to it, whatever the main thread is at
-    os.set_blocking(writing, False)
-    left = threading.Event()
-
-    def watch() -> None:
-        while said := os.read(reading, 1):
-            while said[0] in numbers and not left.wait(0.1):
-                cancel_calls()  # again and again: the main thread may be just about to call
-        os.close(reading)
-
-    for number in numbers:  # SIG_IGN stays, as under nohup
-        signal.signal(number, _stop)
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        left.set()
-        signal.set_wakeup_fd(before)
-        os.close(writing)
-
-
-def _stop(number: int, _: object) -> NoReturn:
-    """On Ctrl-C and SIGTERM alike: unwind, so that nothing half-written stays behind.
-
-    SystemExit, since versions of typer differ in what they make of KeyboardInterrupt.
-    """
-    _stopped_by.append(number)
-    raise SystemExit(128 + number)
-
-
-def _exit_if_stopped() -> None:
-    if _stopped_by:
-        say("interrupted; nothing was left half-written", err)
-        sys.exit(128 + _stopped_by[0])

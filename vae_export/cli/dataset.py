@@ -9,7 +9,16 @@ import typer
 
 from runtimes.errors import ConfigError
 from runtimes.latents import LatentDataset
-from vae_export.cli.options import AsJson, Backend, Device, MemoryBudget, Tiling
+from vae_export.cli.options import (
+    AsJson,
+    Backend,
+    Device,
+    MemoryBudget,
+    Tiling,
+    typed_directory,
+    typed_name,
+    typed_path,
+)
 from vae_export.cli.printing import print_result, progress_bar, say
 from vae_export.dataset.encode import Storage
 from vae_export.dataset.exporters import export_latents
@@ -26,10 +35,16 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def encode_dataset_command(
     source: Annotated[
         str,
-        typer.Argument(help="A folder of images, .tar or .parquet files, or a datasets directory.", show_default=False),
+        typer.Argument(
+            help="A folder of images, .tar or .parquet files, or a datasets directory.",
+            show_default=False,
+            parser=typed_name,
+        ),
     ],
-    bundle: Annotated[Path, typer.Option("--bundle", help="The VAE.", show_default=False)],
-    out_dir: Annotated[Path, typer.Option("--out", help="A new directory, or that of the same job.")],
+    bundle: Annotated[Path, typer.Option("--bundle", help="The VAE.", show_default=False, parser=typed_path)],
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="A new directory, or that of the same job.", parser=typed_directory)
+    ],
     format: Annotated[
         Optional[str],
         typer.Option("--format", help="folder, webdataset, parquet or datasets. (default: what is there)"),
@@ -102,9 +117,13 @@ def encode_dataset_command(
 
 @dataset.command("export-latents")
 def export_latents_command(
-    latents: Annotated[Path, typer.Argument(help="A directory of encode-dataset.", show_default=False)],
+    latents: Annotated[
+        Path, typer.Argument(help="A directory of encode-dataset.", show_default=False, parser=typed_path)
+    ],
     to: Annotated[str, typer.Option("--to", help="sd-scripts, webdataset or parquet.", show_default=False)],
-    out_dir: Annotated[Path, typer.Option("--out", help="A new directory.", show_default=False)],
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="A new directory.", show_default=False, parser=typed_directory)
+    ],
     model: Annotated[
         Optional[str], typer.Option(help="Of sd-scripts: sd, sdxl, sd3 or flux.", show_default=False)
     ] = None,

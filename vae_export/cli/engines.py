@@ -10,7 +10,7 @@ import typer
 
 from runtimes.tensorrt.plan_cache import PlanCache
 from runtimes.tensorrt.profiles import DEFAULT, Profile, make_profile, parse_profile
-from vae_export.cli.options import AsJson, BundlePath, Overwrite
+from vae_export.cli.options import AsJson, BundlePath, Overwrite, typed_directory, typed_path
 from vae_export.cli.printing import cache_table, print_export, print_result, progress_bar, say
 from vae_export.targets.engines import rebuild_bundle
 from vae_export.triton import write_repository
@@ -69,7 +69,8 @@ def profiles_of(
 def rebuild(
     bundle: BundlePath,
     out_dir: Annotated[
-        Optional[Path], typer.Option("--out", help="The new bundle. (default: in the place of the old)")
+        Optional[Path],
+        typer.Option("--out", help="The new bundle. (default: in the place of the old)", parser=typed_directory),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -82,7 +83,9 @@ def rebuild(
 @engines.command()
 def triton(
     bundle: BundlePath,
-    out_dir: Annotated[Path, typer.Option("--out", help="The model repository.")] = Path("model_repository"),
+    out_dir: Annotated[Path, typer.Option("--out", help="The model repository.", parser=typed_directory)] = Path(
+        "model_repository"
+    ),
     instances: Annotated[int, typer.Option(help="Of each model, on each GPU.")] = 1,
     cpu: Annotated[bool, typer.Option("--cpu", help="Serve an ONNX bundle on the CPU.")] = False,
     max_batch: Annotated[
@@ -105,7 +108,12 @@ engines.add_typer(cache, name="cache")
 
 CacheDirectory = Annotated[
     Optional[Path],
-    typer.Option("--dir", help="Another cache than the default: what was given as cache_dir.", show_default=False),
+    typer.Option(
+        "--dir",
+        help="Another cache than the default: what was given as cache_dir.",
+        show_default=False,
+        parser=typed_path,
+    ),
 ]
 
 

@@ -15,11 +15,23 @@ import numpy as np
 import typer
 
 from runtimes import VaeRuntime, open_vae
-from runtimes.errors import ShapeError
-from runtimes.files import written_whole
-from runtimes.images import compare_side_by_side, crop_to_multiple, load_image, psnr, save_image
-from vae_export.cli.options import AsJson, Backend, BundlePath, Crop, Device, MemoryBudget, Pad, Tile, Tiling
-from vae_export.cli.printing import print_result, progress_bar, say
+from runtimes.errors import BundleError, ShapeError
+from runtimes.files import is_stream, written_whole
+from runtimes.images import compare_side_by_side, crop_to_multiple, load_image, picture_format, psnr, save_image
+from vae_export.cli.options import (
+    AsJson,
+    Backend,
+    BundlePath,
+    Crop,
+    Device,
+    MemoryBudget,
+    Pad,
+    Tile,
+    Tiling,
+    typed_output,
+    typed_path,
+)
+from vae_export.cli.printing import console_beside, print_result, progress_bar, say
 
 images = typer.Typer()
 
@@ -49,9 +61,14 @@ def _opened(
 @images.command()
 def roundtrip(
     bundle: BundlePath,
-    image: Annotated[Path, typer.Argument(help="A photograph.", show_default=False)],
+    image: Annotated[Path, typer.Argument(help="A photograph.", show_default=False, parser=typed_path)],
     out_file: Annotated[
-        Path, typer.Option("--out", help="The picture: original, reconstruction, difference x 8.")
+        Path,
+        typer.Option(
+            "--out",
+            help="The picture: original, reconstruction, difference x 8; - is standard output.",
+            parser=typed_output,
+        ),
     ] = Path("roundtrip.png"),
     crop: Crop = False,
     pad: Pad = False,
@@ -63,6 +80,8 @@ def roundtrip(
     as_json: AsJson = False,
 ) -> None:
     """Encode and decode an image, and picture what that does to it."""
+    console = console_beside(out_file, as_json)
+    picture_format(out_file)
     original = load_image(image)
     with _opened(bundle, device, backend, tiling, tile, memory_budget) as (vae, begin):
         if crop:
@@ -82,16 +101,20 @@ def roundtrip(
         },
         f"{image}: PSNR {decibels:.2f} dB through latents {shape}; picture in {out_file}",
         as_json,
+        console,
     )
 
 
 @images.command()
 def encode(
     bundle: BundlePath,
-    images: Annotated[list[Path], typer.Argument(help="Images, all of one size.", show_default=False)],
-    out_file: Annotated[Path, typer.Option("--out", help="Scaled latents, float32 [B, C, h, w].")] = Path(
-        "latents.npy"
-    ),
+    images: Annotated[
+        list[Path], typer.Argument(help="Images, all of one size.", show_default=False, parser=typed_path)
+    ],
+    out_file: Annotated[
+        Path,
+        typer.Option("--out", help="Scaled latents, float32 [B, C, h, w]; - is standard output.", parser=typed_output),
+    ] = Path("latents.npy"),
     seed: Annotated[
         Optional[int], typer.Option(min=0, help="Draw from the posterior with this seed instead of taking its mode.")
     ] = None,
@@ -104,6 +127,7 @@ def encode(
     backend: Backend = None,
 ) -> None:
     """Turn images into latents, scaled as a diffusion model takes them."""
+    console = console_beside(out_file)
     pixels = [load_image(image) for image in images]
     with _opened(bundle, device, backend, tiling, tile, memory_budget) as (vae, begin):
         if crop:
@@ -111,16 +135,23 @@ def encode(
         begin("Encoding")
         latents = vae.images_to_latents(pixels, None if seed is None else np.random.default_rng(seed), pad=pad)
     _save_latents(latents, out_file)
-    say(f"{len(images)} images -> latents {list(latents.shape)} in {out_file}")
+    say(f"{len(images)} images -> latents {list(latents.shape)} in {out_file}", console)
 
 
 @images.command()
 def decode(
     bundle: BundlePath,
-    latents: Annotated[Path, typer.Argument(help="Scaled latents, .npy [B, C, h, w].", show_default=False)],
-    out_file: Annotated[Path, typer.Option("--out", help="The image; for several, NAME-1.png, NAME-2.png, ...")] = Path(
-        "image.png"
-    ),
+    latents: Annotated[
+        Path, typer.Argument(help="Scaled latents, .npy [B, C, h, w].", show_default=False, parser=typed_path)
+    ],
+    out_file: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="The image; for several, NAME-1.png, NAME-2.png, ... One image can go to -, standard output.",
+            parser=typed_output,
+        ),
+    ] = Path("image.png"),
     size: Annotated[
         Optional[str], typer.Option(help="WIDTHxHEIGHT to keep, of an image that was encoded with --pad.")
     ] = None,
@@ -131,7 +162,11 @@ def decode(
     backend: Backend = None,
 ) -> None:
     """Turn scaled latents back into images."""
+    console = console_beside(out_file)
+    picture_format(out_file)
     array, kept = _load_latents(latents), None
+    if array.ndim and len(array) > 1 and is_stream(out_file):
+        raise BundleError(f"cannot write {out_file}: it takes one image, and these are {len(array)}; give a file name")
     if size is not None:
         match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
         if match is None:
@@ -143,7 +178,7 @@ def decode(
     for number, pixels in enumerate(decoded, start=1):
         path = out_file if len(decoded) == 1 else out_file.with_stem(f"{out_file.stem}-{number}")
         save_image(pixels, path)
-        say(f"{path} {pixels.shape[1]}x{pixels.shape[0]}")
+        say(f"{path} {pixels.shape[1]}x{pixels.shape[0]}", console)
 
 
 def _load_latents(path: Path) -> Any:

@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
 
 import typer
 
-BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False)]
+import vae_export
+from runtimes.files import STDOUT
+
+if TYPE_CHECKING:
+    from vae_export import AutoencoderKL
+
+# What is typed -> paths and names ---------------------------------------------------------------------------------
+
+
+def typed_name(text: str) -> str:
+    """A name or path, with a leading `~` expanded: shells do not in --model=~/vae, nor in files that hold commands."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty")
+    return os.path.expanduser(text)
+
+
+def typed_path(text: str | Path) -> Path:
+    """A file to read, or a directory. Typer hands over a default as well, which is a `Path`."""
+    return Path(typed_name(str(text)))
+
+
+def typed_output(text: str | Path) -> Path:
+    """A file to write; - is standard output."""
+    return STDOUT if str(text) == "-" else typed_path(text)
+
+
+def typed_directory(text: str | Path) -> Path:
+    """A directory to write."""
+    if str(text) == "-":
+        raise typer.BadParameter("a directory is written, which standard output cannot take; ./- is one of that name")
+    return typed_path(text)
+
+
+# Options ----------------------------------------------------------------------------------------------------------
+
+BundlePath = Annotated[Path, typer.Argument(help="A bundle directory.", show_default=False, parser=typed_path)]
 Device = Annotated[
     Optional[str],
     typer.Option(
@@ -16,20 +56,14 @@ Device = Annotated[
     ),
 ]
 Backend = Annotated[Optional[str], typer.Option(help="Another backend than the bundle's default.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
-Model = Annotated[
-    Optional[str],
-    typer.Option(
-        help="A diffusers directory, a Hub id, the URL of a file on the Hub, or a .safetensors file.",
-        show_default=False,
-    ),
-]
-Subfolder = Annotated[
-    Optional[str], typer.Option(help="Where in the directory or repository the VAE is: vae.", show_default=False)
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table, also for an error.")]
 Calibrate = Annotated[
     Optional[Path],
-    typer.Option(help="Photographs to measure activations on. (default: the embedded ones)", show_default=False),
+    typer.Option(
+        help="Photographs to measure activations on. (default: the embedded ones)",
+        show_default=False,
+        parser=typed_path,
+    ),
 ]
 Crop = Annotated[bool, typer.Option("--crop", help="Cut an image's sides to multiples of the VAE's factor.")]
 Pad = Annotated[
@@ -45,3 +79,101 @@ MemoryBudget = Annotated[
     Optional[str], typer.Option(help="Tile what does not fit this, as in 2GiB, in the largest tiles that do.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, in one step.")]
+
+
+# Which model ------------------------------------------------------------------------------------------------------
+
+_MODEL = "A diffusers directory, a Hub id, the URL of a file on the Hub, or a .safetensors file."
+_PANEL = "Model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """Which model a command is about and how to read it: the arguments of `load_model`."""
+
+    model: Annotated[
+        Optional[str], typer.Option(help=_MODEL, show_default=False, parser=typed_name, rich_help_panel=_PANEL)
+    ] = None
+    subfolder: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Where in the directory or repository the VAE is: vae.", show_default=False, rich_help_panel=_PANEL
+        ),
+    ] = None
+    variant: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Of the weights, as in fp16: diffusion_pytorch_model.VARIANT.safetensors.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    revision: Annotated[
+        Optional[str],
+        typer.Option(help="Branch, tag or commit on the Hub.", show_default=False, rich_help_panel=_PANEL),
+    ] = None
+    config: Annotated[
+        Optional[str],
+        typer.Option(
+            help="For a single file: its config.json, or a Hub id that has one.",
+            show_default=False,
+            parser=typed_name,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    scaling_factor: Annotated[
+        Optional[float],
+        typer.Option(help="Where the checkpoint does not say it.", show_default=False, rich_help_panel=_PANEL),
+    ] = None
+    shift_factor: Annotated[
+        Optional[float],
+        typer.Option(help="Where the checkpoint does not say it.", show_default=False, rich_help_panel=_PANEL),
+    ] = None
+
+    def load(self) -> AutoencoderKL:
+        """The model; the embedded one where none is named."""
+        self.refuse_without_model("subfolder", "variant", "revision", "config")
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        revision = given.pop("revision", None)
+        return vae_export.load_model(given.pop("model", None), hub=vae_export.Hub(revision=revision), **given)
+
+    def refuse_without_model(self, *names: str) -> None:
+        """Raise `BadParameter` where one of these options is given and no model that it could be about."""
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+        if self.model is None and given:
+            raise typer.BadParameter(f"{' and '.join(given)} without a model: name the one that is meant")
+
+
+def loads_model(*, positional: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command all options of `Loading` in the place of its parameter `loading`; `positional`: MODEL without --.
+
+    Typer reads a function's signature: this one is put together, so that every command has the same options.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(Loading, include_extras=True)
+        if positional:
+            argument = typer.Argument(help=_MODEL, show_default=False, parser=typed_name)
+            hints["model"] = Annotated[Optional[str], argument]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options = [
+            inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
+            for field in dataclasses.fields(Loading)
+        ]
+        parameters: list[inspect.Parameter] = []
+        own = get_type_hints(command, include_extras=True)
+        for name, parameter in inspect.signature(command).parameters.items():
+            replaced = parameter.replace(kind=keyword, annotation=own[name])
+            parameters.extend(options if name == "loading" else [replaced])
+
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> None:
+            loading = Loading(**{option.name: given.pop(option.name) for option in options})
+            command(loading=loading, **given)
+
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        del wrapper.__wrapped__  # get_type_hints would follow it
+        return wrapper
+
+    return decorate

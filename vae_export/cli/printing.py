@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from runtimes import BACKENDS, Bundle
-from runtimes.errors import NotInstalled
-from runtimes.files import written_whole
+from runtimes.errors import BundleError, NotInstalled, NumericsError
+from runtimes.files import check_writable, is_stdout, is_stream, written_whole
 from runtimes.manifest import Manifest
 from runtimes.names import FP16_LARGEST
 
@@ -33,9 +34,24 @@ out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def say(text: str, console: Console = out) -> None:
-    """Print one line, however narrow the terminal."""
-    console.print(printable(text), soft_wrap=True)
+def say(text: str, console: Console = out, *, first: str = "") -> None:
+    """Print one line, however narrow the terminal; what it begins with, `first`, is red."""
+    line = Text(printable(text))
+    line.stylize("bold red", 0, len(first))
+    console.print(line, soft_wrap=True)
+
+
+def console_beside(path: Path, as_json: bool = False) -> Console:
+    """Where the text of a command goes that writes data to `path`: not between the data.
+
+    Raises `BundleError` at once where `path` cannot be written, or takes the JSON's place.
+    """
+    check_writable(path)
+    if not is_stdout(path):
+        return out
+    if as_json:
+        raise BundleError("--json and --out - both write to standard output; give --out a file")
+    return err
 
 
 def printable(text: object) -> str:
@@ -43,21 +59,43 @@ def printable(text: object) -> str:
     return "".join(character if character.isprintable() else " " for character in str(text))
 
 
-def print_result(data: Any, table: Any, as_json: bool) -> None:
+def to_json(data: Any) -> str:
+    """JSON text; null for NaN and infinity, which JSON does not have."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def print_error(error: Exception, exit_code: int, message: str | None = None) -> None:
+    """An error as JSON; with the numbers of what failed, where it has some."""
+    record = {"class": type(error).__name__, "message": message or str(error), "exit_code": exit_code}
+    if isinstance(error, NumericsError) and error.measurements:
+        record["measurements"] = error.measurements
+    with suppress(OSError):  # standard output may be what fails
+        print(to_json({"error": record}))
+
+
+def print_result(data: Any, table: Any, as_json: bool, console: Console = out) -> None:
     """As JSON for programs, or as a table or line for people."""
     if as_json:
-        print(json.dumps(data, indent=2))
+        print(to_json(data))
     elif isinstance(table, str):
-        say(table)
+        say(table, console)
     else:
-        out.print(table)
+        console.print(table)
 
 
 def print_export(path: Path, bundle: Bundle, as_json: bool) -> None:
     """What was exported, and how far it is from the reference."""
     manifest = bundle.manifest
     if as_json:
-        print(json.dumps({"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}, indent=2))
+        print(to_json({"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}))
         return
     if "measurements" in manifest.validation:
         out.print(validation_table(manifest.validation["measurements"]))
@@ -100,6 +138,27 @@ def validation_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
             Text("ok", "green") if m["passed"] else Text("missed" if m["finite"] else "NaN", "red"),
         )
     return table
+
+
+def measurements_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
+    """The numbers of a `NumericsError`: comparisons with the reference, or rows of any other kind."""
+    if all("psnr_db" in row for row in measurements):
+        return validation_table(measurements)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Measured", title_justify="left")
+    names = list(dict.fromkeys(name for row in measurements for name in row))
+    for name in names:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in measurements:
+        table.add_row(*(_cell(row[name]) if name in row else "" for name in names))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)}: {printable(', '.join(map(str, value)))}" if value else "none"
+    return printable(value)
 
 
 def bundle_table(path: str, manifest: Manifest) -> Table:
@@ -212,8 +271,19 @@ def cache_table(directory: Path, plans: Sequence[CachedPlan]) -> Table:
     return table
 
 
-def plot_ranges(found: MeasuredRanges, path: Path) -> None:
-    """Activation maxima along the computation, before and after rescaling, with the end of fp16 drawn in."""
+def plot_format(path: Path) -> str:
+    """The format of the plot at `path`, for `plot_ranges`; `BundleError` for an extension that matplotlib lacks."""
+    formats = _pyplot().gcf().canvas.get_supported_filetypes()
+    _pyplot().close()
+    extension = path.suffix.lower().removeprefix(".")
+    if not extension and is_stream(path):
+        return "png"
+    if extension not in formats:
+        raise BundleError(f"cannot write {path}: the name's extension says the format; give .png, .svg or .pdf")
+    return extension
+
+
+def _pyplot() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -221,6 +291,12 @@ def plot_ranges(found: MeasuredRanges, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot_ranges(found: MeasuredRanges, path: Path, format: str) -> None:
+    """Activation maxima along the computation, before and after rescaling, with the end of fp16 drawn in."""
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(2, 1, figsize=(11, 7), sharey=True, layout="constrained")
     for side, axis in zip(("encoder", "decoder"), axes, strict=True):
         places = [place for place in found.before.largest if place.startswith(side)]
@@ -236,7 +312,7 @@ def plot_ranges(found: MeasuredRanges, path: Path) -> None:
     axes[0].legend(loc="lower right", fontsize=8)
     try:
         with written_whole(path) as partial:
-            figure.savefig(partial, dpi=110)
+            figure.savefig(partial, dpi=110, format=format)
     finally:
         pyplot.close(figure)
 

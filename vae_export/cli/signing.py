@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vae_export.cli.options import BundlePath
+from vae_export.cli.options import BundlePath, typed_path
 from vae_export.cli.printing import say
 from vae_export.signing import sign_bundle, verify_bundle
 
@@ -17,7 +17,9 @@ signing = typer.Typer()
 @signing.command()
 def sign(
     bundle: BundlePath,
-    key: Annotated[Path, typer.Option("--key", help="A private elliptic key, in PEM.", show_default=False)],
+    key: Annotated[
+        Path, typer.Option("--key", help="A private elliptic key, in PEM.", show_default=False, parser=typed_path)
+    ],
 ) -> None:
     """Sign a bundle: its files and its manifest, in model.sig."""
     say(f"{sign_bundle(bundle, key)} signs {bundle}")
@@ -26,7 +28,10 @@ def sign(
 @signing.command()
 def verify(
     bundle: BundlePath,
-    key: Annotated[Path, typer.Option("--key", help="The public key of who signed it, in PEM.", show_default=False)],
+    key: Annotated[
+        Path,
+        typer.Option("--key", help="The public key of who signed it, in PEM.", show_default=False, parser=typed_path),
+    ],
 ) -> None:
     """Check that a bundle is what the owner of a key signed, to the byte."""
     manifest = verify_bundle(bundle, key).manifest

@@ -11,18 +11,17 @@ A file is written under another name, flushed to the disk, and renamed: after a 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from runtimes.errors import BundleError, ConfigError, NotInstalled
+from runtimes.files import flush, leftovers, written_whole
 from runtimes.latents.dataset import (
     CONTRACT_FILE,
     ERRORS_FILE,
@@ -35,7 +34,7 @@ from runtimes.latents.dataset import (
 from runtimes.latents.shards import DTYPES, SCHEMA_VERSION, Array, Failure, Shard, open_shard
 
 _SHARD = re.compile(r"(\d{8,})\.safetensors")
-_PARTIAL = ".partial"
+_GO_ON = "run the same command again, it goes on"
 
 
 class Entry(NamedTuple):
@@ -94,7 +93,7 @@ def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with durably_written(path) as partial, partial.open("wb") as file:
+    with written_whole(path, advice=_GO_ON) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for *_, parts in tensors:
             for part in parts:
@@ -118,7 +117,7 @@ class LatentDirectory:
             raise BundleError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
         self._lock = _locked(path)
         try:
-            for leftover in (*path.glob(f".*{_PARTIAL}"), *(path / SHARDS).glob(f".*{_PARTIAL}")):
+            for leftover in (*leftovers(path), *leftovers(path / SHARDS)):
                 leftover.unlink(missing_ok=True)
             self._agree(contract)
         except BaseException:
@@ -127,8 +126,8 @@ class LatentDirectory:
 
     def _is_mine(self) -> bool:
         # The lock comes before the contract: a job may have been killed in between.
-        before = {SHARDS, ".lock", f".{CONTRACT_FILE}{_PARTIAL}"}
-        return (self.path / CONTRACT_FILE).exists() or {path.name for path in self.path.iterdir()} <= before
+        before = {self.path / SHARDS, self.path / ".lock", *leftovers(self.path, CONTRACT_FILE)}
+        return (self.path / CONTRACT_FILE).exists() or set(self.path.iterdir()) <= before
 
     def _agree(self, contract: Mapping[str, Any]) -> None:
         """Write the contract, or add to the one that is there how latents are encoded now."""
@@ -146,7 +145,7 @@ class LatentDirectory:
             contract["encoded_with"] = before + [each for each in now if each not in before]
             if contract["encoded_with"] == before:
                 return
-        with durably_written(self.path / CONTRACT_FILE) as partial:
+        with written_whole(self.path / CONTRACT_FILE, advice=_GO_ON) as partial:
             partial.write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
 
     def shard_path(self, number: int) -> Path:
@@ -169,7 +168,7 @@ class LatentDirectory:
     def remove(self, path: Path) -> None:
         if path.exists():
             path.unlink()
-            _flush(path.parent)
+            flush(path.parent)
 
     def write_index(self) -> int:
         """index.parquet and errors.parquet, of what is in the shards -> how many images are in errors.parquet."""
@@ -185,8 +184,8 @@ class LatentDirectory:
         errors = pyarrow.schema({"id": pyarrow.string(), "reason": pyarrow.string(), "sha256": pyarrow.binary(32)})
         count = 0
         with (
-            durably_written(self.path / INDEX_FILE) as partial_index,  # the last to take its name
-            durably_written(self.path / ERRORS_FILE) as partial_errors,
+            written_whole(self.path / INDEX_FILE, advice=_GO_ON) as partial_index,  # the last to take its name
+            written_whole(self.path / ERRORS_FILE, advice=_GO_ON) as partial_errors,
             pyarrow.parquet.ParquetWriter(partial_errors, errors) as to_errors,
             pyarrow.parquet.ParquetWriter(partial_index, index) as to_index,
         ):
@@ -218,23 +217,6 @@ class LatentDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextmanager
-def durably_written(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: it is flushed and takes the name when the block ends well."""
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
-    try:
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
-        _flush(path.parent)
-    except OSError as error:
-        advice = "; make room and run the same command again, it goes on" if error.errno == errno.ENOSPC else ""
-        raise BundleError(f"cannot write {path}: {error.strerror or error}{advice}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -269,11 +251,3 @@ def _locked(directory: Path) -> Any:
     except OSError as error:
         raise BundleError(f"cannot write to {directory}: {error.strerror}; choose another --out") from None
     return lock
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -44,6 +44,7 @@ class Source(NamedTuple):
     repo: str | None = None
     commit: str | None = None  #: 40 hex digits
     subfolder: str | None = None
+    absolute: str | None = None  #: of a local path, which another working directory would change
 
 
 class ResnetBlock(nn.Module):
