@@ -19,6 +19,7 @@ import numpy as np
 from runtimes.base import Array, GraphName, VaeRuntime, answer_in_kind, check_count
 from runtimes.bundle import GRAPHS, Bundle, HeldFile
 from runtimes.cancellation import cancellable
+from runtimes.cpus import thread_limit
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -54,7 +55,8 @@ class OpenVinoVae(VaeRuntime):
     place is an `IntegrityError` of that call.
 
     `device` is "cpu", "gpu", "gpu.N" or "npu"; where it is not there, that is `BackendUnavailable` and no fall-back.
-    `threads` bounds the threads of one call (default: one per core).
+    `threads` bounds the threads of one call (default: one per physical core, or the CPUs that this process may use
+    where those are fewer than the machine's).
     """
 
     backend = "openvino"
@@ -97,6 +99,8 @@ class OpenVinoVae(VaeRuntime):
             "INFERENCE_PRECISION_HINT": precision_hint(self._core, self._device, self.precision),
             "PERFORMANCE_HINT": "LATENCY",
         }
+        if threads is None and self._device == "CPU":
+            threads = thread_limit()
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         if cache_dir is not None:

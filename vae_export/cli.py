@@ -21,6 +21,7 @@ import typer
 from runtimes import Bundle
 from runtimes.bundle import ENGINE_TARGETS
 from runtimes.cancellation import cancel_calls
+from runtimes.cpus import available_cpus
 from runtimes.errors import BackendUnavailable, NumericsError, VaeError
 from vae_export import __version__
 from vae_export.cli_dataset import dataset
@@ -260,9 +261,12 @@ def doctor(as_json: AsJson = False) -> None:
 def _import_exporter() -> Any:
     """The exporting half of the program, which needs PyTorch; running bundles does not."""
     try:
+        import torch
+
         from vae_export import export
     except ModuleNotFoundError as error:
         raise BackendUnavailable(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'") from None
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))  # PyTorch does not know of quotas
     return export
 
 

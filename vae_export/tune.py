@@ -6,7 +6,6 @@ timed in turn, round after round, so that a slow minute of the machine hits all 
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ import numpy as np
 
 from runtimes import Bundle, VaeRuntime, open_vae
 from runtimes.bundle import ENGINE_TARGETS, Engine
+from runtimes.cpus import available_cpus
 from runtimes.errors import BackendUnavailable, ConfigError
 from runtimes.profiles import DEFAULT, Profile, make_profile
 from vae_export.bundle import check_output
@@ -101,7 +101,7 @@ def tune_bundle(
         winners = {graph: bench.winner(graph) for graph in ("encoder", "decoder")}
     record = {
         "name": "tuned",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {available_cpus()} cores",
         "size": [height, width],
         "winners": {graph: {"form": w.form._asdict(), "threads": w.threads} for graph, w in winners.items()},
         "trials": [trial.to_dict() for trial in bench.trials],
@@ -164,7 +164,7 @@ class _Bench:
             best = self._race("convolutions", graph, [(best.form._replace(convolutions=k), None) for k in kinds])
         if self._engine is not None:
             return best  # no threads to choose
-        cores = os.cpu_count() or 1
+        cores = available_cpus()
         counts = [None, *sorted({cores // 2, cores} - {0})] if cores > 1 else [None]
         return self._race("threads", graph, [(best.form, threads) for threads in counts])
 
