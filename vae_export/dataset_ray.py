@@ -20,21 +20,20 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from runtimes import Bundle
+from runtimes.cpus import available_cpus
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, VaeError
 from runtimes.latents import manifest_sha256
 from vae_export import __version__
 from vae_export.dataset_encode import BatchSize, Storage, batches, encode_batch
 from vae_export.dataset_images import Broken, Prepared, SizePolicy, Unchanged, prepare
+from vae_export.dataset_job import Opening, Reporter, ShardWork
 from vae_export.dataset_shards import LatentDirectory
 from vae_export.dataset_sources import Item, Source
-
-if TYPE_CHECKING:
-    from vae_export.dataset import Opening, Reporter, ShardWork
 
 TASK_CPUS = 0.25  #: of a task that prepares; an actor leaves as much of its cores, so that tasks find a place
 Row = dict[str, Any]
@@ -54,18 +53,18 @@ class RayCluster:
         except ModuleNotFoundError as error:
             raise BackendUnavailable(f"--ray needs {error.name}: pip install 'vae-export[ray]'") from None
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
-        cores = os.cpu_count() or 1
+        cores = available_cpus()
         if address == "local" and workers * (threads or 1) > cores:
             raise ConfigError(
-                f"{workers} runtimes of {threads or 1} cores each do not fit "
-                f"this machine, which has {cores}: fewer --ray-workers or --threads"
+                f"{workers} runtimes of {threads or 1} CPUs each do not fit "
+                f"the {cores} CPUs that this process may use: fewer --ray-workers or --threads"
             )
         self._ours = not self.ray.is_initialized()
         if not self._ours:
             return
         try:
             if address == "local":
-                self.ray.init(address="local", **quiet)
+                self.ray.init(address="local", num_cpus=cores, **quiet)
             else:
                 _check_reachable(address)
                 del quiet["include_dashboard"]
