@@ -25,7 +25,8 @@ from runtimes.errors import (
 from runtimes.plan_cache import MOST, TIMING, PlanCache
 from runtimes.posterior import array_module
 from runtimes.profiles import DEFAULT, Profile, checked, parse_profile
-from runtimes.tensorrt_builder import BuildJob, Progress, build_plan
+from runtimes.progress import Progress
+from runtimes.tensorrt_builder import BuildJob, build_plan
 from runtimes.tensorrt_execution import LoadedPlan, Settings, on_device
 from runtimes.tensorrt_flavours import Flavour, load_flavour, system
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError, VaeError
 from runtimes.onnx_scan import check_onnx
+from runtimes.progress import Progress
 from runtimes.tensorrt_flavours import Flavour, load_flavour
 
-Progress = Callable[[str, int, int], None]  #: (what is being done, steps done, steps in all)
 Shape = tuple[int, int, int, int]
 
 _PACKAGE_PARENT = Path(__file__).parents[1]

@@ -1,12 +1,12 @@
-"""The same job on a Ray cluster: `pip install 'vae-export[ray]'`.
+"""Encoding a dataset on a Ray cluster: `pip install 'vae-export[ray]'`.
 
     shard -> its images, prepared and grouped into batches (tasks)
           -> the batches' latents (a pool of actors, each with an opened bundle)
           -> here: the shard, written whole when all of its batches are back
 
-Batches are formed by the very code that forms them on one machine, so the shards are the same, however many workers
-there are. Ray Data holds back the tasks when the actors do not keep up, and does again what was lost with a worker or a
-node. Source and bundle must be at the same paths on all nodes; `out` on the one that runs the command alone.
+The code that forms batches is the same as on one machine, so the shards are the same, however many workers there are.
+Ray Data holds back tasks when the actors do not keep up, and repeats the work that was lost with a worker or a node.
+Source and bundle must be at the same paths on all nodes; `out` is needed only on the node that runs the command.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vae_export.dataset_job import Opening, Reporter, ShardWork
 from vae_export.dataset_shards import LatentDirectory
 from vae_export.dataset_sources import Item, Source
 
-TASK_CPUS = 0.25  #: of a task that prepares; an actor leaves as much of its cores, so that tasks find a place
+TASK_CPUS = 0.25  #: CPUs of a preparing task; each actor asks for that much less, which leaves room for the tasks
 Row = dict[str, Any]
 
 
@@ -43,8 +43,8 @@ class RayCluster:
     """A connection to Ray at an address, or, for "local", a cluster of this machine alone that ends with it."""
 
     def __init__(self, address: str, workers: int, threads: int | None) -> None:
-        """For `workers` runtimes of so many threads. `BackendUnavailable` where there is no such cluster, `ConfigError`
-        where this machine has too few cores for them."""
+        """Connect for `workers` runtimes of `threads` threads each. Raises `BackendUnavailable` where no cluster is
+        found, and `ConfigError` where "local" has too few CPUs for them."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray is going to have it
         try:
@@ -184,7 +184,7 @@ def _collect(
     report: Reporter,
 ) -> None:
     begun: dict[int, tuple[ShardWork, set[int]]] = {}
-    whole: dict[int, int] = {}  # how many parts a shard has, once that is known
+    whole: dict[int, int] = {}  # number of parts of a shard, as soon as it is known
     for row in rows:
         number, part = int(row["shard"]), int(row["part"])
         work, parts = begun.setdefault(number, None) or (work_of(number), set())  # type: ignore[arg-type]
@@ -221,7 +221,7 @@ def _row(number: int, part: int, work: Any) -> Row:
 
 
 def _as_vae_error(error: Any) -> VaeError:
-    """What was raised on a node, where that was one of ours; or what Ray says of it, in a line."""
+    """The `VaeError` that was raised on a node; for other errors, the last line of Ray's message."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, VaeError):

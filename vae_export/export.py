@@ -14,6 +14,7 @@ from runtimes import Bundle, open_vae
 from runtimes.bundle import ENGINE_TARGETS, GRAPHS, Engine, GraphSpec, Manifest
 from runtimes.errors import ConfigError
 from runtimes.profiles import checked
+from runtimes.progress import Progress
 from vae_export import __version__, flax_export, onnx_graphs, openvino_ir, tensorrt_engines
 from vae_export.bundle import check_output, write_bundle
 from vae_export.checkpoint import CONFIG_FILE, is_single_file, load_model
@@ -29,7 +30,6 @@ from vae_export.validate import (
     THRESHOLDS,
     Case,
     Measurement,
-    Progress,
     compare,
     opened_bundle,
     reference_cases,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtimes.errors import NumericsError
+from runtimes.progress import Progress
 from vae_export.model import AutoencoderKL
 from vae_export.photos import middle_of, photographs
 from vae_export.rewrite import use_portable_attention
-
-Progress = Callable[[str, int, int], None]
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LATENT_SIZES = ((16, 24), (32, 32))  #: statistics of the norms, and so activations, depend on the size

@@ -14,8 +14,9 @@ from runtimes.config import VaeConfig
 from runtimes.cuda import Cuda
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError
 from runtimes.profiles import DEFAULT, Profile
+from runtimes.progress import Progress
 from runtimes.tensorrt import job_of
-from runtimes.tensorrt_builder import Progress, build_plan, check_gpus
+from runtimes.tensorrt_builder import build_plan, check_gpus
 from runtimes.tensorrt_flavours import load_flavour, system
 from vae_export.bundle import check_output, write_bundle
 

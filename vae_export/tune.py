@@ -23,12 +23,12 @@ from runtimes.bundle import ENGINE_TARGETS, Engine
 from runtimes.cpus import available_cpus
 from runtimes.errors import BackendUnavailable, ConfigError
 from runtimes.profiles import DEFAULT, Profile, make_profile
+from runtimes.progress import Progress
 from vae_export.bundle import check_output
 from vae_export.export import DEFAULT_PRECISION, FORMS, check_choices, export_bundle
 from vae_export.model import AutoencoderKL
 from vae_export.rewrite import CONVOLUTIONS, LAST_BLOCKS, NORMS, UPSAMPLES, Form
 from vae_export.tensorrt_engines import plan_engine, present_gpu
-from vae_export.validate import Progress
 from vae_export.winograd import wide_convolutions
 
 NOISE = 0.02  #: a form that is faster by less than this is not preferred

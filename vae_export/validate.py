@@ -19,13 +19,13 @@ import torch
 from runtimes import VaeRuntime
 from runtimes.errors import NumericsError
 from runtimes.images import to_float, to_uint8
+from runtimes.progress import Progress
 from vae_export.model import AutoencoderKL
 from vae_export.photos import middle_of, photographs
 from vae_export.ranges import SimulatedHalf
 
 Array = npt.NDArray[Any]  #: float32, or uint8 where graphs take and give pixels
 Candidate = Callable[[str, Array], Array]  #: (graph, input) -> output, as the reference computes it in fp32
-Progress = Callable[[str, int, int], None]  #: (what is being done, steps done, steps in all)
 
 PHOTO = "photo"  #: how names of inputs begin that are photographs
 PHOTO_SIZE = (16, 24)  #: in latents; 128 x 192 pixels at f = 8
