@@ -148,7 +148,7 @@ def stages(folder: str, bundle: str, side: int, directory: Path) -> dict[str, An
     with LatentDirectory(directory / f"stages-{time.monotonic_ns()}", contract) as out, Plan(out.path, 2048) as plan:
         count = sum(1 for _ in source.items())
         with timed("listing and plan"):
-            plan.update(source.items())
+            plan.update(source)
         items = plan.items(0)
         count = len(items)
         with timed("read, decode, resize (one core)"):

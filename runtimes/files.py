@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import re
 import secrets
@@ -27,11 +28,13 @@ _MOST_LINKS = 40  # as Linux
 
 
 @contextmanager
-def written_whole(path: str | Path, *, advice: str = "try again") -> Iterator[Path]:
+def written_whole(path: str | Path, *, advice: str = "try again", unless_equal: bool = False) -> Iterator[Path]:
     """A temporary path to write to; what was written there takes the name `path` when the block ends well.
 
     Otherwise nothing stays behind, and what was at `path` before is still there. A symbolic link stays, and the file
     that it leads to is replaced. Pipes, terminals and character devices get the bytes when the block has ended.
+
+    With `unless_equal`, a file that holds the same bytes already stays as it is, with its date.
 
     Raises `BundleError` for a directory, a socket, a block device, and what cannot be written. `advice` is
     what to do after making room on a full disk.
@@ -39,7 +42,7 @@ def written_whole(path: str | Path, *, advice: str = "try again") -> Iterator[Pa
     path = Path(path)
     check_writable(path)
     try:
-        with _through(path) if is_stream(path) else _beside(path) as temporary:
+        with _through(path) if is_stream(path) else _beside(path, unless_equal) as temporary:
             yield temporary
     except OSError as error:
         full = f"; make room and {advice}" if error.errno == errno.ENOSPC else ""
@@ -104,13 +107,15 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def _beside(path: Path, unless_equal: bool) -> Iterator[Path]:
     """A new path in the directory of a regular file, which it replaces in one step."""
     target = Path(os.path.realpath(path))
     # The random part keeps two processes apart that write the same file: the later one wins.
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
     try:
         yield partial
+        if unless_equal and target.exists() and filecmp.cmp(partial, target, shallow=False):
+            return
         flush(partial)
         os.replace(partial, target)
     finally:

@@ -16,6 +16,7 @@ from runtimes.arrays import Array, answer_in_kind, array_module
 from runtimes.base import VaeRuntime
 from runtimes.bundle import Bundle
 from runtimes.cancellation import cancellable
+from runtimes.cpus import thread_limit
 from runtimes.edge import check_count
 from runtimes.errors import (
     BackendUnavailable,
@@ -54,8 +55,9 @@ class OnnxRuntimeVae(VaeRuntime):
     """An ONNX bundle in ONNX Runtime. Safe for threads: sessions keep no state between calls.
 
     `device` is "cpu", "cuda" or "cuda:N"; where its provider does not load, that is `BackendUnavailable` and no
-    fall-back. `threads` bounds the threads of one call (default: one per core). torch tensors on a GPU are read and
-    answered there.
+    fall-back. `threads` bounds the threads of one call (default: one per physical core, or the CPUs
+    that this process may use where those are fewer than the machine's). torch tensors on a GPU are read and answered
+    there.
 
     `allow_tf32` lets fp32 graphs be computed in TF32 on a GPU, with the 10 bits of mantissa of fp16: some 77 dB from
     the reference in place of 137, and many times faster (docs/speed.md). The manifest's numbers are not those of TF32.
@@ -79,7 +81,7 @@ class OnnxRuntimeVae(VaeRuntime):
         self._kind, self._index = _parse_device(device)
         if allow_tf32 and (self._kind, self.precision) != ("cuda", "fp32"):
             raise ConfigError(f"allow_tf32 is for fp32 bundles on cuda, not for {self.precision} on {device}")
-        self._threads = threads
+        self._threads = thread_limit() if threads is None else threads
         self._allow_tf32 = allow_tf32
         data = {graph: bundle.read(self.spec[graph].file) for graph in GRAPHS}  # all is sound before any is parsed
         self._sessions = {graph: self._open(graph, data.pop(graph)) for graph in GRAPHS}

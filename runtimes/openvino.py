@@ -21,6 +21,7 @@ from runtimes.arrays import Array, answer_in_kind
 from runtimes.base import VaeRuntime
 from runtimes.bundle import Bundle, HeldFile
 from runtimes.cancellation import cancellable
+from runtimes.cpus import thread_limit
 from runtimes.edge import check_count
 from runtimes.errors import (
     BackendUnavailable,
@@ -92,7 +93,8 @@ class OpenVinoVae(VaeRuntime):
     place is an `IntegrityError` of that call.
 
     `device` is "cpu", "gpu", "gpu.N" or "npu"; where it is not there, that is `BackendUnavailable` and no fall-back.
-    `threads` bounds the threads of one call (default: one per core).
+    `threads` bounds the threads of one call (default: one per physical core, or the CPUs that this process may use
+    where those are fewer than the machine's).
     """
 
     backend = "openvino"
@@ -135,6 +137,8 @@ class OpenVinoVae(VaeRuntime):
             "INFERENCE_PRECISION_HINT": precision_hint(self._core, self._device, self.precision),
             "PERFORMANCE_HINT": "LATENCY",
         }
+        if threads is None and self._device == "CPU":
+            threads = thread_limit()
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         if cache_dir is not None:

@@ -1,12 +1,15 @@
-"""Progress of long work: how it is reported."""
+"""How long work reports its progress: one protocol for both packages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-#: called with (what is being done, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
+from typing import Protocol
 
 
-def no_progress(what: str, done: int, total: int) -> None:
-    """Report to nobody."""
+class Progress(Protocol):
+    """Called with what is being done, the steps done, and the steps in all."""
+
+    def __call__(self, what: str, done: int, total: int, /) -> object: ...
+
+
+def no_progress(what: str, done: int, total: int, /) -> None:
+    """Ignore the report: the default wherever progress can be given."""

@@ -6,7 +6,6 @@ timed in turn, round after round, so that a slow minute of the machine hits all 
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtimes import Bundle, VaeRuntime, open_vae
+from runtimes.cpus import available_cpus
 from runtimes.errors import ConfigError
 from runtimes.names import GRAPHS, Graph
 from runtimes.progress import Progress, no_progress
@@ -103,7 +103,7 @@ def tune_bundle(
         winners = {graph: bench.winner(graph) for graph in GRAPHS}
     record = {
         "name": "tuned",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {available_cpus()} cores",
         "size": [height, width],
         "winners": {graph: {"form": w.form._asdict(), "threads": w.threads} for graph, w in winners.items()},
         "trials": [trial.to_dict() for trial in bench.trials],
@@ -163,7 +163,7 @@ class _Bench:
             best = self._race("convolutions", graph, _first(best.form._replace(convolutions=start.convolutions), forms))
         if not self._target.takes_threads:
             return best
-        cores = os.cpu_count() or 1
+        cores = available_cpus()
         counts = [None, *sorted({cores // 2, cores} - {0})] if cores > 1 else [None]
         return self._race("threads", graph, [(best.form, threads) for threads in counts])
 

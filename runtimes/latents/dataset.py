@@ -25,13 +25,28 @@ import numpy as np
 
 from runtimes.base import VaeRuntime
 from runtimes.bundle import Bundle
-from runtimes.errors import BundleError, CompatibilityError, ConfigError, IntegrityError, NotInstalled
-from runtimes.latents.shards import SCHEMA_VERSION, Array, Shard, from_stored, open_shard
+from runtimes.errors import (
+    BundleError,
+    CompatibilityError,
+    ConfigError,
+    IntegrityError,
+    NotInstalled,
+)
+from runtimes.latents.shards import SCHEMA_VERSION, Array, Shard, check_hash, from_stored, open_shard
 from runtimes.manifest import MANIFEST_FILE
 
-CONTRACT_FILE, INDEX_FILE, ERRORS_FILE, SHARDS = "contract.json", "index.parquet", "errors.parquet", "shards"
+CONTRACT_FILE, INDEX_FILE, SHARDS = "contract.json", "index.parquet", "shards"
+ERRORS_FILE, SKIPPED_FILE = "errors.parquet", "skipped.parquet"
 STORED = ("moments", "mean", "sample")
-_FIELDS = ("vae", "stored", "scaled", "dtype", "preprocessing", "affine")  #: of a contract, that are read here
+_FIELDS = (
+    "vae",
+    "stored",
+    "scaled",
+    "dtype",
+    "preprocessing",
+    "affine",
+    "sha256",
+)  #: of a contract, that are read here
 _PAIRS = ("original_size", "resized", "crop", "latent_size")
 
 
@@ -57,6 +72,10 @@ class LatentDataset:
     `contract` is what the contract says, `sizes` int32 [N, 2] the height and width of every entry's latents, and `ids`
     the ids in order, as a pyarrow array.
 
+    Latents are compared with their hash whenever they are read. With `verify`, each shard is also read as a whole and
+    compared with the hash of the file when the first of its entries is asked for. A process that reads in random order
+    then reads the whole dataset once, at the speed of SHA-256; `vae-export verify-latents` does that beforehand.
+
     Raises `BundleError` for a directory without finished latents, `IntegrityError` for files that are damaged.
     Threads may share it, and processes: it is pickled as its path.
     """
@@ -71,15 +90,17 @@ class LatentDataset:
         policy: str | None = None,
         size: tuple[int, int] | None = None,
         torch: bool = False,
+        verify: bool = False,
     ) -> None:
         self.path = Path(path)
+        self._verify = verify
         self.contract = read_contract(self.path)
         self._torch = torch
         if torch and "torch" not in sys.modules:
             raise ConfigError("torch=True, and torch is not imported: import torch before opening the latents")
         self._compare(vae, {"stored": stored, "scaled": scaled})
         self._compare_sizes(policy, size)
-        table = self._read_index()
+        table = read_index(self.path)
         self.ids = table.column("id").combine_chunks()
         columns = {name: table.column(name).to_numpy() for name in ("shard", "entry", "flipped")}
         self._shard, self._entry, self._flipped = columns["shard"], columns["entry"], columns["flipped"]
@@ -100,13 +121,18 @@ class LatentDataset:
             raise IndexError(f"entry {number} of {len(self)}")
         number %= len(self)
         stored = self._open(number).latents(int(self._entry[number]))
-        pairs = {name: tuple(self._pairs[name][number].tolist()) for name in _PAIRS if name != "latent_size"}
-        return Latent(
-            id=self.ids[number].as_py(), latents=self._given(stored), flipped=bool(self._flipped[number]), **pairs
-        )
+        return self._described(number)._replace(latents=self._given(stored))
 
     def __iter__(self) -> Iterator[Latent]:
         return (self[number] for number in range(len(self)))
+
+    def described(self) -> Iterator[Latent]:
+        """All entries in order with `latents=None`: what the index says of them, and no shard is read."""
+        return (self._described(number) for number in range(len(self)))
+
+    def _described(self, number: int) -> Latent:
+        pairs = {name: tuple(self._pairs[name][number].tolist()) for name in _PAIRS if name != "latent_size"}
+        return Latent(id=self.ids[number].as_py(), latents=None, flipped=bool(self._flipped[number]), **pairs)
 
     def find(self, id: str, *, flipped: bool = False) -> int:
         """The number of the entry with this id. `KeyError` where there is none."""
@@ -124,31 +150,22 @@ class LatentDataset:
         return self[self.find(id, flipped=flipped)]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self._torch)
+        return _reopen, (str(self.path), self._torch, self._verify)
 
     def __repr__(self) -> str:
         return f"<LatentDataset {self.path}, {len(self)} x {self.contract['stored']} {self.contract['dtype']}>"
 
     # Files ----------------------------------------------------------------------------------------------------------
 
-    def _read_index(self) -> Any:
-        path = self.path / INDEX_FILE
-        if not path.exists():
-            raise BundleError(
-                f"{self.path} has no {INDEX_FILE}: its job has not finished; run encode-dataset again, it goes on"
-            )
-        pyarrow = import_pyarrow()
-        try:
-            return pyarrow.parquet.read_table(path, memory_map=True)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise IntegrityError(f"{path} is not readable: {error}") from None
-
     def _open(self, number: int) -> Shard:
         """The shard that holds an entry; `IntegrityError` where it is not the one that the index was made of."""
         of_shard = int(self._shard[number])
         shard = self._shards.get(of_shard)
         if shard is None:
-            shard = self._shards[of_shard] = open_shard(self.path / SHARDS / shard_name(of_shard))
+            path = self.path / SHARDS / shard_name(of_shard)
+            if self._verify:
+                check_hash(path)
+            shard = self._shards[of_shard] = open_shard(path)
         entry = int(self._entry[number])
         if entry >= len(shard) or shard.sha256[entry].tobytes() != self._sha256[number].as_py():
             raise IntegrityError(f"{shard.path} was written anew since these latents were opened: open them again")
@@ -205,9 +222,60 @@ def read_contract(directory: Path) -> dict[str, Any]:
         raise IntegrityError(f"{directory / CONTRACT_FILE} is not a contract of latents: {error}") from None
     if schema != SCHEMA_VERSION:
         raise CompatibilityError(
-            f"{directory} has schema version {schema!r}, and this vae-export reads {SCHEMA_VERSION}"
+            f"{directory} has schema version {schema!r}, and this vae-export reads {SCHEMA_VERSION}: encode the images "
+            "again, into another directory"
+        )
+    if contract.pop("sha256") != contract_digest(contract):
+        raise IntegrityError(
+            f"{directory / CONTRACT_FILE} was changed since it was written: restore it from a copy, or encode the "
+            "images again, into another directory"
         )
     return dict(contract)
+
+
+def contract_digest(contract: Mapping[str, Any]) -> str:
+    """SHA-256 of a contract, which the file states as `sha256`."""
+    return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
+
+
+def read_index(directory: Path) -> Any:
+    """Read index.parquet of a directory of latents. `BundleError` where the job has not finished, `IntegrityError` for
+    a damaged file."""
+    path = directory / INDEX_FILE
+    if not path.exists():
+        raise BundleError(
+            f"{directory} has no {INDEX_FILE}: its job has not finished; run encode-dataset again, it goes on"
+        )
+    return read_parquet(path, index_schema())
+
+
+def index_schema() -> Any:
+    pyarrow = import_pyarrow()
+    pair = pyarrow.list_(pyarrow.int32(), 2)
+    return pyarrow.schema(
+        {
+            **{"id": pyarrow.string(), "flipped": pyarrow.bool_(), "shard": pyarrow.int32()},
+            **{"entry": pyarrow.int32(), "latent_size": pair, "original_size": pair, "resized": pair},
+            **{"crop": pair, "sha256": pyarrow.binary(32)},
+        }
+    )
+
+
+def errors_schema() -> Any:
+    pyarrow = import_pyarrow()
+    return pyarrow.schema({"id": pyarrow.string(), "reason": pyarrow.string(), "sha256": pyarrow.binary(32)})
+
+
+def read_parquet(path: Path, schema: Any) -> Any:
+    """Read a table, and compare its pages with their checksums. `IntegrityError` where it is damaged."""
+    pyarrow = import_pyarrow()
+    try:
+        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
+        if table.schema != schema:
+            raise ValueError("its columns are not those that were written")
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise IntegrityError(f"{path} is not readable: {error}; run the encode-dataset command again") from None
+    return table
 
 
 def shard_name(number: int) -> str:
@@ -251,7 +319,7 @@ def _pair(table: Any, name: str) -> Array:
     return np.asarray(flat, np.int32).reshape(-1, 2)
 
 
-def _reopen(path: str, torch: bool) -> LatentDataset:
+def _reopen(path: str, torch: bool, verify: bool) -> LatentDataset:
     if torch:
         importlib.import_module("torch")  # in a worker process of a DataLoader
-    return LatentDataset(path, torch=torch)
+    return LatentDataset(path, torch=torch, verify=verify)

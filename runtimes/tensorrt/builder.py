@@ -31,9 +31,9 @@ from runtimes.errors import (
 )
 from runtimes.files import written_whole
 from runtimes.onnx_scan import check_onnx
+from runtimes.progress import Progress, no_progress
 from runtimes.tensorrt.flavours import Flavour, load_flavour
 
-Progress = Callable[[str, int, int], None]  #: (what is being done, steps done, steps in all)
 Shape = tuple[int, int, int, int]
 
 _FAILURES = {
@@ -56,7 +56,7 @@ class BuildJob:
         return replace(self, timing_cache=str(path))
 
 
-def build_plan(onnx: bytes, job: BuildJob, what: str, progress: Progress = lambda *_: None) -> bytes:
+def build_plan(onnx: bytes, job: BuildJob, what: str, progress: Progress = no_progress) -> bytes:
     """Build a plan. `what` names the graph for messages, such as "decoder".
 
     Raises `IntegrityError` for a graph that reaches outside of itself (see `runtimes.onnx_scan`), `BackendUnavailable`

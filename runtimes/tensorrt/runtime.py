@@ -25,7 +25,8 @@ from runtimes.errors import (
 )
 from runtimes.manifest import Engine, GraphSpec
 from runtimes.names import GRAPHS, Graph
-from runtimes.tensorrt.builder import BuildJob, Progress, build_plan
+from runtimes.progress import Progress, no_progress
+from runtimes.tensorrt.builder import BuildJob, build_plan
 from runtimes.tensorrt.cuda import Cuda
 from runtimes.tensorrt.execution import LoadedPlan, Settings, on_device
 from runtimes.tensorrt.flavours import Flavour, load_flavour, system
@@ -71,7 +72,7 @@ class TensorRtVae(VaeRuntime):
         runtime_cache: str | Path | None = None,
         kernel_specialization: str | None = None,
         check_finite: bool = False,
-        progress: Progress = lambda *_: None,
+        progress: Progress = no_progress,
     ) -> None:
         super().__init__(bundle, check_finite=check_finite)
         for name, value in (("contexts", contexts), ("max_graphs", max_graphs), ("cache_bytes", cache_bytes)):

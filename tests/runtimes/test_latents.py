@@ -158,10 +158,10 @@ def test_a_job_that_has_not_finished_is_not_read(made, tmp_path):
 def test_contracts_that_cannot_be_read(made, tmp_path):
     out = shutil.copytree(made("float32"), tmp_path / "out")
     contract = json.loads((out / "contract.json").read_bytes())
-    (out / "contract.json").write_text(json.dumps(contract | {"schema_version": 2}))
-    with pytest.raises(CompatibilityError, match="schema version 2"):
+    (out / "contract.json").write_text(json.dumps(contract | {"schema_version": 1}))
+    with pytest.raises(CompatibilityError, match=r"schema version 1.*encode the images again"):
         LatentDataset(out)
-    for text in ("{", "[]", '{"schema_version": 1}'):
+    for text in ("{", "[]", '{"schema_version": 2}'):
         (out / "contract.json").write_text(text)
         with pytest.raises(IntegrityError, match="not a contract"):
             LatentDataset(out)

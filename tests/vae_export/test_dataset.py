@@ -143,7 +143,7 @@ def test_any_number_of_workers_writes_the_same(folder, tiny_bundle, uninterrupte
 
 def test_the_contract_says_what_the_latents_are(uninterrupted, tiny_bundle):
     contract = json.loads(uninterrupted["contract.json"])
-    assert contract["schema_version"] == 1 and contract["stored"] == "mean" and contract["scaled"] is True
+    assert contract["schema_version"] == 2 and contract["stored"] == "mean" and contract["scaled"] is True
     assert contract["affine"] == {"multiply": [0.5] * 4, "add": [0.1] * 4}
     assert contract["preprocessing"]["sizes"] == [list(size) for size in BUCKETS]
     assert {"numpy", "pillow", "onnxruntime"} <= contract["encoded_with"][0]["packages"].keys()

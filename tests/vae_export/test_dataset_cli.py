@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from dataset_samples import make_folder
+from dataset_samples import encode, image_bytes, make_folder
 from typer.testing import CliRunner
 
 from runtimes import ConfigError
@@ -60,3 +60,18 @@ def test_wrong_usage_is_said_in_a_line(options, said, tiny_bundle, tmp_path):
     done = run("encode-dataset", folder, "--bundle", tiny_bundle, "--out", tmp_path / "out", *options)
     assert isinstance(done.exception, ConfigError) and said in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_clashes_of_names_for_sd_scripts_are_skipped_or_renamed_and_each_is_said(tiny_bundle, tmp_path):
+    (tmp_path / "images").mkdir()
+    for suffix, format in (("jpg", "JPEG"), ("png", "PNG")):
+        (tmp_path / "images" / f"a.{suffix}").write_bytes(image_bytes(0, format=format))
+    encode(tmp_path / "images", tiny_bundle, tmp_path / "latents")
+    export = ["export-latents", tmp_path / "latents", "--to", "sd-scripts", "--model", "sd", "--out"]
+    assert "a.jpg and a.png" in str(run(*export, tmp_path / "refused").exception)
+    done = run(*export, tmp_path / "skip", "--skip-clashes")
+    assert "skipped a.png" in done.stderr and "1 latents for sd-scripts" in done.stdout
+    done = run(*export, tmp_path / "suffix", "--suffix-clashes")
+    assert "rename a.png to a-png.png" in done.stderr and "2 latents for sd-scripts" in done.stdout
+    both = run(*export, tmp_path / "both", "--skip-clashes", "--suffix-clashes").exception
+    assert isinstance(both, ConfigError) and "not both" in str(both)

@@ -72,15 +72,57 @@ def test_of_moments_sd_scripts_gets_the_mean(folder, onnx_bundle, tmp_path, vae)
         np.testing.assert_allclose(found["latents_5x6"], expected, atol=ROUNDING)
 
 
-def test_two_images_that_would_be_one_file_are_refused(onnx_bundle, tmp_path):
-    (tmp_path / "images").mkdir()
-    for suffix in ("png", "jpg"):
-        format = {"png": "PNG", "jpg": "JPEG"}[suffix]
-        (tmp_path / "images" / f"a.{suffix}").write_bytes(image_bytes(0, format=format))
-    encode(tmp_path / "images", onnx_bundle, tmp_path / "latents")
-    with pytest.raises(ConfigError, match=r"'a\.png' and another image"):
-        export_latents(LatentDataset(tmp_path / "latents"), tmp_path / "out", "sd-scripts", model="sd")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "latents"]
+@pytest.fixture(scope="module")
+def clashing(onnx_bundle, tmp_path_factory):
+    """Latents of images of which some differ in their suffix alone, and of their mirror images."""
+    place = tmp_path_factory.mktemp("clashing")
+    (place / "images").mkdir()
+    names = ("a.jpg", "a.png", "a.webp", "a-png.jpg", "b.jpg", "b.png", "c.png")
+    for number, name in enumerate(names):
+        format = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[name.partition(".")[2]]
+        (place / "images" / name).write_bytes(image_bytes(number, (48, 40), format))
+    (place / "images" / "c.jpg").write_bytes(image_bytes(9, (64, 40), "JPEG"))  # of another size: no clash
+    encode(place / "images", onnx_bundle, place / "latents", storage={"flips": True})
+    return LatentDataset(place / "latents")
+
+
+def latents_in(path):
+    with np.load(path) as found:
+        return found["latents"], found["latents_flipped"]
+
+
+def test_names_that_clash_are_refused_and_all_listed(clashing, tmp_path):
+    with pytest.raises(ConfigError, match=r"here 2 times: a\.jpg and a\.png and a\.webp; b\.jpg and b\.png\. --skip"):
+        export_latents(clashing, tmp_path / "out", "sd-scripts", model="sd")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_names_that_clash_the_first_is_exported_on_request(clashing, tmp_path):
+    done = export_latents(clashing, tmp_path / "out", "sd-scripts", model="sdxl", clashes="skip")
+    assert (done.entries, done.skipped, done.renamed) == (10, ("a.png", "a.webp", "b.png"), ())
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"{stem}_0048x0040_sdxl.npz" for stem in ("a", "a-png", "b", "c")} | {"c_0064x0040_sdxl.npz"}
+    first = latents_in(tmp_path / "out" / "a_0048x0040_sdxl.npz")[0]
+    np.testing.assert_allclose((first - 0.1) * 0.5, clashing.by_id("a.jpg").latents, atol=ROUNDING)
+
+
+def test_of_names_that_clash_the_others_get_their_suffix_on_request(clashing, tmp_path):
+    """No name is given twice, also where one of the new names is that of an image."""
+    done = export_latents(clashing, tmp_path / "out", "sd-scripts", model="sdxl", clashes="suffix")
+    assert done.entries == len(clashing) and done.skipped == ()
+    assert done.renamed == (("a.png", "a-png-2"), ("a.webp", "a-webp"), ("b.png", "b-png"))
+    assert len(list((tmp_path / "out").iterdir())) == 8
+    for id, stem in (("a.jpg", "a"), ("a-png.jpg", "a-png"), *done.renamed):
+        for flipped, found in enumerate(latents_in(tmp_path / "out" / f"{stem}_0048x0040_sdxl.npz")):
+            expected = clashing.by_id(id, flipped=bool(flipped)).latents
+            np.testing.assert_allclose((found - 0.1) * 0.5, expected, atol=ROUNDING)
+
+
+def test_what_to_do_about_clashes_is_checked(clashing, tmp_path):
+    with pytest.raises(ConfigError, match="'merge'; known are refuse, skip, suffix"):
+        export_latents(clashing, tmp_path / "out", "sd-scripts", model="sd", clashes="merge")
+    with pytest.raises(ConfigError, match="sd-scripts alone, not for parquet"):
+        export_latents(clashing, tmp_path / "out", "parquet", clashes="skip")
 
 
 def test_webdataset(latents, tmp_path):

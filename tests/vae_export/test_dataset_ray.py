@@ -101,6 +101,6 @@ def test_no_cluster_is_said_in_a_line(folder, tiny_bundle, tmp_path):
         encode(folder, tiny_bundle, tmp_path / "out", ray="127.0.0.1:9")
 
 
-def test_more_cores_than_there_are_are_refused(folder, tiny_bundle, tmp_path):
-    with pytest.raises(ConfigError, match=r"1000 runtimes of 1 cores.*has \d+"):
+def test_more_runtimes_than_there_are_cpus_are_refused(folder, tiny_bundle, tmp_path):
+    with pytest.raises(ConfigError, match=r"1000 runtimes of 1 CPUs.*the \d+ CPUs that this process may use"):
         encode(folder, tiny_bundle, tmp_path / "out", ray="local", ray_workers=1000)

@@ -1,7 +1,8 @@
-"""Commands for whole datasets: encode-dataset, export-latents."""
+"""Commands for whole datasets: encode-dataset, verify-latents, export-latents."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -19,12 +20,13 @@ from vae_export.cli.options import (
     typed_name,
     typed_path,
 )
-from vae_export.cli.printing import print_result, progress_bar, say
+from vae_export.cli.printing import err, print_result, progress_bar, say
 from vae_export.dataset.encode import Storage
 from vae_export.dataset.exporters import export_latents
 from vae_export.dataset.images import parse_sizes
 from vae_export.dataset.job import Opening, encode_dataset
 from vae_export.dataset.sources import open_source
+from vae_export.dataset.verify import verify_latents
 
 dataset = typer.Typer()
 
@@ -49,16 +51,18 @@ def encode_dataset_command(
         Optional[str],
         typer.Option("--format", help="folder, webdataset, parquet or datasets. (default: what is there)"),
     ] = None,
-    policy: Annotated[str, typer.Option(help="Of sizes: none, center-crop or buckets.")] = "none",
-    size: Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT of center-crop.", show_default=False)] = None,
+    policy: Annotated[str, typer.Option(help="What to do about sizes: none, center-crop or buckets.")] = "none",
+    size: Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT for center-crop.", show_default=False)] = None,
     buckets: Annotated[str, typer.Option(help="sdxl, or WIDTHxHEIGHT,WIDTHxHEIGHT,...")] = "sdxl",
-    stored: Annotated[str, typer.Option("--store", help="Of the posterior: moments, mean or sample.")] = "mean",
+    stored: Annotated[
+        str, typer.Option("--store", help="What to store of the posterior: moments, mean or sample.")
+    ] = "mean",
     unscaled: Annotated[
         bool, typer.Option("--unscaled", help="Raw latents, not as a diffusion model takes them.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp16",
-    flips: Annotated[bool, typer.Option("--flips", help="The mirror image of every image as well.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of samples; each image draws by its content.")] = 0,
+    flips: Annotated[bool, typer.Option("--flips", help="Encode the mirror image of every image as well.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of samples; each image adds the hash of its content.")] = 0,
     batch: Annotated[
         Optional[int],
         typer.Option(
@@ -66,25 +70,31 @@ def encode_dataset_command(
             help="Images of one size that are encoded at once. (default: 8, on a CPU as many as have 256x256 pixels)",
         ),
     ] = None,
-    shard_images: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 2048,
+    shard_images: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 2048,
     workers: Annotated[
-        Optional[int], typer.Option(min=0, help="Processes that decode. (default: one for each core)")
+        Optional[int], typer.Option(min=0, help="Processes that decode. (default: one for each CPU that may be used)")
     ] = None,
-    image_column: Annotated[Optional[str], typer.Option(help="Of tables, where several could be meant.")] = None,
-    id_column: Annotated[Optional[str], typer.Option(help="Of tables, in place of FILE:ROW.")] = None,
+    image_column: Annotated[
+        Optional[str], typer.Option(help="The column of a table that holds the images, if several could.")
+    ] = None,
+    id_column: Annotated[
+        Optional[str], typer.Option(help="The column of a table that holds ids. (default: FILE:ROW)")
+    ] = None,
     ray: Annotated[
         Optional[str], typer.Option(help="Work on this Ray cluster: its address, auto, or local.", show_default=False)
     ] = None,
-    ray_workers: Annotated[int, typer.Option(min=1, help="Runtimes on the cluster.")] = 1,
-    ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each.")] = 0,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Of a call on the CPU.", show_default=False)] = None,
+    ray_workers: Annotated[int, typer.Option(min=1, help="Number of runtimes on the Ray cluster.")] = 1,
+    ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs for each runtime on the Ray cluster.")] = 0,
+    threads: Annotated[
+        Optional[int], typer.Option(min=1, help="Threads of one call on the CPU.", show_default=False)
+    ] = None,
     tiling: Tiling = None,
     memory_budget: MemoryBudget = None,
     device: Device = None,
     backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn all images of a dataset into latents. Run again, it does what is left, or what has changed."""
+    """Turn all images of a dataset into latents. Run again, it encodes what is missing, changed or damaged."""
     if (policy == "center-crop") != (size is not None):
         raise ConfigError("--size WIDTHxHEIGHT goes with --policy center-crop")
     if dtype not in DTYPES:
@@ -110,7 +120,24 @@ def encode_dataset_command(
     print_result(
         {"latents": str(out_dir), **found},
         f"{out_dir}: {summary.images:,} images, {summary.encoded:,} encoded at {found['images_per_second']:.1f} "
-        f"images/s, {summary.unchanged:,} unchanged, {summary.removed:,} removed, {summary.failed:,} in errors.parquet",
+        f"images/s, {summary.unchanged:,} unchanged, {summary.removed:,} removed, "
+        f"{summary.failed:,} in errors.parquet, {summary.skipped:,} other files in skipped.parquet"
+        + (f"; {summary.shards_damaged:,} damaged shards made anew" if summary.shards_damaged else ""),
+        as_json,
+    )
+
+
+@dataset.command("verify-latents")
+def verify_latents_command(
+    latents: Annotated[Path, typer.Argument(help="A directory of encode-dataset.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Read a directory of latents as a whole and compare every file with its hash."""
+    with progress_bar() as progress:
+        found = verify_latents(latents, progress)
+    print_result(
+        {"latents": str(latents), **found.to_dict()},
+        f"{latents}: sound, {found.shards:,} shards with {found.entries:,} latents, {found.bytes / 1e6:,.1f} MB",
         as_json,
     )
 
@@ -125,10 +152,24 @@ def export_latents_command(
         Path, typer.Option("--out", help="A new directory.", show_default=False, parser=typed_directory)
     ],
     model: Annotated[
-        Optional[str], typer.Option(help="Of sd-scripts: sd, sdxl, sd3 or flux.", show_default=False)
+        Optional[str], typer.Option(help="Model that sd-scripts trains: sd, sdxl, sd3 or flux.", show_default=False)
     ] = None,
+    skip_clashes: Annotated[
+        bool,
+        typer.Option("--skip-clashes", help="Of images whose files would have one name, export the first."),
+    ] = False,
+    suffix_clashes: Annotated[
+        bool, typer.Option("--suffix-clashes", help="Export the others as NAME-SUFFIX; rename their images likewise.")
+    ] = False,
 ) -> None:
     """Write stored latents in a format that trainers read."""
+    if skip_clashes and suffix_clashes:
+        raise ConfigError("give --skip-clashes or --suffix-clashes, not both")
+    clashes = "skip" if skip_clashes else "suffix" if suffix_clashes else "refuse"
     with progress_bar() as progress:
-        count = export_latents(LatentDataset(latents), out_dir, to, model=model, progress=progress)
-    say(f"{out_dir}: {count:,} latents for {to}")
+        done = export_latents(LatentDataset(latents), out_dir, to, model=model, clashes=clashes, progress=progress)
+    for id in done.skipped:
+        say(f"skipped {id}: sd-scripts would take the latents of another image for it; keep it out of training", err)
+    for id, new in done.renamed:
+        say(f"rename {id} to {new}{os.path.splitext(id)[1]}: sd-scripts looks for that name", err)
+    say(f"{out_dir}: {done.entries:,} latents for {to}")

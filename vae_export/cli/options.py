@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
 
 import typer
 
 import vae_export
+from runtimes.cpus import available_cpus
 from runtimes.files import STDOUT
 
 if TYPE_CHECKING:
@@ -133,6 +136,7 @@ class Loading:
     def load(self) -> AutoencoderKL:
         """The model; the embedded one where none is named."""
         self.refuse_without_model("subfolder", "variant", "revision", "config")
+        limit_torch_threads()
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         revision = given.pop("revision", None)
         return vae_export.load_model(given.pop("model", None), hub=vae_export.Hub(revision=revision), **given)
@@ -142,6 +146,13 @@ class Loading:
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
         if self.model is None and given:
             raise typer.BadParameter(f"{' and '.join(given)} without a model: name the one that is meant")
+
+
+def limit_torch_threads() -> None:
+    """Let PyTorch use no more threads than this process may: its own default is the number of cores it may run on."""
+    with suppress(ModuleNotFoundError):  # what needs PyTorch says so
+        torch = importlib.import_module("torch")
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 def loads_model(*, positional: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -1,7 +1,7 @@
-"""From prepared images to stored latents: batches of one size, the posterior as it is wanted, memory that runs out.
+"""From prepared images to stored latents: form batches of one size, encode, store what is wanted of the posterior.
 
-Which images are encoded together follows from the images and their order alone, never from the time at which they come:
-the same shard comes out on any machine with the same backend, with any number of workers.
+Batches depend on the images and their order alone, never on timing. So the same backend writes the same shard on any
+machine with any number of workers.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from runtimes.posterior import DiagonalGaussianDistribution
 from vae_export.dataset.images import Broken, Prepared
 from vae_export.dataset.sources import Item
 
-MOST_WAITING = 64 << 20  #: pixels that wait for others of their size
-MOST_AT_ONCE = 8  #: images of a batch, unless it is said otherwise
-CACHED = 256 * 256  #: pixels that are encoded at a time on a CPU, whose caches hold no more
+MOST_WAITING = 64 << 20  #: pixels of images that wait until a batch of their size is full
+MOST_AT_ONCE = 8  #: images in a batch by default
+CACHED = 256 * 256  #: pixels in a batch on a CPU by default: larger batches exceed its caches and are slower
 Found = tuple[Item, Prepared]
 Batch = list[Found]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What is stored of a posterior.
+    """What to store of each posterior.
 
-    `stored` is "moments", "mean" or "sample"; `scaled`, whether as a diffusion model takes it. `dtype` is float32,
-    float16 or bfloat16. With `flips` the mirror image of every image is an entry, too. `seed` is that of samples.
+    `stored` is "moments", "mean" or "sample"; `scaled` says whether latents are scaled as a diffusion model takes them.
+    `dtype` is float32, float16 or bfloat16. With `flips` the mirror image of every image is an entry too. `seed` is the
+    seed of samples.
     """
 
     stored: str = "mean"
@@ -45,7 +46,7 @@ class Storage:
     seed: int = 0
 
     def check(self, latent_space: LatentSpace) -> None:
-        """`ConfigError` for what is unknown, or cannot be had of this VAE."""
+        """Raise `ConfigError` for unknown values, or for what this VAE cannot give."""
         if self.stored not in STORED:
             raise ConfigError(f"stored {self.stored!r}; known are {', '.join(STORED)}")
         if self.dtype not in DTYPES:
@@ -63,19 +64,20 @@ class Storage:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """How many images are encoded at once: `most`, and no more than have `pixels` together, but one at least."""
+    """Limits of a batch: `most` images, and `pixels` in all of them together. One image is always allowed."""
 
     most: int
     pixels: int | None = None
 
     def of(self, height: int, width: int) -> int:
+        """Number of images of this size in a full batch."""
         return self.most if self.pixels is None else max(1, min(self.most, self.pixels // (height * width)))
 
 
 def batches(found: Iterable[Found], size: BatchSize) -> Iterator[Batch]:
-    """Images in groups of one size each, as many as `size` says where there are as many.
+    """Group images by size into full batches, and the rest into smaller ones at the end.
 
-    No more than MOST_WAITING pixels wait: beyond that goes the group that has waited the longest, full or not.
+    At most MOST_WAITING pixels wait: beyond that, the batch that was begun first is yielded before it is full.
     """
     waiting: dict[tuple[int, ...], Batch] = {}
     pixels = 0
@@ -93,9 +95,8 @@ def batches(found: Iterable[Found], size: BatchSize) -> Iterator[Batch]:
 
 
 def encode_batch(vae: VaeRuntime, images: Sequence[Prepared], storage: Storage) -> list[list[Array] | Broken]:
-    """For each image its latents as stored, [C, h, w], and with flips those of its mirror image; or why there are none.
-
-    Where memory runs out for them together, they go in halves.
+    """Encode a batch. The result for an image is its latents as stored, [C, h, w], and with flips those of its mirror
+    image; or the reason why there are none. If memory runs out, the batch is halved until it fits.
     """
     results: list[list[Array] | Broken] = [[] for _ in images]
     for flipped in (False, True) if storage.flips else (False,):
@@ -113,13 +114,13 @@ def encode_batch(vae: VaeRuntime, images: Sequence[Prepared], storage: Storage) 
 
 
 def _moments(vae: VaeRuntime, images: Sequence[Prepared], flipped: bool) -> list[Array | Broken]:
-    """float32 [2C, h, w] for each image, or why there are none."""
+    """Mean and logvar of each image, float32 [2C, h, w], or why there are none."""
     takes_pixels = vae.spec["encoder"].input.dtype == "uint8"
     try:
         pixels = np.stack([image.pixels[:, ::-1] if flipped else image.pixels for image in images])
         return list(on_host(vae.encode(pixels if takes_pixels else to_float(pixels))[0].parameters).astype(np.float32))
     except (OutOfMemoryError, MemoryError, ShapeError) as error:
-        # ShapeError: the batch may be larger than the bundle's profiles, where it has any.
+        # ShapeError: the batch may be larger than the profiles of a TensorRT bundle allow.
         if len(images) > 1:
             half = len(images) // 2
             return _moments(vae, images[:half], flipped) + _moments(vae, images[half:], flipped)
@@ -132,7 +133,7 @@ def _stored(vae: VaeRuntime, moments: Array, image: Prepared, flipped: bool, sto
     values: Any = moments
     if storage.stored != "moments":
         posterior = DiagonalGaussianDistribution(moments[None])
-        # One generator for each image, of its content: no matter in which batch, shard or order it is.
+        # One generator for each image, seeded by its content: batch, shard and order do not matter.
         key = [storage.seed, int(flipped), int.from_bytes(image.sha256, "big")]
         values = (posterior.mode() if storage.stored == "mean" else posterior.sample([np.random.default_rng(key)]))[0]
         if storage.scaled:

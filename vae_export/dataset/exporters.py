@@ -8,8 +8,10 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,8 @@ import numpy as np
 from runtimes.errors import BundleError, ConfigError
 from runtimes.latents.dataset import Latent, LatentDataset, import_pyarrow
 from runtimes.latents.shards import Array
+from runtimes.progress import Progress, no_progress
 
-Progress = Callable[[str, int, int], None]
 #: model -> (suffix of the file, whether latents are scaled there, whether keys carry the size of the latents)
 SD_SCRIPTS = {
     "sd": ("_sd.npz", False, False),
@@ -27,7 +29,26 @@ SD_SCRIPTS = {
     "flux": ("_flux.npz", True, True),
 }
 FORMATS = ("sd-scripts", "webdataset", "parquet")
+CLASHES = ("refuse", "skip", "suffix")
 PER_FILE = 10_000  #: entries of a tar or parquet file
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote. Without clashes both tuples are empty."""
+
+    entries: int
+    skipped: tuple[str, ...] = ()  #: ids that were left out
+    renamed: tuple[tuple[str, str], ...] = ()  #: (id, the image's new path without suffix)
+
+
+@dataclass(frozen=True)
+class Names:
+    """id -> the path of its image without suffix, for sd-scripts; and what was done about clashes."""
+
+    stems: dict[str, str]
+    skipped: tuple[str, ...]
+    renamed: tuple[tuple[str, str], ...]
 
 
 def export_latents(
@@ -36,39 +57,94 @@ def export_latents(
     to: str,
     *,
     model: str | None = None,
-    progress: Progress = lambda what, done, total: None,
-) -> int:
-    """Write all latents into the new directory `out`, whole or not at all -> how many entries.
+    clashes: str = "refuse",
+    progress: Progress = no_progress,
+) -> Exported:
+    """Write all latents into the new directory `out`, whole or not at all.
 
-    `to` is one of FORMATS; sd-scripts needs the `model`, one of SD_SCRIPTS: that decides the names of the files, and
-    whether their latents are scaled; of moments it takes the mean. Raises `ConfigError` for anything else.
+    `to` is one of FORMATS; sd-scripts needs the `model`, one of SD_SCRIPTS: it decides the names of the files, and
+    whether their latents are scaled; of moments sd-scripts gets the mean.
+
+    sd-scripts names a cache by the path and size of its image, without the image's suffix, so a.jpg and a.png of one
+    size clash. `clashes` says what to do: "refuse" raises `ConfigError` that lists them; "skip" writes the first in the
+    order of the dataset and leaves the others out; "suffix" adds their suffix to the names of the others: a-png for
+    a.png. Images that were left out or renamed here must be removed or renamed where sd-scripts trains, since it would
+    take the first image's latents for them.
+
+    Raises `ConfigError` for anything else.
     """
-    writers = {"sd-scripts": _to_sd_scripts, "webdataset": _to_webdataset, "parquet": _to_parquet}
-    if to not in writers:
+    if to not in FORMATS:
         raise ConfigError(f"no format {to!r} to export to; known are {', '.join(FORMATS)}")
     if (to == "sd-scripts") != (model is not None) or (model is not None and model not in SD_SCRIPTS):
         raise ConfigError(f"--model goes with sd-scripts, and is one of {', '.join(SD_SCRIPTS)}; it is {model}")
+    if clashes not in CLASHES:
+        raise ConfigError(f"clashes {clashes!r}; known are {', '.join(CLASHES)}")
+    if clashes != "refuse" and to != "sd-scripts":
+        raise ConfigError(f"clashes of names arise for sd-scripts alone, not for {to}")
+    names = Names({}, (), ()) if model is None else _sd_scripts_names(dataset, clashes)
     with _new_directory(Path(out)) as directory:
-        for done in writers[to](dataset, directory, model):
+        if model is not None:
+            steps = _to_sd_scripts(dataset, directory, model, names)
+        else:
+            steps = (_to_webdataset if to == "webdataset" else _to_parquet)(dataset, directory)
+        for done in steps:
             progress(f"Exporting to {to}", done, len(dataset))
-    return len(dataset)
+    left_out = set(names.skipped)
+    written = sum(entry.id not in left_out for entry in dataset.described()) if left_out else len(dataset)
+    return Exported(written, names.skipped, names.renamed)
 
 
-def _to_sd_scripts(dataset: LatentDataset, directory: Path, model: str | None) -> Iterator[int]:
-    """NAME_WIDTHxHEIGHT_sdxl.npz beside where the image NAME.jpg would be, with what sd-scripts caches itself.
+def _sd_scripts_names(dataset: LatentDataset, clashes: str) -> Names:
+    """Name every image's file, and do as `clashes` says about names that are wanted twice."""
+    groups: dict[str, list[str]] = defaultdict(list)  # name of the file, without the model's suffix -> ids
+    for entry in dataset.described():
+        if not entry.flipped:
+            groups[_sd_scripts_name(_stem(entry.id), entry)].append(entry.id)
+    clashing = [ids for ids in groups.values() if len(ids) > 1]
+    if clashing and clashes == "refuse":
+        listed = "; ".join(" and ".join(ids) for ids in clashing)
+        raise ConfigError(
+            "sd-scripts has one name for images that differ in their suffix alone, here "
+            f"{len(clashing)} times: {listed}. --skip-clashes exports the first of each; --suffix-clashes adds their "
+            "suffix to the names of the others"
+        )
+    stems = {ids[0]: _stem(ids[0]) for ids in groups.values()}
+    others = {id for ids in clashing for id in ids[1:]}
+    if clashes == "skip":
+        return Names(stems, tuple(sorted(others)), ())
+    renamed = []
+    for entry in dataset.described():
+        if entry.flipped or entry.id not in others:
+            continue
+        stem, suffix = os.path.splitext(entry.id)
+        new = base = f"{stem}-{suffix.removeprefix('.')}"
+        number = 2
+        while _sd_scripts_name(new, entry) in groups:
+            new, number = f"{base}-{number}", number + 1
+        groups[_sd_scripts_name(new, entry)] = [entry.id]
+        stems[entry.id] = new
+        renamed.append((entry.id, new))
+    return Names(stems, (), tuple(renamed))
 
-    Two images that differ in their suffix alone would be one file there: `ConfigError`.
-    """
-    assert model is not None
+
+def _stem(id: str) -> str:
+    return os.path.splitext(id)[0]
+
+
+def _sd_scripts_name(stem: str, entry: Latent) -> str:
+    height, width = entry.original_size
+    return f"{stem}_{width:04d}x{height:04d}"
+
+
+def _to_sd_scripts(dataset: LatentDataset, directory: Path, model: str, names: Names) -> Iterator[int]:
+    """Write NAME_WIDTHxHEIGHT_sdxl.npz where the image NAME.jpg would be, with what sd-scripts itself caches."""
     suffix, scaled, sized = SD_SCRIPTS[model]
     factor = int(dataset.contract["vae"]["downscale"])
     for number, entry in enumerate(dataset, start=1):
-        if entry.flipped:  # goes with the other
+        if entry.flipped or entry.id not in names.stems:  # the mirror image is in the file of its image
             continue
         height, width = entry.original_size
-        path = directory / _inside(os.path.splitext(entry.id)[0] + f"_{width:04d}x{height:04d}{suffix}")
-        if path.exists():
-            raise ConfigError(f"{entry.id!r} and another image of its name and size would both be {path.name}")
+        path = directory / _inside(_sd_scripts_name(names.stems[entry.id], entry) + suffix)
         latents = _latents(dataset, entry, scaled)
         size = latents.shape[1:]
         key = f"_{size[0]}x{size[1]}" if sized else ""
@@ -84,7 +160,7 @@ def _to_sd_scripts(dataset: LatentDataset, directory: Path, model: str | None) -
         yield number
 
 
-def _to_webdataset(dataset: LatentDataset, directory: Path, _: str | None) -> Iterator[int]:
+def _to_webdataset(dataset: LatentDataset, directory: Path) -> Iterator[int]:
     """00000.tar, ...: NUMBER.npy with the latents as stored (bfloat16 as float32), NUMBER.json with the rest."""
     for first in range(0, len(dataset), PER_FILE):
         with tarfile.open(directory / f"{first // PER_FILE:05d}.tar", "w") as tar:
@@ -100,7 +176,7 @@ def _to_webdataset(dataset: LatentDataset, directory: Path, _: str | None) -> It
                 yield number + 1
 
 
-def _to_parquet(dataset: LatentDataset, directory: Path, _: str | None) -> Iterator[int]:
+def _to_parquet(dataset: LatentDataset, directory: Path) -> Iterator[int]:
     """00000.parquet, ...: latents as lists [C][h][w], for `datasets.load_dataset("parquet", data_dir=...)`."""
     pyarrow = import_pyarrow()
     number = pyarrow.float16() if dataset.contract["dtype"] == "float16" else pyarrow.float32()

@@ -1,4 +1,4 @@
-"""Which image belongs to which shard, on disk: however many there are, memory does not grow with them.
+"""Which image belongs to which shard. The plan is on disk, so memory does not grow with the number of images.
 
 An image keeps its position for as long as it is in the source; a new one gets the next position, in the order of the
 files. Shard k holds the positions from k * n on, n being the images of a shard. So a shard depends on its own images
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from runtimes.errors import BundleError, ConfigError
-from vae_export.dataset.sources import Item
+from vae_export.dataset.sources import Item, Skipped, Source
 
 PLAN_FILE = "plan.sqlite"
 
@@ -23,6 +23,7 @@ CREATE TABLE IF NOT EXISTS items(
     id TEXT PRIMARY KEY, position INTEGER UNIQUE, file BLOB, at INTEGER, size INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS next(position INTEGER);
 CREATE TEMP TABLE listed(id TEXT PRIMARY KEY, file BLOB, at INTEGER, size INTEGER) WITHOUT ROWID;
+CREATE TEMP TABLE skipped(path TEXT, reason TEXT, count INTEGER, PRIMARY KEY(path, reason)) WITHOUT ROWID;
 """
 
 
@@ -45,26 +46,27 @@ class Plan:
         except sqlite3.Error as error:
             raise BundleError(f"{directory / PLAN_FILE} cannot be used: {error}") from None
 
-    def update(self, items: Iterator[Item]) -> Changes:
-        """Take over what the source lists: all of it, or nothing where this is interrupted.
+    def update(self, source: Source) -> Changes:
+        """Take over what the source lists: all of it, or nothing if this is interrupted.
 
-        Raises `ConfigError` where it lists nothing, an id twice, or nothing of what was there before.
+        Raises `ConfigError` for a source that lists nothing, an id twice, or none of the images of the plan.
         """
         run = self._database.execute
         current: Item | None = None
 
         def following() -> Iterator[tuple[str, bytes, int, int]]:
             nonlocal current
-            for item in items:
+            for item in source.items(self._skip):
                 current = item
                 yield item
 
         try:
             run("BEGIN")
+            run("DELETE FROM skipped")
             self._database.executemany("INSERT INTO listed VALUES (?, ?, ?, ?)", following())
             before, (listed,) = len(self), run("SELECT count(*) FROM listed").fetchone()
             if not listed:
-                raise ConfigError("the source has no images")
+                raise ConfigError(f"the source has no images{self._skipped_in_words()}")
             run("DELETE FROM items WHERE id NOT IN (SELECT id FROM listed)")
             kept = len(self)
             if before and not kept:
@@ -91,19 +93,33 @@ class Plan:
         except sqlite3.IntegrityError:
             run("ROLLBACK")
             assert current is not None
-            raise ConfigError(f"the id {current.id!r} stands twice in the source; ids must be unique") from None
-        except sqlite3.Error as error:  # of a full disk: SQLite has rolled back by itself
+            raise ConfigError(f"the id {current.id!r} is in the source twice; ids must be unique") from None
+        except sqlite3.Error as error:  # SQLite itself has rolled back, for instance when the disk is full
             raise BundleError(f"the plan cannot be written: {error}") from None
         except BaseException:
             run("ROLLBACK")
             raise
         return Changes(added, before - kept, kept)
 
+    def _skip(self, skipped: Skipped) -> None:
+        self._database.execute(
+            "INSERT INTO skipped VALUES (?, ?, 1) ON CONFLICT DO UPDATE SET count = count + 1", skipped
+        )
+
+    def skipped(self) -> Iterator[tuple[str, str, int]]:
+        """(path, reason, count) of what the last update's source held that was no image, in order."""
+        return iter(self._database.execute("SELECT path, reason, count FROM skipped ORDER BY path, reason"))
+
+    def _skipped_in_words(self) -> str:
+        query = "SELECT sum(count), reason FROM skipped GROUP BY reason ORDER BY reason"
+        found = "; ".join(f"{count} skipped ({reason})" for count, reason in self._database.execute(query))
+        return f": {found}" if found else ""
+
     def __len__(self) -> int:
         return int(self._database.execute("SELECT count(*) FROM items").fetchone()[0])
 
     def numbers(self) -> Iterator[int]:
-        """Of the shards that have images, in order."""
+        """Numbers of the shards that have images, in order."""
         start = 0
         while True:
             query = "SELECT min(position) FROM items WHERE position >= ?"

@@ -1,12 +1,12 @@
-"""The same job on a Ray cluster: `pip install 'vae-export[ray]'`.
+"""Encoding a dataset on a Ray cluster: `pip install 'vae-export[ray]'`.
 
     shard -> its images, prepared and grouped into batches (tasks)
           -> the batches' latents (a pool of actors, each with an opened bundle)
           -> here: the shard, written whole when all of its batches are back
 
-Batches are formed by the very code that forms them on one machine, so the shards are the same, however many workers
-there are. Ray Data holds back the tasks when the actors do not keep up, and does again what was lost with a worker or a
-node. Source and bundle must be at the same paths on all nodes; `out` on the one that runs the command alone.
+The code that forms batches is the same as on one machine, so the shards are the same, however many workers there are.
+Ray Data holds back tasks when the actors do not keep up, and repeats the work that was lost with a worker or a node.
+Source and bundle must be at the same paths on all nodes; `out` is needed only on the node that runs the command.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from runtimes import Bundle, children
+from runtimes.cpus import available_cpus
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError, NotInstalled, VaeError
 from runtimes.latents.dataset import manifest_sha256
 from vae_export import __version__
 from vae_export.dataset.encode import BatchSize, Storage, batches, encode_batch
 from vae_export.dataset.images import Broken, Prepared, SizePolicy, Unchanged, prepare
+from vae_export.dataset.shard_work import Opening, Reporter, ShardWork
 from vae_export.dataset.shards import LatentDirectory
 from vae_export.dataset.sources import Item, Source
 
-if TYPE_CHECKING:
-    from vae_export.dataset.job import Opening, Reporter, ShardWork
-
-TASK_CPUS = 0.25  #: of a task that prepares; an actor leaves as much of its cores, so that tasks find a place
+TASK_CPUS = 0.25  #: CPUs of a preparing task; each actor asks for that much less, which leaves room for the tasks
 Row = dict[str, Any]
 
 
@@ -45,8 +44,8 @@ class RayCluster:
     """A connection to Ray at an address, or, for "local", a cluster of this machine alone that ends with it."""
 
     def __init__(self, address: str, workers: int, threads: int | None) -> None:
-        """For `workers` runtimes of so many threads. `BackendUnavailable` where there is no such cluster, `ConfigError`
-        where this machine has too few cores for them."""
+        """Connect for `workers` runtimes of `threads` threads each. Raises `BackendUnavailable` where no cluster is
+        found, and `ConfigError` where "local" has too few CPUs for them."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray is going to have it
         try:
@@ -55,11 +54,11 @@ class RayCluster:
         except ModuleNotFoundError as error:
             raise NotInstalled(f"--ray needs {error.name}: pip install 'vae-export[ray]'") from None
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
-        cores = os.cpu_count() or 1
+        cores = available_cpus()
         if address == "local" and workers * (threads or 1) > cores:
             raise ConfigError(
-                f"{workers} runtimes of {threads or 1} cores each do not fit "
-                f"this machine, which has {cores}: fewer --ray-workers or --threads"
+                f"{workers} runtimes of {threads or 1} CPUs each do not fit "
+                f"the {cores} CPUs that this process may use: fewer --ray-workers or --threads"
             )
         self._ours = not self.ray.is_initialized()
         if not self._ours:
@@ -67,7 +66,9 @@ class RayCluster:
         job = self.ray.job_config.JobConfig()
         job._py_driver_sys_path = _OfOurPath()
         try:
-            if address != "local":
+            if address == "local":
+                self.ray.init(address="local", num_cpus=cores, **quiet)
+            else:
                 _check_reachable(address)
                 del quiet["include_dashboard"]
             with children.safe_path():
@@ -197,7 +198,7 @@ def _collect(
     report: Reporter,
 ) -> None:
     begun: dict[int, tuple[ShardWork, set[int]]] = {}
-    whole: dict[int, int] = {}  # how many parts a shard has, once that is known
+    whole: dict[int, int] = {}  # number of parts of a shard, as soon as it is known
     for row in rows:
         number, part = int(row["shard"]), int(row["part"])
         work, parts = begun.setdefault(number, None) or (work_of(number), set())  # type: ignore[arg-type]
@@ -234,7 +235,7 @@ def _row(number: int, part: int, work: Any) -> Row:
 
 
 def _as_vae_error(error: Any) -> VaeError:
-    """What was raised on a node, where that was one of ours; or what Ray says of it, in a line."""
+    """The `VaeError` that was raised on a node; for other errors, the last line of Ray's message."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, VaeError):

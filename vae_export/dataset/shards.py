@@ -4,6 +4,7 @@
     shards/K.safetensors    see `runtimes.latents.shards`
     index.parquet       where the latents of each id are; there exactly when the job has finished
     errors.parquet      the images that have none, and why
+    skipped.parquet     what the source holds that was not taken for an image, and why
     plan.sqlite         which image belongs to which shard; .lock is held by the job at work
 
 A file is written under another name, flushed to the disk, and renamed: after a crash it is the old one or the new one.
@@ -11,6 +12,8 @@ A file is written under another name, flushed to the disk, and renamed: after a 
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,21 +23,37 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtimes.errors import BundleError, ConfigError, NotInstalled
+from runtimes.errors import BundleError, CompatibilityError, ConfigError, IntegrityError, NotInstalled
 from runtimes.files import flush, leftovers, written_whole
 from runtimes.latents.dataset import (
     CONTRACT_FILE,
     ERRORS_FILE,
     INDEX_FILE,
     SHARDS,
+    SKIPPED_FILE,
+    contract_digest,
+    errors_schema,
     import_pyarrow,
+    index_schema,
     read_contract,
     shard_name,
 )
-from runtimes.latents.shards import DTYPES, SCHEMA_VERSION, Array, Failure, Shard, open_shard
+from runtimes.latents.shards import (
+    DTYPES,
+    HEADER_START,
+    NO_HASH,
+    SCHEMA_VERSION,
+    Array,
+    Failure,
+    Shard,
+    check_hash,
+    latents_digest,
+    open_shard,
+)
 
 _SHARD = re.compile(r"(\d{8,})\.safetensors")
 _GO_ON = "run the same command again, it goes on"
+_ROWS = 10_000  #: rows that are written at a time
 
 
 class Entry(NamedTuple):
@@ -80,12 +99,12 @@ def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure
         ),
         ("flipped", "BOOL", (len(ids),), [np.array([entry.flipped for entry in entries], np.bool_)]),
         ("sha256", "U8", (len(ids), 32), [entry.sha256 for entry in entries]),
+        ("latents_sha256", "U8", (len(ids), 32), [latents_digest(entry.latents, dtype) for entry in entries]),
         ("ids", "U8", (sum(map(len, ids)),), ids),
     ]
     listed = [[id, None if sha256 is None else sha256.hex(), reason] for id, sha256, reason in failures]
-    header: dict[str, Any] = {
-        "__metadata__": {"schema_version": str(SCHEMA_VERSION), "dtype": dtype, "failures": json.dumps(listed)}
-    }
+    metadata = {"schema_version": str(SCHEMA_VERSION), "dtype": dtype, "failures": json.dumps(listed)}
+    header: dict[str, Any] = {"__metadata__": {"file_sha256": NO_HASH, **metadata}}  # the hash first: HEADER_START
     offset = 0
     for name, spelt, shape, parts in tensors:
         size = sum(part.nbytes if isinstance(part, np.ndarray) else len(part) for part in parts)
@@ -94,10 +113,45 @@ def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with written_whole(path, advice=_GO_ON) as partial, partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for *_, parts in tensors:
-            for part in parts:
-                file.write(part.tobytes() if isinstance(part, np.ndarray) else part)
+        digest = hashlib.sha256()
+        data = (part.tobytes() if isinstance(part, np.ndarray) else part for *_, parts in tensors for part in parts)
+        for part in itertools.chain([len(text).to_bytes(8, "little") + text], data):
+            digest.update(part)
+            file.write(part)
+        file.seek(8 + len(HEADER_START))
+        file.write(digest.hexdigest().encode())
+
+
+def shard_numbers(directory: Path) -> list[int]:
+    """Numbers of the shards in a directory of latents, in order."""
+    names = (_SHARD.fullmatch(entry.name) for entry in os.scandir(directory / SHARDS))
+    return sorted(int(match[1]) for match in names if match is not None)
+
+
+def index_rows(number: int, shard: Shard) -> Any:
+    """Rows of index.parquet for the entries of a shard."""
+    pyarrow = import_pyarrow()
+    columns = {
+        "id": shard.ids,
+        "flipped": shard.flipped,
+        "shard": np.full(len(shard), number, np.int32),
+        "entry": np.arange(len(shard), dtype=np.int32),
+        "latent_size": _pairs(pyarrow, shard.latent_sizes()),
+        **{name: _pairs(pyarrow, getattr(shard, name)) for name in ("original_size", "resized", "crop")},
+        "sha256": pyarrow.array([row.tobytes() for row in shard.sha256], pyarrow.binary(32)),
+    }
+    return pyarrow.table(columns, schema=index_schema())
+
+
+def errors_rows(failures: Sequence[Failure]) -> Any:
+    """Rows of errors.parquet for images that have no latents."""
+    pyarrow = import_pyarrow()
+    columns = {
+        "id": [failure.id for failure in failures],
+        "reason": [failure.reason for failure in failures],
+        "sha256": pyarrow.array([failure.sha256 for failure in failures], pyarrow.binary(32)),
+    }
+    return pyarrow.table(columns, schema=errors_schema())
 
 
 class LatentDirectory:
@@ -109,6 +163,8 @@ class LatentDirectory:
 
     def __init__(self, path: Path, contract: Mapping[str, Any]) -> None:
         self.path = path
+        self.damaged: set[int] = set()  #: numbers of the shards that were found damaged
+        self._checked: set[int] = set()  #: numbers of the shards whose hash is right
         try:
             if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not self._is_mine())):
                 raise BundleError(f"{path} exists and holds no latents; it stays as it is, choose another --out")
@@ -145,6 +201,7 @@ class LatentDirectory:
             contract["encoded_with"] = before + [each for each in now if each not in before]
             if contract["encoded_with"] == before:
                 return
+        contract["sha256"] = contract_digest(contract)
         with written_whole(self.path / CONTRACT_FILE, advice=_GO_ON) as partial:
             partial.write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
 
@@ -152,14 +209,28 @@ class LatentDirectory:
         return self.path / SHARDS / shard_name(number)
 
     def shard(self, number: int) -> Shard | None:
-        """A shard, opened, if it is there."""
+        """Open a shard. None where there is none or where it is damaged: then all of its images are encoded again.
+
+        The whole file is compared with its hash the first time. That costs nothing to speak of: a job that resumes
+        reads and hashes every image of the source, which has many times the bytes of its latents.
+        """
         path = self.shard_path(number)
-        return open_shard(path) if path.exists() else None
+        if number in self.damaged or not path.exists():
+            return None
+        try:
+            if number not in self._checked:
+                check_hash(path)
+            shard = open_shard(path)
+        except (IntegrityError, CompatibilityError):
+            self.begin_changes()  # a job that is killed now must not leave latents that look finished
+            self.damaged.add(number)
+            return None
+        self._checked.add(number)
+        return shard
 
     def numbers(self) -> list[int]:
-        """Of the shards that are there, in order."""
-        names = (_SHARD.fullmatch(entry.name) for entry in os.scandir(self.path / SHARDS))
-        return sorted(int(match[1]) for match in names if match is not None)
+        """Numbers of the shards that are there, in order."""
+        return shard_numbers(self.path)
 
     def begin_changes(self) -> None:
         """From here on the index is not what it says: it goes, and comes back when all is done."""
@@ -170,44 +241,37 @@ class LatentDirectory:
             path.unlink()
             flush(path.parent)
 
-    def write_index(self) -> int:
-        """index.parquet and errors.parquet, of what is in the shards -> how many images are in errors.parquet."""
+    def write_index(self) -> None:
+        """Write index.parquet and errors.parquet of what is in the shards."""
         pyarrow = import_pyarrow()
-        pair = pyarrow.list_(pyarrow.int32(), 2)
-        index = pyarrow.schema(
-            {
-                **{"id": pyarrow.string(), "flipped": pyarrow.bool_(), "shard": pyarrow.int32()},
-                **{"entry": pyarrow.int32(), "latent_size": pair, "original_size": pair, "resized": pair},
-                **{"crop": pair, "sha256": pyarrow.binary(32)},
-            }
-        )
-        errors = pyarrow.schema({"id": pyarrow.string(), "reason": pyarrow.string(), "sha256": pyarrow.binary(32)})
-        count = 0
+        options = {"write_page_checksum": True}
         with (
             written_whole(self.path / INDEX_FILE, advice=_GO_ON) as partial_index,  # the last to take its name
             written_whole(self.path / ERRORS_FILE, advice=_GO_ON) as partial_errors,
-            pyarrow.parquet.ParquetWriter(partial_errors, errors) as to_errors,
-            pyarrow.parquet.ParquetWriter(partial_index, index) as to_index,
+            pyarrow.parquet.ParquetWriter(partial_errors, errors_schema(), **options) as to_errors,
+            pyarrow.parquet.ParquetWriter(partial_index, index_schema(), **options) as to_index,
         ):
             for number in self.numbers():
                 shard = open_shard(self.shard_path(number))
-                columns = {
-                    "id": shard.ids,
-                    "flipped": shard.flipped,
-                    "shard": np.full(len(shard), number, np.int32),
-                    "entry": np.arange(len(shard), dtype=np.int32),
-                    "latent_size": _pairs(pyarrow, shard.latent_sizes()),
-                    **{name: _pairs(pyarrow, getattr(shard, name)) for name in ("original_size", "resized", "crop")},
-                    "sha256": pyarrow.array([row.tobytes() for row in shard.sha256], pyarrow.binary(32)),
-                }
                 if len(shard):
-                    to_index.write_table(pyarrow.table(columns, schema=index))
+                    to_index.write_table(index_rows(number, shard))
                 if shard.failures:
-                    ids, digests, reasons = zip(*shard.failures, strict=True)
-                    table = {"id": ids, "reason": reasons, "sha256": pyarrow.array(digests, pyarrow.binary(32))}
-                    to_errors.write_table(pyarrow.table(table, schema=errors))
-                    count += len(ids)
-        return count
+                    to_errors.write_table(errors_rows(shard.failures))
+
+    def write_skipped(self, rows: Iterator[tuple[str, str, int]]) -> int:
+        """Write skipped.parquet, unless it holds these (path, reason, count) already -> the sum of the counts."""
+        pyarrow = import_pyarrow()
+        schema = pyarrow.schema({"path": pyarrow.string(), "reason": pyarrow.string(), "count": pyarrow.int64()})
+        path, total = self.path / SKIPPED_FILE, 0
+        with (
+            written_whole(path, advice=_GO_ON, unless_equal=True) as partial,
+            pyarrow.parquet.ParquetWriter(partial, schema, write_page_checksum=True) as writer,
+        ):
+            while batch := list(itertools.islice(rows, _ROWS)):
+                columns = dict(zip(schema.names, zip(*batch, strict=True), strict=True))
+                writer.write_table(pyarrow.table(columns, schema=schema))
+                total += sum(columns["count"])
+        return total
 
     def close(self) -> None:
         self._lock.release()

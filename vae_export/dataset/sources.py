@@ -1,7 +1,18 @@
 """Where the images of a dataset come from: a folder tree, WebDataset tars, parquet, or a datasets directory on disk.
 
-A source lists its images without reading them, in a fixed order, and reads the bytes of any of them in any process. It
-is small, and goes to worker processes as it is.
+A source lists its images without reading them, and reads the bytes of any of them in any process. It is small, and is
+sent to worker processes as it is.
+
+What is taken for an image, in folders and in tars alike; what is not is reported to the caller, with the reason:
+
+- A file whose suffix is that of an image format. Other files are counted by their suffix.
+- No hidden file and nothing in a hidden folder: their names begin with a dot. macOS writes such files beside images.
+- No FIFO, socket or device: reading one could wait for ever.
+- A symbolic link to a file is an image under the link's name, whatever else leads to that file. A link to nothing is an
+  image that cannot be read, and is listed as an error.
+- A symbolic link to a folder is followed, but each folder is read once: under its own path if that is below the root,
+  otherwise under the first link to it in the order of paths. So loops end.
+- In a tar, no link (its target is a member of its own) and no sparse file.
 """
 
 from __future__ import annotations
@@ -10,9 +21,10 @@ import functools
 import glob
 import json
 import os
+import stat
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,59 +49,110 @@ class Item(NamedTuple):
     size: int  #: bytes in a tar; -1 where the source knows better
 
 
+class Skipped(NamedTuple):
+    """Something that is not taken for an image: a path below the root, or "*.txt" for all files of that suffix."""
+
+    path: str
+    reason: str
+
+
+Skip = Callable[[Skipped], object]  #: told of everything that a listing leaves out
+
+HIDDEN = "hidden: its name begins with a dot"
+NO_FILE = "no regular file but a FIFO, socket or device"
+OTHER_SUFFIX = "not the suffix of an image"
+SAME_FOLDER = "a folder that is read under another path"
+
+
+def _ignore(skipped: Skipped) -> None:
+    """For callers who do not ask what was skipped."""
+
+
 @dataclass(frozen=True)
 class Source(ABC):
-    """`root` is what ids are relative to, `files` what is read, where that is not all below it."""
+    """`root` is what ids are relative to; `files` are the tars or tables that are read, and `skipped` others beside
+    them."""
 
     root: Path
     files: tuple[Path, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     @abstractmethod
-    def items(self) -> Iterator[Item]:
-        """All images, none read. `ConfigError` for a file that is not what the source is made of."""
+    def items(self, skip: Skip = _ignore) -> Iterator[Item]:
+        """List all images and read none. What is left out goes to `skip`. `ConfigError` for a file that is not what the
+        source is made of."""
 
     @abstractmethod
     def read(self, item: Item) -> bytes:
         """The bytes of one. Whatever it raises is about that image alone."""
 
     def _named(self, file: Path) -> str:
-        """A path below the root as text; bytes that are not UTF-8 are spelt out."""
-        name = os.fsencode(file.relative_to(self.root).as_posix())
-        return name.decode("utf-8", "backslashreplace")
+        """A path below the root, as valid Unicode."""
+        return _as_text(file.relative_to(self.root).as_posix())
 
 
 class Folder(Source):
-    """Files with the suffix of an image, at any depth; the id is the path below the root, suffix and all."""
+    """Files with the suffix of an image, at any depth; the id is the path below the root, including the suffix."""
 
-    def items(self) -> Iterator[Item]:
-        suffixes = image_suffixes()
-        folders = [self.root]
-        while folders:
-            with _as_config_error(folders[-1], "a folder"), os.scandir(folders.pop()) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(Path(entry.path))
-                    elif os.path.splitext(entry.name)[1].lower() in suffixes and not entry.name.startswith("."):
+    def items(self, skip: Skip = _ignore) -> Iterator[Item]:
+        folders: list[Path] = [self.root]
+        links: list[Path] = []
+        read: set[tuple[int, int]] = set()  # device and inode
+        while folders or links:
+            if folders:
+                folder = folders.pop()
+            else:  # all that can be reached without this link has been read
+                links.sort(reverse=True)
+                folder = links.pop()
+            with _as_config_error(folder, "a folder"):
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in read:
+                    skip(Skipped(self._named(folder), SAME_FOLDER))
+                    continue
+                read.add((status.st_dev, status.st_ino))
+                with os.scandir(folder) as entries:
+                    for entry in entries:
                         path = Path(entry.path)
-                        yield Item(self._named(path), os.fsencode(path), 0, -1)
+                        kind = _kind(entry)
+                        if entry.name.startswith(".") and (kind != "file" or _is_image(entry.name)):
+                            skip(Skipped(self._named(path), HIDDEN))
+                        elif kind == "folder":
+                            (links if entry.is_symlink() else folders).append(path)
+                        elif kind == "other":
+                            skip(Skipped(self._named(path), NO_FILE))
+                        elif _is_image(entry.name):
+                            yield Item(self._named(path), os.fsencode(path), 0, -1)
+                        elif kind == "broken link":
+                            skip(Skipped(self._named(path), "a link to nothing"))
+                        else:
+                            skip(_other_suffix(entry.name))
 
     def read(self, item: Item) -> bytes:
-        with open(item.file, "rb") as file:
-            return file.read()
+        return _read_file(item.file)
 
 
 class Tars(Source):
     """Uncompressed tars, as WebDataset has them; the id is the tar's name and the member's: shard-00/000.jpg."""
 
-    def items(self) -> Iterator[Item]:
-        suffixes = image_suffixes()
+    def items(self, skip: Skip = _ignore) -> Iterator[Item]:
+        for each in self.skipped:
+            skip(each)
         for path in self.files:
             name = self._named(path.with_suffix(""))
             with _as_config_error(path, "an uncompressed tar"), tarfile.open(path, "r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # which it would keep, all of them
-                    if member.isreg() and os.path.splitext(member.name)[1].lower() in suffixes:
-                        inner = os.fsencode(member.name).decode("utf-8", "backslashreplace")
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                    inner = _as_text(member.name)
+                    if member.isdir():
+                        continue
+                    if any(part.startswith(".") and part not in (".", "..") for part in inner.split("/")):
+                        skip(Skipped(f"{name}/{inner}", HIDDEN))
+                    elif not _is_image(inner):
+                        skip(_other_suffix(inner))
+                    elif not member.isreg() or member.issparse():
+                        kind = "a link" if member.issym() or member.islnk() else "no regular file"
+                        skip(Skipped(f"{name}/{inner}", f"{kind} in a tar"))
+                    else:
                         yield Item(f"{name}/{inner}", os.fsencode(path), member.offset_data, member.size)
 
     def read(self, item: Item) -> bytes:
@@ -116,7 +179,9 @@ class Table(Source):
     def _cell(self, item: Item) -> Any:
         """The image column's value."""
 
-    def items(self) -> Iterator[Item]:
+    def items(self, skip: Skip = _ignore) -> Iterator[Item]:
+        for each in self.skipped:
+            skip(each)
         for file in self.files:
             name, path, row = self._named(file), os.fsencode(file), 0
             with _as_config_error(file, "a table"):
@@ -130,7 +195,7 @@ class Table(Source):
         cell = self._cell(item)
         if isinstance(cell, dict):
             if cell.get("bytes") is None and cell.get("path") is not None:
-                return Path(cell["path"]).read_bytes()
+                return _read_file(cell["path"])
             cell = cell.get("bytes")
         if cell is None:
             raise OSError("the row has no image")
@@ -168,14 +233,15 @@ class Arrow(Table):
 def open_source(
     path: str | Path, format: str | None = None, *, image_column: str | None = None, id_column: str | None = None
 ) -> Source:
-    """The source at a path, of the format that is found there unless it is said.
+    """Open the source at a path. Its `format`, one of FORMATS, is recognised if it is not given.
 
-    `path` is a directory, a file, or a pattern such as "data/*.tar". Raises `ConfigError` where there is nothing, or
-    more than one kind of thing.
+    `path` is a directory, a file, or a pattern such as "data/*.tar". Raises `ConfigError` where nothing is there, or
+    files of several formats are.
     """
     if format is not None and format not in FORMATS:
         raise ConfigError(f"no format {format!r} of datasets; known are {', '.join(FORMATS)}")
     root, files = _found(Path(path))
+    skipped: tuple[Skipped, ...] = ()
     format = format or _format_of(root, files)
     if format == "folder":
         if not root.is_dir() or files:
@@ -185,21 +251,22 @@ def open_source(
         files = _arrow_files(root)
     else:
         suffix = ".tar" if format == "webdataset" else ".parquet"
-        files = files or tuple(sorted(p for p in root.iterdir() if p.name.endswith(suffix)))
+        if not files:
+            files, skipped = _files_of(root, suffix)
         if not files:
             raise ConfigError(f"{path} has no {suffix} files")
     if format == "webdataset":
-        return Tars(root, files)
+        return Tars(root, files, skipped)
     schema = _schema(files[0], format)
     columns = {"image_column": _image_column(schema, image_column, files[0]), "id_column": id_column}
     if id_column is not None and id_column not in schema.names:
         raise ConfigError(f"{files[0]} has no column {id_column!r}; it has {', '.join(schema.names)}")
-    return (Arrow if format == "datasets" else Parquet)(root, files, **columns)  # type: ignore[arg-type]
+    return (Arrow if format == "datasets" else Parquet)(root, files, skipped, **columns)  # type: ignore[arg-type]
 
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Lower-case suffixes of the formats that Pillow reads, but those of documents."""
+    """Lower-case suffixes of the formats that Pillow reads, except those of documents."""
     Image.init()
     readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     return frozenset(readable - {".pdf", ".ps", ".eps", ".mpg", ".mpeg", ".wmf", ".emf", ".hdf", ".h5", ".grib"})
@@ -214,11 +281,18 @@ def _found(path: Path) -> tuple[Path, tuple[Path, ...]]:
     matches = tuple(sorted(Path(match).absolute() for match in glob.glob(str(path), recursive=True)))
     if not matches:
         raise ConfigError(f"{path} does not exist; SOURCE is a directory, a file, or a pattern such as 'data/*.tar'")
+    for match in matches:
+        if not match.is_file():
+            raise ConfigError(f"{match} is no regular file; SOURCE is a directory, or .tar or .parquet files")
     return Path(os.path.commonpath([match.parent for match in matches])), matches
 
 
 def _format_of(root: Path, files: Sequence[Path]) -> str:
-    names = [file.name for file in files] if files else [entry.name for entry in os.scandir(root)]
+    names = (
+        [file.name for file in files]
+        if files
+        else [entry.name for entry in os.scandir(root) if not entry.name.startswith(".")]
+    )
     if not files and ("state.json" in names or "dataset_dict.json" in names):
         return "datasets"
     suffixes = {os.path.splitext(name)[1].lower() for name in names}
@@ -232,6 +306,52 @@ def _format_of(root: Path, files: Sequence[Path]) -> str:
     if len(kinds) > 1:
         raise ConfigError(f"{root} has {' and '.join(sorted(kinds))} side by side; say which with --format")
     return kinds.pop() if kinds else "folder"
+
+
+def _files_of(root: Path, suffix: str) -> tuple[tuple[Path, ...], tuple[Skipped, ...]]:
+    """The tars or parquet files in a directory, in order, and what else is there."""
+    files, skipped = [], []
+    for path in sorted(root.iterdir()):
+        if not path.name.startswith(".") and path.name.endswith(suffix) and path.is_file():
+            files.append(path)
+        else:
+            reason = HIDDEN if path.name.startswith(".") else f"no {suffix} file"
+            skipped.append(Skipped(_as_text(path.name), reason))
+    return tuple(files), tuple(skipped)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """What an entry of a folder leads to: "file", "folder", "broken link" (also one to itself) or "other"."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "other" if os.path.exists(entry.path) else "broken link"
+    except OSError:
+        return "broken link"
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_suffixes()
+
+
+def _other_suffix(name: str) -> Skipped:
+    return Skipped(f"*{os.path.splitext(_as_text(name))[1].lower()}", OTHER_SUFFIX)
+
+
+def _as_text(name: str) -> str:
+    """A name of the file system as valid Unicode: bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _read_file(path: str | bytes) -> bytes:
+    """The bytes of a regular file. `OSError` for anything else, of which a FIFO would be waited for."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(NO_FILE)
+        return file.read()
 
 
 # Tables -----------------------------------------------------------------------------------------------------------
@@ -296,7 +416,7 @@ def _open_arrow(file: bytes) -> Any:
 
 
 def _version(file: bytes) -> tuple[int, int, int]:
-    """What changes when a file is replaced: then what is kept of it is not what it holds."""
+    """Inode, size and mtime of a file: what is cached of it is stale once they change."""
     status = os.stat(file)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -320,7 +440,7 @@ def _opened_arrow(file: bytes, version: tuple[int, ...]) -> Any:
 
 
 class _as_config_error:
-    """What a listing raises, as a `ConfigError` that names the file."""
+    """Turn errors of a listing into a `ConfigError` that names the file."""
 
     def __init__(self, file: Path, what: str) -> None:
         self.file, self.what = file, what

@@ -1,4 +1,4 @@
-"""Processes that read, decode and resize, ahead of the backend and in order."""
+"""Worker processes that read, decode and resize images before the backend needs them, in order."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from runtimes import children
 from vae_export.dataset.images import Broken, Prepared, SizePolicy, Unchanged, prepare
 from vae_export.dataset.sources import Item, Source
 
-CHUNK_BYTES = 8 << 20  #: of pixels that a process gives back at a time, about
+CHUNK_BYTES = 8 << 20  #: pixels that a process returns at a time, about
 MOST_OF_CHUNK = 64
 
 Result = Unchanged | Broken | Prepared
 
 
 class Task(NamedTuple):
-    """An image to prepare, and the sha256 by which it is known already."""
+    """An image to prepare; `known` is the sha256 of the file of which latents exist, if they do."""
 
     item: Item
     known: bytes | None
 
 
 class Decoders:
-    """A pool of `workers` processes; with none, the work is done where it is asked for.
+    """A pool of `workers` processes; with 0, images are prepared in this process.
 
-    An image that takes its process down with it is `Broken`, and no other image with it.
+    An image whose decoding kills its process becomes `Broken`; the other images of that process are decoded again.
     """
 
     def __init__(self, source: Source, policy: SizePolicy, workers: int) -> None:
@@ -44,7 +44,7 @@ class Decoders:
         self._chunk = 4
 
     def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Item, Result]]:
-        """What comes of every task, in their order; a bounded number of them is ahead of what was taken."""
+        """Yield the result of every task, in order. A bounded number of tasks is submitted ahead."""
         if self._pool is None:
             yield from ((item, prepare(self._given[0], item, known, self._given[1])) for item, known in tasks)
             return
@@ -101,7 +101,7 @@ def _initialize(source: Source, policy: SizePolicy) -> None:
 
 
 def _end_with_parent() -> None:
-    """Where the main process is killed, nobody else would end this one."""
+    """End this process when the main process has been killed: nothing else would end it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

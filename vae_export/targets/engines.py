@@ -14,7 +14,8 @@ from runtimes import Bundle
 from runtimes.errors import BackendUnavailable, CompatibilityError, ConfigError
 from runtimes.manifest import Engine, GraphSpec
 from runtimes.names import GRAPHS, Graph
-from runtimes.tensorrt.builder import Progress, build_plan, check_gpus
+from runtimes.progress import Progress, no_progress
+from runtimes.tensorrt.builder import build_plan, check_gpus
 from runtimes.tensorrt.cuda import Cuda
 from runtimes.tensorrt.flavours import load_flavour, system
 from runtimes.tensorrt.profiles import DEFAULT, Profile
@@ -56,7 +57,7 @@ def plan_engine(target: str, profiles: Sequence[Profile] = (), gpus: Sequence[st
 
 
 def build_graph(
-    engine: Engine, graph: Graph, spec: GraphSpec, onnx: Path, factor: int, progress: Progress = lambda *_: None
+    engine: Engine, graph: Graph, spec: GraphSpec, onnx: Path, factor: int, progress: Progress = no_progress
 ) -> GraphSpec:
     """Build the plan of a graph beside its ONNX file -> the spec with the plan in its place."""
     plan = build_plan(onnx.read_bytes(), job_of(engine, graph, spec, factor), graph, progress)
@@ -65,7 +66,7 @@ def build_graph(
 
 
 def rebuild_bundle(
-    path: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = lambda *_: None
+    path: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = no_progress
 ) -> Bundle:
     """Build the plans of a TensorRT bundle anew, for this machine, from the ONNX graphs in it.
 
