@@ -176,7 +176,7 @@ def read_weights(path: Path) -> Weights:
             tensors = {names[bare]: file.get_tensor(key) for bare, key in selected.items()}
     except (SafetensorError, OSError) as error:
         explanation = _what_it_is_instead(path)
-        raise ConfigError(explanation or f"{path} is not a complete safetensors file: {first_line(error)}") from None
+        raise ConfigError(f"{path} is not a complete safetensors file: {explanation or first_line(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     for name, tensor in tensors.items():
@@ -245,12 +245,12 @@ def _what_it_is_instead(path: Path) -> str | None:
     with path.open("rb") as file:
         start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"version https://git-lfs.github.com/"):
-        return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository"
+        return "it is a Git LFS pointer: run `git lfs pull` in its repository"
     if start.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return f"{path} is a web page, not weights: log in where that is needed, and download the file itself again"
+        return "it is a web page: log in where that is needed, and download the file itself again"
     if start.startswith((b"{", b"[")):
         return (
-            f"{path} is JSON, not weights: give the weights file or its directory, or, if a server answered with an "
+            "it is JSON: give the weights file or its directory, or, if a server answered with an "
             "error, log in and download the file again"
         )
     return None
