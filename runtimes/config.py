@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +16,12 @@ from runtimes.latent_space import LatentSpace
 DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
+
+
+# What diffusers' EMAModel.save_pretrained adds: how the average was made, which changes nothing in the network.
+EMA_FIELDS = frozenset(
+    ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class VaeConfig:
         for name in ("down_block_types", "up_block_types", "block_out_channels", "latents_mean", "latents_std"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.act_fn, str):
+            object.__setattr__(self, "act_fn", self.act_fn.lower())  # diffusers takes any case
         _check(self)
 
     @property
@@ -82,6 +91,14 @@ class VaeConfig:
                 "for a pipeline directory or repository give subfolder='vae'"
             )
         values = {name: value for name, value in data.items() if not name.startswith("_")}
+        averaging = sorted(values.keys() & EMA_FIELDS)
+        if averaging:
+            warnings.warn(
+                f"{origin}: fields of diffusers' EMAModel are ignored: {', '.join(averaging)}",
+                UserWarning,
+                stacklevel=2,
+            )
+            values = {name: value for name, value in values.items() if name not in EMA_FIELDS}
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise ConfigError(

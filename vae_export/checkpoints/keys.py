@@ -12,7 +12,10 @@ from collections.abc import Iterable
 
 from runtimes.errors import ConfigError
 
-PREFIXES = ("first_stage_model.", "vae.")
+PREFIXES = ("first_stage_model.", "vae.model.", "vae.")
+
+# DistributedDataParallel and torch.compile put a segment before the names of whatever module they wrap.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
 
 # What the original code saves beside the VAE: training loss, moving averages, and the other models of a checkpoint.
 DROPPED = (
@@ -20,6 +23,7 @@ DROPPED = (
     "text_encoder.", "text_encoder_2.", "text_encoder_3.", "unet.", "transformer.", "lora_", "embedder.",
 )  # fmt: skip
 
+_SIDES = ("encoder", "decoder")
 _ATTENTION_LEAVES = {
     "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
     "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
@@ -34,17 +38,30 @@ def select_vae_keys(keys: Iterable[str]) -> dict[str, str]:
     stays in, so that whoever checks the weights can name it.
     """
     keys = list(keys)
+    unwrapped: dict[str, str] = {}
+    for key in keys:
+        name = _WRAPPERS.sub("", key).removeprefix("state_dict.")
+        if name in unwrapped:
+            raise ConfigError(
+                f"{unwrapped[name]!r} and {key!r} are both {name!r}: more than one VAE in the file; save the one that "
+                "you mean to a file of its own"
+            )
+        unwrapped[name] = key
+    whole = [p for p in ("", *PREFIXES) if any(f"{p}{side}.conv_in.weight" in unwrapped for side in _SIDES)]
+    if len(whole) > 1:
+        shown = " and ".join(f"below {prefix!r}" if prefix else "without a prefix" for prefix in whole)
+        raise ConfigError(f"more than one VAE in the file: {shown}; save the one that you mean to a file of its own")
     for prefix in PREFIXES:
-        inside = {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
-        if inside:
+        inside = {name.removeprefix(prefix): key for name, key in unwrapped.items() if name.startswith(prefix)}
+        if inside and (prefix != "vae.model." or whole == [prefix]):
             return {name: key for name, key in inside.items() if not name.startswith(DROPPED)}
-    bare = {key: key for key in keys if not key.startswith(DROPPED)}
+    bare = {name: key for name, key in unwrapped.items() if not name.startswith(DROPPED)}
     if not any(key.startswith(("encoder.", "decoder.")) for key in bare):
         if not keys:
             raise ConfigError("the file holds no tensors")
         raise ConfigError(
             f"no VAE among the {len(keys)} tensors: none is named encoder.* or decoder.*, alone or below "
-            f"{' or '.join(PREFIXES)} (the first is {keys[0]!r})"
+            f"{' or '.join(PREFIXES)} (the first are {', '.join(map(repr, keys[:3]))})"
         )
     return bare
 

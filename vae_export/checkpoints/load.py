@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,10 @@ def load_model(
         model = load_pretrained(EMBEDDED)
         model.source = model.source._replace(given="embedded", kind="embedded", absolute=None)
     elif is_single_file(source):
+        if subfolder:
+            raise ConfigError(
+                f"{source} is a single file, and subfolder={subfolder!r} is for directories; leave it out"
+            )
         return load_single_file(
             source, config=config, scaling_factor=scaling_factor, shift_factor=shift_factor, hub=hub or Hub()
         )
@@ -129,6 +133,7 @@ def load_single_file(
         beside = _config_of_repository(hub.pinned(path), repo, filename) if complete is None else None
     else:
         path = Path(source)
+        beside = _config_beside(path) if complete is None else None
     weights = read_weights(path)
     architecture = infer_architecture({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
 
@@ -169,7 +174,8 @@ def read_weights(path: Path) -> Weights:
             names = to_diffusers_names(selected)
             tensors = {names[bare]: file.get_tensor(key) for bare, key in selected.items()}
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a complete safetensors file: {first_line(error)}") from None
+        explanation = _what_it_is_instead(path)
+        raise ConfigError(f"{path} is not a complete safetensors file: {explanation or first_line(error)}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     for name, tensor in tensors.items():
@@ -234,6 +240,22 @@ def refuse_pickle(path: str | Path) -> None:
         )
 
 
+def _what_it_is_instead(path: Path) -> str | None:
+    """What a file that is not safetensors is by its first bytes, and how to get the real one; None if unknown."""
+    with path.open("rb") as file:
+        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"version https://git-lfs.github.com/"):
+        return "it is a Git LFS pointer: run `git lfs pull` in its repository"
+    if start.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "it is a web page: log in where that is needed, and download the file itself again"
+    if start.startswith((b"{", b"[")):
+        return (
+            "it is JSON: give the weights file or its directory, or, if a server answered with an "
+            "error, log in and download the file again"
+        )
+    return None
+
+
 def _conversion(path: Path) -> str:
     """The shell command that converts a pickle."""
     target = path.with_suffix(".safetensors")
@@ -272,8 +294,18 @@ def _complete_config_from(config: VaeConfig | Mapping[str, Any] | str | Path | N
 def _config_of_repository(hub: Hub, repo: str, filename: str) -> VaeConfig | None:
     """The config beside a file on the Hub, or in the repository's vae folder, where it is one of an AutoencoderKL."""
     folder = filename.rpartition("/")[0]
-    for name in dict.fromkeys((f"{folder}/{CONFIG_FILE}".lstrip("/"), f"vae/{CONFIG_FILE}")):
-        path = hub.download(repo, name, optional=True)
+    names = dict.fromkeys((f"{folder}/{CONFIG_FILE}".lstrip("/"), f"vae/{CONFIG_FILE}"))
+    return _first_vae_config(hub.download(repo, name, optional=True) for name in names)
+
+
+def _config_beside(path: Path) -> VaeConfig | None:
+    """The config beside a local file, or in the vae folder there, as for a file at the root of a repository."""
+    candidates = (path.parent / CONFIG_FILE, path.parent / "vae" / CONFIG_FILE)
+    return _first_vae_config(candidate if candidate.is_file() else None for candidate in candidates)
+
+
+def _first_vae_config(paths: Iterable[Path | None]) -> VaeConfig | None:
+    for path in paths:
         if path is not None:
             try:
                 return VaeConfig.from_json(path)
