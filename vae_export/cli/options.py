@@ -19,7 +19,7 @@ from runtimes.cpus import available_cpus
 from runtimes.files import STDOUT
 
 if TYPE_CHECKING:
-    from vae_export import AutoencoderKL
+    from vae_export.families.base import ReferenceVae
 
 # What is typed -> paths and names ---------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Loading:
         typer.Option(help="Where the checkpoint does not say it.", show_default=False, rich_help_panel=_PANEL),
     ] = None
 
-    def load(self) -> AutoencoderKL:
+    def load(self) -> ReferenceVae:
         """The model; the embedded one where none is named."""
         self.refuse_without_model("subfolder", "variant", "revision", "config")
         limit_torch_threads()
