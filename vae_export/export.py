@@ -131,6 +131,8 @@ def check_choices(model: ReferenceVae, target: Target, options: ExportOptions) -
     ):
         if value not in known:
             raise ConfigError(f"{name} {value!r} is not known; known are {', '.join(known)}")
+    if target.families is not None and model.family not in target.families:
+        raise ConfigError(f"{target.name} bundles are of {' and '.join(target.families)}, not of {model.family}")
     if options.precision not in target.forms:
         raise ConfigError(f"{target.name} bundles are made in {', '.join(target.forms)}, not in {options.precision}")
     if options.io_precision not in target.io_precisions:

@@ -24,7 +24,7 @@ from runtimes.errors import BundleError, ConfigError, NumericsError
 from runtimes.files import written_whole
 from vae_export.checkpoints.architecture import complete_config, find_public_vae, infer_architecture, with_factors
 from vae_export.checkpoints.hub import Hub, check_repository, commit_of, first_line, parse_hub_url
-from vae_export.checkpoints.keys import is_attention_projection, select_vae_keys
+from vae_export.checkpoints.keys import is_attention_projection
 from vae_export.checkpoints.source import Source
 from vae_export.families import DEFAULT, FAMILIES, family_named
 
@@ -184,9 +184,7 @@ def read_weights(path: Path, family: Family) -> Weights:
         raise ConfigError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
         with safe_open(path, framework="pt") as file:
-            selected = select_vae_keys(file.keys())
-            names = family.diffusers_names(selected)
-            tensors = {names[bare]: file.get_tensor(key) for bare, key in selected.items()}
+            tensors = {name: file.get_tensor(key) for name, key in family.tensor_names(file.keys()).items()}
     except (SafetensorError, OSError) as error:
         explanation = _what_it_is_instead(path)
         raise ConfigError(f"{path} is not a complete safetensors file: {explanation or first_line(error)}") from None

@@ -47,9 +47,9 @@ def _opened(
         progress_bar() as progress,
     ):
         if tile is not None:
-            if tile % vae.config.downscale or tile <= 0:
-                raise ShapeError(f"--tile {tile} is not a multiple of {vae.config.downscale}")
-            vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // vae.config.downscale
+            if tile % vae.latent_space.factor or tile <= 0:
+                raise ShapeError(f"--tile {tile} is not a multiple of {vae.latent_space.factor}")
+            vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // vae.latent_space.factor
 
         def begin(what: str) -> None:
             progress(what, 0, 1)
@@ -85,7 +85,7 @@ def roundtrip(
     original = load_image(image)
     with _opened(bundle, device, backend, tiling, tile, memory_budget) as (vae, begin):
         if crop:
-            original = crop_to_multiple(original, vae.config.downscale)
+            original = crop_to_multiple(original, vae.latent_space.factor)
         begin("Encoding")
         latents = vae.images_to_latents(original, pad=pad)
         begin("Decoding")
@@ -131,7 +131,7 @@ def encode(
     pixels = [load_image(image) for image in images]
     with _opened(bundle, device, backend, tiling, tile, memory_budget) as (vae, begin):
         if crop:
-            pixels = [crop_to_multiple(image, vae.config.downscale) for image in pixels]
+            pixels = [crop_to_multiple(image, vae.latent_space.factor) for image in pixels]
         begin("Encoding")
         latents = vae.images_to_latents(pixels, None if seed is None else np.random.default_rng(seed), pad=pad)
     _save_latents(latents, out_file)

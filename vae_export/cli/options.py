@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
@@ -46,6 +46,12 @@ def typed_directory(text: str | Path) -> Path:
     if str(text) == "-":
         raise typer.BadParameter("a directory is written, which standard output cannot take; ./- is one of that name")
     return typed_path(text)
+
+
+def alternatives(names: Iterable[str]) -> str:
+    """ "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 # Options ----------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def encode_dataset(
     bundle = Bundle(opening.bundle)
     at_once = BatchSize(batch_size or MOST_AT_ONCE, CACHED if batch_size is None and opening.is_cpu(bundle) else None)
     storage.check(bundle.manifest.latent_space)
-    size_policy = SizePolicy(policy, sizes, bundle.manifest.latent_space.factor)
+    size_policy = SizePolicy(policy, sizes, storage.factor(bundle.manifest.latent_space))
     workers = available_cpus() if workers is None else workers
     contract = make_contract(bundle, opening, size_policy, storage, at_once, images_per_shard)
     summary = Summary()
@@ -170,8 +170,8 @@ def make_contract(
             "manifest_sha256": manifest_sha256(bundle),
             "target": manifest.target,
             "precision": manifest.precision,
-            "latent_channels": space.channels,
-            "downscale": space.factor,
+            "latent_channels": space.normalised_channels if storage.scaled else space.channels,
+            "downscale": storage.factor(space),
         },
         "stored": storage.stored,
         "seed": storage.seed if storage.stored == "sample" else None,

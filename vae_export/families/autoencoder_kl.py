@@ -20,7 +20,7 @@ from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
 from runtimes.names import Graph
 from vae_export.checkpoints.architecture import infer_architecture
-from vae_export.checkpoints.keys import to_diffusers_names
+from vae_export.checkpoints.keys import tensor_names
 from vae_export.families.base import Family, ReferenceVae, Stage
 
 if TYPE_CHECKING:
@@ -371,7 +371,7 @@ def _encoder_places(config: VaeConfig, batch: int, height: int, width: int, form
 FAMILY = Family(
     network=AutoencoderKL,
     rewrites=frozenset({"upsample", "norm", "attention", "last_block", "winograd", "rescale", "tileable"}),
-    diffusers_names=to_diffusers_names,
+    tensor_names=tensor_names,
     architecture=infer_architecture,
     stages=stages,
     activation_places=activation_places,

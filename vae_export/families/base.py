@@ -255,8 +255,8 @@ class Family:
     network: type[ReferenceVae]
     #: exact rewrites that apply: "upsample", "norm", "attention", "last_block", "winograd", "rescale", "tileable"
     rewrites: frozenset[str] = frozenset()
-    #: {name in a file: name in diffusers}, for files with the names of the original code
-    diffusers_names: Callable[[Iterable[str]], Mapping[str, str]] = same_names
+    #: keys of a file -> {name in diffusers: key in the file} of the VAE's tensors, also in the original code's names
+    tensor_names: Callable[[Iterable[str]], Mapping[str, str]] = same_names
     #: (config fields that the shapes of a single file's tensors determine); None: single files are not read
     architecture: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
     #: the stages of a graph's residual stream in the order of the computation, for "rescale"

@@ -81,6 +81,7 @@ class Target(ABC):
     ios: ClassVar[tuple[str, ...]] = ("float", "uint8")
     rescales: ClassVar[bool] = True  #: whether half precision needs rescaled activations
     tileable: ClassVar[bool] = False  #: whether its bundles can hold the steps of seamless tiling
+    families: ClassVar[tuple[str, ...] | None] = None  #: the families that it can write; None: all
     takes_threads: ClassVar[bool] = True  #: whether its backend has a number of threads for `tune` to choose
 
     def check(self, model: ReferenceVae, options: ExportOptions) -> None:  # noqa: B027  # optional

@@ -124,6 +124,7 @@ class FlaxTarget(Target):
     graph_file = "model.stablehlo"
     forms: ClassVar = {"fp32": FORM, "bf16": FORM}
     ios = ("float",)
+    families = ("AutoencoderKL",)  # whose network is written in JAX
     rescales = False  # bf16 has the range of fp32, and the parameters stay those of the checkpoint, for JAX to train on
 
     def check(self, model: ReferenceVae, options: ExportOptions) -> None:

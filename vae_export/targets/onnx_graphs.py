@@ -95,7 +95,7 @@ class TracedGraph(NamedTuple):
 def traced_graphs(model: ReferenceVae, io_dtype: torch.dtype, io: str) -> dict[str, TracedGraph]:
     config = model.config
     latent = ("batch", config.latent_channels, "latent_height", "latent_width")
-    moments = ("batch", 2 * config.latent_channels, "latent_height", "latent_width")
+    moments = ("batch", model.latent_space.encoder_channels, "latent_height", "latent_width")
     images_in, images_out = (
         ("batch", "height", "width", channels) if io == "uint8" else ("batch", channels, "height", "width")
         for channels in (config.in_channels, config.out_channels)
