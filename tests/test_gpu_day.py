@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_tensorrt_api import names_in
 
 from benchmarks.gpu import card, report, run_jax, run_ort, run_torch
 from benchmarks.gpu.made import Made, NotMade
@@ -20,6 +22,21 @@ from benchmarks.models import ARCHITECTURES, config_of
 from benchmarks.peers import Case, random_input
 
 ROOT = Path(__file__).parents[1]
+#: members of objects that TensorRT-RTX gives, beside what is taken from its module
+OF_TENSORRT_RTX = {
+    "engines.py": ("Runtime.get_engine_validity",),
+    "run_rtx.py": (
+        "Builder.create_network",
+        "Builder.create_builder_config",
+        "Builder.create_optimization_profile",
+        "Builder.build_serialized_network",
+        "IBuilderConfig.num_compute_capabilities",
+        "IBuilderConfig.set_compute_capability",
+        "IBuilderConfig.add_optimization_profile",
+        "IOptimizationProfile.set_shape",
+        "OnnxParser.parse",
+    ),
+}
 TOYS = {
     "rows": """
         for number in range(3):
@@ -210,6 +227,15 @@ def test_what_is_used_of_pytorch_on_a_gpu_has_these_names():
     assert modes <= {*torch._inductor.list_mode_options(), None}
 
 
+@pytest.mark.parametrize("path", ["engines.py", "run_rtx.py"])
+def test_what_is_used_of_tensorrt_rtx_has_these_names(path):
+    trt = pytest.importorskip("tensorrt_rtx")
+    used = names_in((ROOT / "benchmarks" / "gpu" / path).read_text())
+    assert used
+    for name in (*used, *OF_TENSORRT_RTX[path]):
+        assert operator.attrgetter(name)(trt) is not None
+
+
 def test_a_file_that_cannot_be_made_says_why(tmp_path):
     for here in (True, False):
         made = Made(tmp_path, small=True, here=here)
@@ -284,6 +310,20 @@ def test_rows_are_held_against_the_peak_and_the_best_of_pytorch():
     other = {**case, "name": "ours", "host_ms": 25.0, "size": 1024}
     report.derive([other], torch_rows)
     assert "of_best_torch" not in other and "tflops" not in other
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def test_results_are_listed_and_no_rehearsal_is_among_them():
+    page = (ROOT / "docs" / "gpu" / "README.md").read_text()
+    folders = [path for path in (ROOT / "docs" / "gpu" / "results").iterdir() if path.is_dir()]
+    for folder in folders:
+        assert f"results/{folder.name}" in page, f"{folder.name} is not in the table of docs/gpu/README.md"
+        for path in folder.glob("*.json"):
+            data = json.loads(path.read_text())
+            assert not data["rehearsal"] and data["card"], path
+    assert bool(folders) != ("none of these stages has run on a GPU yet" in page)
 
 
 # Rehearsal ------------------------------------------------------------------------------------------------------------

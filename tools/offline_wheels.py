@@ -122,10 +122,6 @@ def resolve(wanted: Sequence[str], there: frozenset[str], index: Index) -> tuple
     while waiting:
         requirement = waiting.pop(0)
         name = canonicalize_name(requirement.name)
-        key = name, frozenset(requirement.extras)
-        if key in seen:
-            continue
-        seen.add(key)
         if name in there:
             assumed[str(requirement)] = None
             continue
@@ -133,6 +129,12 @@ def resolve(wanted: Sequence[str], there: frozenset[str], index: Index) -> tuple
             if not requirement.specifier:
                 requirement.specifier = SpecifierSet(pins.get(name, ""))
             found[name] = index.find(requirement)
+        elif not requirement.specifier.contains(found[name].version, prereleases=True):
+            raise Failed(f"{requirement} is needed, and {found[name]} is needed as well: pip finds no such pair here")
+        key = name, frozenset(requirement.extras)
+        if key in seen:
+            continue
+        seen.add(key)
         waiting += applying(found[name].needs, requirement.extras, index.python)
     return list(found.values()), list(assumed)
 
