@@ -20,7 +20,7 @@ STATE = {
     "utilization.gpu": "busy_percent",
     "memory.used": "used_mib",
 }
-SECONDS_BETWEEN = 0.5
+SECONDS_BETWEEN = 1.0
 
 
 def ask(fields: dict[str, str]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _number(text: str) -> Any:
 
 
 class Sampler:
-    """Asks for the state of the card twice a second, beside the work."""
+    """Asks for the state of the card once a second, beside the work."""
 
     def __init__(self) -> None:
         self._samples: list[tuple[float, dict[str, Any]]] = []
@@ -66,9 +66,10 @@ class Sampler:
     def _run(self) -> None:
         while not self._end.is_set():
             state = ask(STATE)
-            if not state:  # there is no card: nothing to wait for
+            if state:
+                self._samples.append((time.monotonic(), state))
+            elif not self._samples:  # there is no card
                 return
-            self._samples.append((time.monotonic(), state))
             self._end.wait(SECONDS_BETWEEN)
 
     def between(self, start: float, end: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ class Engines:
         validity, diagnostics = runtime.get_engine_validity(plan)
         reasons = self.flavour.trt.EngineInvalidityDiagnostics.__members__
         bits = [name for name, reason in reasons.items() if int(diagnostics) & int(reason)]
-        return " ".join([str(validity), *bits])
+        return f"{validity.name}, diagnostics {int(diagnostics)} {' '.join(bits)}".rstrip()
 
     def measure_run(self, graph: str, precision: str, variant: str, how: str, **settings: Any) -> None:
         """Rows: load a plan that was built, and run it at each size."""
@@ -235,5 +235,4 @@ def loaded(
     try:
         yield found
     finally:
-        with suppress(AttributeError):
-            found.close()
+        found.close()

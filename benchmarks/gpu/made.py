@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 SMALL_WIDTHS = (32, 32, 32, 32)  #: of rehearsals: 32 groups, and as many levels as the real ones
+#: all that decides on what is in the files
 SOURCES = ("vae_export", "runtimes", "benchmarks/models.py", "benchmarks/cuda_provider.py", "benchmarks/gpu/made.py")
 EMBEDDED = "embedded"  #: the model that comes with the package
 
@@ -119,7 +120,7 @@ class Made:
 
 
 def sources_digest() -> str:
-    """Of all that decides on what is in the files."""
+    """Of SOURCES: a machine that measures need not have the project's history."""
     digest = hashlib.sha256()
     for place in SOURCES:
         for path in sorted((ROOT / place).rglob("*.py") if (ROOT / place).is_dir() else [ROOT / place]):

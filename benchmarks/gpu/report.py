@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.compare_report import describe_machine, short
 from benchmarks.gpu.card import WHO, ask
+from benchmarks.gpu.made import sources_digest
 from runtimes.files import written_whole
 
 Row = dict[str, Any]
@@ -74,6 +75,7 @@ class Report:
             "stage": stage,
             "rehearsal": rehearsal,
             "commit": commit(),
+            "sources": sources_digest(),
             "commands": [*(kept or {}).get("commands", []), command],
             "started": now(),
             "ended": None,
@@ -147,9 +149,9 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def kept_from(path: Path, rehearsal: bool) -> dict[str, Any] | None:
-    """An earlier result to go on with, of the same card, commit and packages; rows that failed are to run again."""
+    """An earlier result to go on with, of the same card, sources and packages; rows that failed are to run again."""
     found = read(path)
-    now_here = {"card": ask(WHO) or None, "commit": commit(), "packages": versions(), "rehearsal": rehearsal}
+    now_here = {"card": ask(WHO) or None, "sources": sources_digest(), "packages": versions(), "rehearsal": rehearsal}
     if found is None or any(found.get(name) != value for name, value in now_here.items()):
         return None
     return found | {"rows": [row for row in found["rows"] if not {"failed", "lacks"} & row.keys()]}
@@ -201,7 +203,8 @@ def _lines(data: dict[str, Any]) -> Iterator[str]:
     yield f"- {data['started']} to {data['ended'] or '(not ended)'}: {data['end']}"
     yield from (f"- `{command}`" for command in data["commands"])
     machine = data["machine"]
-    yield f"- {machine['cores']} cores, {machine['cpu']}, Python {machine['python']}, commit {data['commit']}"
+    yield f"- {machine['cores']} cores, {machine['cpu']}, Python {machine['python']}"
+    yield f"- commit {data['commit']}, sources {data['sources']}"
     yield f"- {', '.join(f'{name} {version}' for name, version in data['packages'].items())}"
     yield f"- before: {_state(data['before'])}; after: {_state(data['after'])}"
     if data["lacks"]:
@@ -256,12 +259,27 @@ def _cells(row: Row) -> Iterator[str]:
 
 
 def _found(row: Row) -> str:
-    facts = {name: value for name, value in row.items() if name not in ("name", "during", "rehearsal")}
-    return ", ".join(f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in facts.items())
+    facts = {name: value for name, value in row.items() if name not in ("name", "during", "rehearsal", "text")}
+    lines = [f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in facts.items()]
+    during = row.get("during") or {}
+    return ", ".join(lines + [f"{name} of the card {values['median']:g} (median)" for name, values in during.items()])
 
 
 def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def outcome(row: Row) -> str:
+    """What came of a row, for the terminal."""
+    for what in ("failed", "lacks", "wrong"):
+        if what in row:
+            return f"{what}: {row[what]}"
+    if "host_ms" in row:
+        device = f", on the device {short(row['device_ms'])} ms" if "device_ms" in row else ""
+        error = f", {row['psnr_db']:.1f} dB" if row.get("psnr_db") is not None else ""
+        return f"{short(row['host_ms'])} ms{device}{error}"
+    numbers = {name: value for name, value in row.items() if isinstance(value, float) and name != "took_seconds"}
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()) or "done"
 
 
 def as_line(data: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.gpu.card import STATE, Sampler, ask
-from benchmarks.gpu.report import Report, kept_from, now
+from benchmarks.gpu.report import Report, kept_from, now, outcome
 
 ROOT = Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "fakes"
@@ -104,7 +104,7 @@ class _Supervisor:
                 return None
             if "begin" in told:
                 row, began = told["begin"], time.monotonic()
-                print(f"  {row}", flush=True)
+                print(f"  {row}: ", end="", flush=True)
             elif "row" in told:
                 self._add(told["row"], began)
                 row = None
@@ -121,6 +121,7 @@ class _Supervisor:
 
     def _add(self, row: dict[str, Any], began: float) -> None:
         during = self.sampler.between(began, time.monotonic())
+        print(outcome(row), flush=True)
         self.done.append(row["name"])
         self.report.add(row | ({"during": during} if during else {}))
 
