@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.dataset import STORAGE, make_photographs
 from benchmarks.gpu.made import EMBEDDED
-from benchmarks.gpu.run_ort import PROVIDER, preload
-from benchmarks.gpu.stage import Lacks, Stage
+from benchmarks.gpu.run_ort import load_provider
+from benchmarks.gpu.stage import Stage, require
 from benchmarks.memory_model import status
 from vae_export.dataset import Opening, encode_dataset
 from vae_export.dataset_sources import open_source
@@ -71,11 +71,8 @@ class Bench:
 
     def opening(self, backend: str) -> Opening:
         target, precision, device = BACKENDS[backend]
-        if device == "cuda" and not self.stage.rehearsal:
-            ort = __import__("onnxruntime")
-            if PROVIDER not in ort.get_available_providers():
-                raise Lacks("onnxruntime-gpu: python -m tools.offline_wheels ort brings it here")
-            preload(ort)
+        if target == "onnx":
+            load_provider(require("onnxruntime", "it encodes"), self.stage.rehearsal)
         return Opening(
             str(self.stage.made.bundle(self.model, target, precision)), device="cpu" if self.stage.rehearsal else device
         )

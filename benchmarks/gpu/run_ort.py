@@ -81,13 +81,7 @@ def ways(rehearsal: bool) -> list[Way]:
 
 def run(stage: Stage) -> None:
     ort = require("onnxruntime", "it is what is measured")
-    if not stage.rehearsal:
-        if PROVIDER not in ort.get_available_providers():
-            raise Lacks(
-                f"onnxruntime-gpu: this ONNX Runtime {ort.__version__} has {', '.join(ort.get_available_providers())}; "
-                "python -m tools.offline_wheels ort brings it here"
-            )
-        preload(ort)
+    load_provider(ort, stage.rehearsal)
     stage.note(f"ONNX Runtime {ort.__version__}, {getattr(ort.capi, '__file__', '')}: {ort.get_available_providers()}")
     for way in ways(stage.rehearsal):
         name = name_of(way.model, way.case, way.precision, way.how)
@@ -97,12 +91,32 @@ def run(stage: Stage) -> None:
         stage.measure(name, facts, lambda way=way: measure(stage, ort, way))  # type: ignore[misc]
 
 
-def preload(ort: Any) -> None:
-    """CUDA's libraries: those that PyTorch brings, if it is here, are found by it alone."""
-    with contextlib.suppress(ImportError):
-        import torch  # noqa: F401
-    ort.preload_dlls()
-    ort.set_default_logger_severity(4)  # each plan that cuDNN has no kernels for would be an error in the log
+def load_provider(ort: Any, rehearsal: bool) -> None:
+    """Load the CUDA provider, or `Lacks`. CUDA's libraries may be those of PyTorch, which alone finds them."""
+    if not rehearsal:
+        if PROVIDER not in ort.get_available_providers():
+            raise Lacks(
+                f"onnxruntime-gpu: this ONNX Runtime {ort.__version__} has {', '.join(ort.get_available_providers())}; "
+                "python -m tools.offline_wheels ort brings it here"
+            )
+        with contextlib.suppress(ImportError):
+            import torch  # noqa: F401
+        ort.preload_dlls()
+    wanted = "CPUExecutionProvider" if rehearsal else PROVIDER
+    session = ort.InferenceSession(least_model(), providers=[wanted])
+    if session.get_providers()[0] != wanted:
+        raise Lacks(f"what {PROVIDER} needs: it did not load, and the reason is at the end of `stderr` in the result")
+    ort.set_default_logger_severity(4)  # from here on each plan that cuDNN has no kernels for would be an error
+
+
+def least_model() -> bytes:
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "least", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    found: bytes = model.SerializeToString()
+    return found
 
 
 def measure(stage: Stage, ort: Any, way: Way) -> dict[str, Any]:
