@@ -2,6 +2,9 @@
 # make test    set up and run the tests, but for those below
 # make engines the tests that build engines with TensorRT-RTX; they need no GPU
 # make lint    style and types
+# make types   types alone
+# make docs    the documentation site, into out/site
+# make coverage  the tests of `make test`, and which lines they run
 # make slow    the tests with real-size models, a hundred kills, full disks and long runs
 # make gpu-check  the tests and the benchmark on this machine's NVIDIA GPU; what they said is in out/gpu-check.txt
 # make bench   backends side by side, the five-minute version
@@ -12,7 +15,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test engines lint slow gpu-check bench fuzz train clean
+.PHONY: demo test engines lint types docs coverage slow gpu-check bench fuzz train clean
 
 # pytriton without its dependencies, which nothing else here agrees with: tests ask its tritonserver to read what we write.
 $(READY): pyproject.toml constraints.txt
@@ -49,6 +52,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+types: $(READY)
+	$(BIN)/mypy
+
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+coverage: $(READY)
+	$(BIN)/pytest -q -m "not slow and not engines" --cov=vae_export --cov=runtimes --cov-report=term
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)
