@@ -2,6 +2,9 @@
 # make test    set up and run the tests, but for those below
 # make engines the tests that build engines with TensorRT-RTX; they need no GPU
 # make lint    style and types
+# make types   types alone
+# make docs    the documentation site, into out/site
+# make coverage  the tests of `make test`, and which lines they run
 # make slow    the tests with real-size models, a hundred kills, full disks and long runs
 # make gpu-check STAGES="torch ort"  what is measured on this machine's NVIDIA GPU, into out/gpu; see docs/gpu/README.md
 # make gpu-check REHEARSE=1  the same on the CPU, with the smallest sizes, in Python 3.12 too where there is one
@@ -18,7 +21,7 @@ GPU_PYTHON = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 PYTHON312 ?= python3.12
 BIN312 := .venv312/bin
 
-.PHONY: demo test engines lint slow gpu-check rehearse-3.12 bench fuzz train clean
+.PHONY: demo test engines lint types docs coverage slow gpu-check rehearse-3.12 bench fuzz train clean
 
 # pytriton without its dependencies, which nothing else here agrees with: tests ask its tritonserver to read what we write.
 $(READY): pyproject.toml constraints.txt
@@ -69,6 +72,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+types: $(READY)
+	$(BIN)/mypy
+
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+coverage: $(READY)
+	$(BIN)/pytest -q -m "not slow and not engines" --cov=vae_export --cov=runtimes --cov-report=term
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)
