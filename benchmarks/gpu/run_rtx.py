@@ -111,8 +111,8 @@ def portable(stage: Stage, engines: Engines) -> dict[str, Any]:
 
 
 def make_portable(path: Path) -> None:
-    from vae_export.checkpoints.load import load_model
     from vae_export import export_bundle
+    from vae_export.checkpoints.load import load_model
     from vae_export.targets.engines import plan_engine
 
     model = load_model()
