@@ -20,8 +20,8 @@ TensorRT are left out, since a real builder times kernels; the typed ONNX beside
 That needs no GPU: the plans are built by the fake TensorRT of the tests.
 
 Nothing of the package is used but `AutoencoderKL`, `export_bundle` and the command line, so that the same file runs in
-checkouts of different structure: copy it into `tools/` of the one that has none. `_form_class` lists where `Form`, which
-names the rewrites, has been.
+checkouts of different structure: copy it into `tools/` of the one that has none. `_form_class` lists where `Form`,
+which names the rewrites, has been.
 """
 
 from __future__ import annotations
