@@ -14,9 +14,9 @@ from runtimes.images import load_image, psnr, to_float
 from runtimes.manifest import Step
 from runtimes.tiling.seamless import largest_maps, run_seamless
 from vae_export import AutoencoderKL, export_bundle
-from vae_export.export import rescaled
 from vae_export.photos import photographs
 from vae_export.rewrites.form import Form
+from vae_export.rewrites.rescale import rescaled
 from vae_export.rewrites.tileable import TileableExport
 
 # Maps are rounded to fp16 between steps, 11 bits some 20 times: 66 dB each where an error is as large as it can be.
