@@ -249,7 +249,7 @@ def test_every_command_that_loads_a_model_takes_what_the_export_takes(run, monke
     assert asked == [("m", {"hub": vae_export.Hub(revision="r"), **expected})] * 4
     asked.clear()
     run("ranges").check_refusal(ConfigError, "enough")
-    assert asked == [(None, {"hub": export.Hub()})]
+    assert asked == [(None, {"hub": vae_export.Hub()})]
 
 
 def test_a_single_file_is_validated_measured_and_tuned_with_its_config(run, two_level_model, tmp_path):
