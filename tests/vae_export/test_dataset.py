@@ -19,7 +19,7 @@ from PIL import Image
 
 from runtimes import BundleError, ConfigError, NumericsError, OutOfMemoryError, open_vae
 from runtimes.base import VaeRuntime
-from runtimes.images import load_image
+from runtimes.image_files import load_image
 
 pa = pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 pytest.importorskip("filelock")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from runtimes import BACKENDS_OF_TARGET, Bundle, VaeRuntime, open_vae
+from runtimes.edge import device_name
 from runtimes.latents.shards import Array, Failure, Shard
 from runtimes.progress import Progress
 from vae_export.dataset.encode import Batch, Found
@@ -34,7 +35,8 @@ class Opening:
 
     def is_cpu(self, bundle: Bundle) -> bool:
         """Whether it runs on the CPU, the default of `open_vae` for all backends but TensorRT."""
-        return (self.device or ("cuda" if self.backend_of(bundle).startswith("tensorrt") else "cpu")) == "cpu"
+        usual = "cuda" if self.backend_of(bundle).startswith("tensorrt") else "cpu"
+        return device_name(self.device or usual) == "cpu"
 
     def open(self) -> VaeRuntime:
         options: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}
