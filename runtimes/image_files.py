@@ -58,7 +58,7 @@ def is_readable(source: Any) -> bool:
 
 def load_image(source: Readable, channels: int = 3, *, max_pixels: int | None = None) -> npt.NDArray[np.uint8]:
     """An image as uint8 [H, W, channels]: see `load_pil`."""
-    pixels = np.asarray(load_pil(source, channels, max_pixels=max_pixels))
+    pixels = np.array(load_pil(source, channels, max_pixels=max_pixels))  # a copy, which can be written to
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 

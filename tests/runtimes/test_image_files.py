@@ -45,8 +45,8 @@ class Place(os.PathLike):
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, io.BytesIO])
 def test_the_content_of_a_file_is_read_like_the_file(kind):
-    source = kind(PNG)
-    assert np.array_equal(load_image(source), PIXELS)
+    loaded = load_image(kind(PNG))
+    assert np.array_equal(loaded, PIXELS) and loaded.flags.writeable
     for given in (kind(PNG), [kind(PNG)]):
         assert np.array_equal(as_uint8_batch(given), PIXELS[None])
 

@@ -186,6 +186,7 @@ def make_contract(
             "policy": policy.policy,
             "sizes": [list(size) for size in policy.sizes],
             "resample": "lanczos",
+            "colours": "sRGB",
             "flips": storage.flips,
         },
         "tiling": {"kind": opening.tiling, "memory_budget": opening.memory_budget},
