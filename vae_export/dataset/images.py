@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -126,7 +127,7 @@ def prepare(source: Source, item: Item, known: bytes | None, policy: SizePolicy)
 
 def _prepared(data: bytes, sha256: bytes, policy: SizePolicy) -> Broken | Prepared:
     try:
-        image = load_pil(data, policy.channels, max_pixels=policy.max_pixels)
+        image = load_pil(io.BytesIO(data), policy.channels, max_pixels=policy.max_pixels)
     except TooManyPixels as error:
         return Broken(None, _one_line(error))  # another limit may allow it
     width, height = image.size
