@@ -2,8 +2,12 @@
 # make test    set up and run the tests, but for those below
 # make engines the tests that build engines with TensorRT-RTX; they need no GPU
 # make lint    style and types
+# make types   types alone
+# make docs    the documentation site, into out/site
+# make coverage  the tests of `make test`, and which lines they run
 # make slow    the tests with real-size models, a hundred kills, full disks and long runs
-# make gpu-check  the tests and the benchmark on this machine's NVIDIA GPU; what they said is in out/gpu-check.txt
+# make gpu-check STAGES="torch ort"  what is measured on this machine's NVIDIA GPU, into out/gpu; see docs/gpu/README.md
+# make gpu-check REHEARSE=1  the same on the CPU, with the smallest sizes, in Python 3.12 too where there is one
 # make bench   backends side by side, the five-minute version
 # make fuzz    a minute of fuzzing, shared by all entries that take bytes of strangers
 # make train   train the embedded model anew (40 minutes)
@@ -12,7 +16,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test engines lint slow gpu-check bench fuzz train clean
+# The machine with the GPU may have no network: nothing is installed for gpu-check, it takes what is there.
+GPU_PYTHON = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
+PYTHON312 ?= python3.12
+BIN312 := .venv312/bin
+
+.PHONY: demo test engines lint types docs coverage slow gpu-check rehearse-3.12 bench fuzz train clean
 
 # pytriton without its dependencies, which nothing else here agrees with: tests ask its tritonserver to read what we write.
 $(READY): pyproject.toml constraints.txt
@@ -35,12 +44,26 @@ engines: $(READY)
 slow: $(READY)
 	$(BIN)/pytest -q -s -m slow
 
+ifdef REHEARSE
 gpu-check: $(READY)
-	mkdir -p out
-	{ date -u; uname -srm; nvidia-smi || echo "no nvidia-smi here"; $(BIN)/vae-export doctor --json; } > out/gpu-check.txt 2>&1
-	$(BIN)/pytest -m gpu -rs >> out/gpu-check.txt 2>&1; code=$$?; \
-	$(BIN)/python -m benchmarks.compare --device cuda --sizes 512 1024 --rounds 10 --out out/gpu-bench >> out/gpu-check.txt 2>&1; \
-	cat out/gpu-check.txt; exit $$code
+	$(BIN)/python -m benchmarks.gpu $(STAGES) --rehearse
+	@if $(PYTHON312) --version >/dev/null 2>&1; then $(MAKE) rehearse-3.12; else \
+		echo "not rehearsed with Python 3.12: there is no $(PYTHON312) here; PYTHON312=... names one"; fi
+else
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu $(STAGES) --limit $(or $(LIMIT),480) \
+		$(if $(ROWS),--rows $(ROWS)) $(if $(CONTINUE),--continue)
+endif
+
+.venv312/ready: benchmarks/gpu/machine-3.12.txt
+	$(PYTHON312) -m venv .venv312
+	$(BIN312)/pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+# With the packages of such a machine, and model files made by the project's own Python, which has PyTorch.
+rehearse-3.12: .venv312/ready
+	$(BIN312)/python -m compileall -q runtimes vae_export benchmarks tools tests
+	$(BIN312)/python -m benchmarks.gpu $(STAGES) --rehearse --out out/gpu-rehearsal-3.12 --models out/gpu-rehearsal/models
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.compare --quick
@@ -50,6 +73,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+types: $(READY)
+	$(BIN)/mypy
+
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+coverage: $(READY)
+	$(BIN)/pytest -q -m "not slow and not engines" --cov=vae_export --cov=runtimes --cov-report=term
+
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)
 
@@ -57,4 +89,4 @@ train: $(READY)
 	$(BIN)/python -m tools.train_tiny --out vae_export/assets/tiny
 
 clean:
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venv312 out build dist *.egg-info

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as DiffusersVae
 
+    from runtimes.config import VaeConfig
     from vae_export.families.autoencoder_kl import AutoencoderKL
 
 Array = npt.NDArray[np.float32]
@@ -379,17 +380,23 @@ def make_input(model: AutoencoderKL, case: Case, photos: bool) -> Array:
     """Photographs where the weights are trained; for random weights uniform images and latents of unit variance."""
     from vae_export.photos import middle_of, photographs
 
-    config, rng = model.config, np.random.default_rng(0)
-    image = (case.batch, config.in_channels, case.size, case.size)
-    if not photos and case.graph == "encode":
-        return rng.uniform(-1, 1, image).astype(np.float32)
+    config = model.config
     if not photos:
-        side = case.size // config.downscale
-        return rng.standard_normal((case.batch, config.latent_channels, side, side)).astype(np.float32)
+        return random_input(config, case)
+    image = (case.batch, config.in_channels, case.size, case.size)
     paths = photographs()
     chosen = [middle_of(paths[i % len(paths)], *image[2:], config.in_channels).numpy() for i in range(case.batch)]
     images = np.concatenate(chosen)
     return images if case.graph == "encode" else reference(model, "encode", images)[:, : config.latent_channels].copy()
+
+
+def random_input(config: VaeConfig, case: Case) -> Array:
+    """The first image is the same in every batch."""
+    rng, factor = np.random.default_rng(0), config.downscale
+    if case.graph == "encode":
+        return rng.uniform(-1, 1, (case.batch, config.in_channels, case.size, case.size)).astype(np.float32)
+    latents = (case.batch, config.latent_channels, case.size // factor, case.size // factor)
+    return rng.standard_normal(latents).astype(np.float32)
 
 
 def reference(model: AutoencoderKL, graph: str, x: Array) -> Array:

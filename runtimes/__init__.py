@@ -9,10 +9,10 @@ with open_vae("out/sdxl") as vae:
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
+from runtimes.backends import BACKENDS, backend_for, register_backend
 from runtimes.base import VaeRuntime
 from runtimes.bundle import Bundle
 from runtimes.config import VaeConfig
@@ -49,24 +49,8 @@ __all__ = [
     "VaeError",
     "VaeRuntime",
     "open_vae",
+    "register_backend",
 ]
-
-#: backend -> "module:class", imported when it is first opened
-BACKENDS = {
-    "onnxruntime": "runtimes.onnxruntime:OnnxRuntimeVae",
-    "openvino": "runtimes.openvino:OpenVinoVae",
-    "flax": "runtimes.flax.runtime:FlaxVae",
-    "tensorrt": "runtimes.tensorrt.runtime:TensorRtVae",
-    "tensorrt-rtx": "runtimes.tensorrt.runtime:TensorRtRtxVae",
-}
-#: target of a bundle -> the backends that open it, the default first
-BACKENDS_OF_TARGET: dict[str, tuple[str, ...]] = {
-    "onnx": ("onnxruntime", "tensorrt", "tensorrt-rtx"),
-    "openvino": ("openvino",),
-    "flax": ("flax",),
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt-rtx",),
-}
 
 
 def open_vae(
@@ -96,20 +80,10 @@ def open_vae(
     `CompatibilityError` where the backend cannot load it, `BackendUnavailable` where backend or device is not here.
     """
     bundle = path if isinstance(path, Bundle) else Bundle(path, allow_links=allow_links)
-    known = BACKENDS_OF_TARGET.get(bundle.manifest.target, ())
-    if not known:
-        raise CompatibilityError(f"this version opens no {bundle.manifest.target} bundles")
-    chosen = backend or known[0]
-    if chosen not in BACKENDS:
-        raise BackendUnavailable(f"no backend {chosen!r}; known are {', '.join(BACKENDS)}")
-    if chosen not in known:
-        raise CompatibilityError(
-            f"backend {chosen} does not open {bundle.manifest.target} bundles; {', '.join(known)} does"
-        )
-    module, _, name = BACKENDS[chosen].partition(":")
+    kind = BACKENDS[backend_for(bundle.manifest.target, backend)]
     if device is not None:
         options["device"] = device
-    runtime = getattr(importlib.import_module(module), name)(bundle, **options)
+    runtime = kind(bundle, **options)
     assert isinstance(runtime, VaeRuntime)
     try:
         if tiling is not None:

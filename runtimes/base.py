@@ -43,6 +43,7 @@ class VaeRuntime(Lifetime, TilingSettings):
     """
 
     backend: ClassVar[str]
+    default_device: ClassVar[str] = "cpu"
     runs_steps: ClassVar[bool] = False  #: whether it has `open_steps` and `run_step`, for seamless tiling
     device: str
     _options: Mapping[str, Any]  #: as the backend's class was given them

@@ -120,13 +120,7 @@ class VaeConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> VaeConfig:
         """Read a config.json; an unreadable or malformed file raises `ConfigError`."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not a readable JSON file: {error}") from None
-        return cls.from_dict(data, origin=str(path))
+        return cls.from_dict(read_json(path), origin=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as diffusers writes them in config.json, `_class_name` first, tuples as lists."""
@@ -135,6 +129,19 @@ class VaeConfig:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file; `ConfigError` where there is none."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a readable JSON file: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is not a JSON object but a {type(data).__name__}")
+    return data
 
 
 class OtherConfig:

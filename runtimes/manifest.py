@@ -174,7 +174,8 @@ class Manifest:
         _reject_case_twins(files)
         graphs: dict[Graph, GraphSpec] = {}
         for name, graph in _object(fields["graphs"], "graphs").items():
-            graphs[cast(Graph, _choice(name, "graph", GRAPHS))] = _graph(name, graph, files)
+            known = cast(Graph, _choice(name, "graph", GRAPHS))
+            graphs[known] = _graph(known, graph, files)
         if set(graphs) != set(GRAPHS):
             raise IntegrityError(f"{MANIFEST_FILE}: graphs must be encoder and decoder, not {sorted(graphs)}")
         family = _name(fields.get("family", DEFAULT_FAMILY), "family")

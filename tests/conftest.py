@@ -241,7 +241,10 @@ def bundle_copy(tiny_bundle, tmp_path):
             (path / name).write_bytes(data)
             manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         if edit is not None:
+            config = dict(manifest.get("config", ()))
             edit(manifest)
+            if isinstance(manifest, dict) and manifest.get("config") != config:
+                manifest.pop("latent_space", None)  # it follows from the config, as in manifests that do not name it
         if files or edit:
             del manifest["manifest_sha256"]
             (path / "manifest.json").write_text(json.dumps(manifest))

@@ -15,8 +15,7 @@ from collections.abc import Callable
 import torch
 
 from vae_export.checkpoints.load import load_model
-from vae_export.families.autoencoder_kl import AutoencoderKL
-from vae_export.rewrites.rescale import stages
+from vae_export.families.autoencoder_kl import AutoencoderKL, stages
 
 Draw = Callable[[float, float], float]
 

@@ -20,7 +20,7 @@ from runtimes import Bundle, VaeRuntime, open_vae
 from runtimes.errors import NumericsError
 from runtimes.images import to_float, to_uint8
 from runtimes.progress import Progress, no_progress
-from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families.base import ReferenceVae
 from vae_export.photos import middle_of, photographs
 from vae_export.rewrites.ranges import SimulatedHalf
 
@@ -102,7 +102,7 @@ class Input(NamedTuple):
 
 
 def reference_cases(
-    model: AutoencoderKL,
+    model: ReferenceVae,
     progress: Progress = no_progress,
     shapes: Sequence[tuple[int, int, int]] | None = None,
     io: str = "float",
@@ -224,7 +224,7 @@ def opened_bundle(runtime: VaeRuntime) -> Candidate:
     return run
 
 
-def simulated(model: AutoencoderKL, precision: str) -> Candidate:
+def simulated(model: ReferenceVae, precision: str) -> Candidate:
     """The model in simulated half precision; overflow raises `NumericsError` naming the place."""
     half = SimulatedHalf(model, precision)
 
@@ -252,7 +252,7 @@ def _described(missed: Measurement, case: Case, thresholds: Thresholds) -> str:
     )
 
 
-def inputs(model: AutoencoderKL, shapes: Sequence[tuple[int, int, int]] | None = None) -> Iterator[Input]:
+def inputs(model: ReferenceVae, shapes: Sequence[tuple[int, int, int]] | None = None) -> Iterator[Input]:
     """Photographs, noise and one colour for both graphs.
 
     Without `shapes`, noise of batch 1 and 3, non-square, and the smallest legal size; else noise of these, and
@@ -262,8 +262,7 @@ def inputs(model: AutoencoderKL, shapes: Sequence[tuple[int, int, int]] | None =
     rng = np.random.default_rng(0)
     if shapes is None:
         photo_shape, flat_shape = (1, *PHOTO_SIZE), (1, 8, 12)
-        # At one latent a norm with one channel a group has no variance (PyTorch refuses it), and with two a noisy one.
-        smallest = 1 if min(config.block_out_channels[-2:]) > 2 * config.norm_num_groups else 2
+        smallest = model.smallest_side
         shapes = ((1, smallest, smallest), (1, 8, 12), (3, 5, 7))
     else:
         photo_shape = flat_shape = shapes[0]
@@ -285,7 +284,7 @@ def inputs(model: AutoencoderKL, shapes: Sequence[tuple[int, int, int]] | None =
         yield Input("decoder", f"photo {name}", latents, photo=True)
     for b, h, w in shapes:
         # Diffusion models work on latents of unit variance: unscaled, this is how they look.
-        yield Input("decoder", "noise", config.latent_space.raw_noise(rng, b, h, w).astype(np.float32))
+        yield Input("decoder", "noise", model.latent_space.raw_noise(rng, b, h, w).astype(np.float32))
 
 
 def _psnr_bar(case: Case, thresholds: Thresholds) -> float:
@@ -293,7 +292,7 @@ def _psnr_bar(case: Case, thresholds: Thresholds) -> float:
 
 
 @torch.no_grad()
-def _reference(model: AutoencoderKL, graph: str, array: Array) -> Array:
+def _reference(model: ReferenceVae, graph: str, array: Array) -> Array:
     function = model.encode_moments if graph == "encoder" else model.decode_latents
     result: Array = function(torch.from_numpy(np.ascontiguousarray(array))).numpy()
     return result

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from runtimes import VaeRuntime
+from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError, NotInstalled
 
 try:
@@ -84,6 +85,10 @@ class DiffusersVae(AutoencoderKL, metaclass=_EqualToAutoencoderKL):  # type: ign
         tensors = [tensor for graph in runtime.spec.values() for tensor in (graph.input, graph.output)]
         if any(tensor.dtype == "uint8" for tensor in tensors):
             raise ConfigError("pipelines give and take floats, and this bundle takes pixels; export without --io uint8")
+        if not isinstance(runtime.config, VaeConfig):
+            raise ConfigError(
+                f"this bundle is of an {runtime.manifest.family}, and pipelines take an AutoencoderKL in its place"
+            )
         if runtime.config.scaling_factor is None:
             raise ConfigError("the bundle does not say its scaling_factor, which pipelines need; export it with one")
         super(AutoencoderKL, self).__init__()  # not its own, which makes a network

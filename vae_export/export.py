@@ -29,7 +29,8 @@ from vae_export.comparison import (
     thresholds_of,
     through_pixels,
 )
-from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families import family_of
+from vae_export.families.base import ReferenceVae
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import Form, fitted, rewrite
 from vae_export.rewrites.ranges import HALVES
@@ -40,11 +41,10 @@ from vae_export.targets.onnx_graphs import tool_versions
 
 IO_PRECISIONS = ("fp32", "same")
 IOS = ("float", "uint8")
-REFERENCE = "AutoencoderKL of vae-export in PyTorch, fp32"
 
 
 def export_bundle(
-    model: AutoencoderKL,
+    model: ReferenceVae,
     out: str | Path,
     options: ExportOptions | None = None,
     *,
@@ -86,8 +86,8 @@ def export_bundle(
             target=target.name,
             precision=export.precision,
             config=model.config,
-            latent_space=model.config.latent_space,
-            family="AutoencoderKL",
+            latent_space=model.latent_space,
+            family=model.family,
             files=writer.entries(),
             graphs=graphs,
             source=model.source._asdict(),
@@ -104,7 +104,7 @@ def export_bundle(
         return writer.finish()
 
 
-def complete_options(model: AutoencoderKL, options: ExportOptions) -> tuple[Target, ExportOptions]:
+def complete_options(model: ReferenceVae, options: ExportOptions) -> tuple[Target, ExportOptions]:
     """The target, and the options with its precision, engine and forms filled in.
 
     Raises `ConfigError` for what cannot be exported, `BackendUnavailable` for a missing tool, before any work.
@@ -122,7 +122,7 @@ def complete_options(model: AutoencoderKL, options: ExportOptions) -> tuple[Targ
     return target, options
 
 
-def check_choices(model: AutoencoderKL, target: Target, options: ExportOptions) -> None:
+def check_choices(model: ReferenceVae, target: Target, options: ExportOptions) -> None:
     """`ConfigError` for choices that no target, or not this one, has."""
     for name, value, known in (
         ("precision", options.precision, tuple(THRESHOLDS)),
@@ -131,6 +131,8 @@ def check_choices(model: AutoencoderKL, target: Target, options: ExportOptions) 
     ):
         if value not in known:
             raise ConfigError(f"{name} {value!r} is not known; known are {', '.join(known)}")
+    if target.families is not None and model.family not in target.families:
+        raise ConfigError(f"{target.name} bundles are of {' and '.join(target.families)}, not of {model.family}")
     if options.precision not in target.forms:
         raise ConfigError(f"{target.name} bundles are made in {', '.join(target.forms)}, not in {options.precision}")
     if options.io_precision not in target.io_precisions:
@@ -144,7 +146,9 @@ def check_choices(model: AutoencoderKL, target: Target, options: ExportOptions) 
     if options.tileable and not target.tileable:
         able = " and ".join(name for name in TARGETS if TARGETS[name].tileable)
         raise ConfigError(f"bundles for seamless tiling (--tileable) are {able}, not {target.name}")
-    if model.config.scaling_factor is None:
+    if options.tileable and "tileable" not in family_of(model).rewrites:
+        raise ConfigError(f"an {model.family} cannot be cut into steps for seamless tiling (--tileable)")
+    if not model.latent_space.is_known:
         raise ConfigError(
             "the checkpoint does not say its scaling_factor, and a bundle without one could not turn latents into "
             "images; give scaling_factor (--scaling-factor) and, if the model has one, shift_factor (--shift-factor)"
@@ -152,11 +156,12 @@ def check_choices(model: AutoencoderKL, target: Target, options: ExportOptions) 
 
 
 def prepare(
-    model: AutoencoderKL, target: Target, options: ExportOptions, progress: Progress
+    model: ReferenceVae, target: Target, options: ExportOptions, progress: Progress
 ) -> tuple[Export, list[Mapping[str, Any]]]:
     """The model as it is written, inputs with the outputs of the reference, and the manifest's record of rewrites."""
     exact, records = model, []
-    if options.precision in HALVES and options.rescale and target.rescales:
+    rescalable = "rescale" in family_of(model).rewrites
+    if options.precision in HALVES and options.rescale and target.rescales and rescalable:
         exact, record = rescaled(model, options.calibrate, progress)
         records.append(record)
     assert options.forms is not None
@@ -183,7 +188,7 @@ def simulate_half(export: Export) -> list[Measurement]:
     return compare(cases, f"simulated {export.precision}", half, export.precision, export.progress)
 
 
-def for_steps(export: Export) -> AutoencoderKL:
+def for_steps(export: Export) -> ReferenceVae:
     """The model rescaled also in fp32: between the steps of seamless tiling activations are kept in fp16."""
     if export.precision in HALVES and export.options.rescale:
         return export.exact
@@ -200,7 +205,7 @@ def validate_written(
         measurements += check(export.cases, validator, export.precision, export.progress)
     for validator in target.validators(bundle) if reason is None else ():
         measurements += check(export.cases, validator, export.precision, export.progress)
-    record: dict[str, Any] = {"verdict": "passed", "reference": REFERENCE}
+    record: dict[str, Any] = {"verdict": "passed", "reference": f"{export.model.family} of vae-export in PyTorch, fp32"}
     if reason is not None:
         record["not_run"] = reason
     record["thresholds"] = THRESHOLDS[export.precision]._asdict()
@@ -221,7 +226,7 @@ def form_records(forms: Mapping[str, Form]) -> list[Mapping[str, Any]]:
     return [{**record, "graph": graph} for graph in GRAPHS for record in forms[graph].records()]
 
 
-def shapes_of(engine: Engine | None, model: AutoencoderKL) -> Sequence[tuple[int, int, int]] | None:
+def shapes_of(engine: Engine | None, model: ReferenceVae) -> Sequence[tuple[int, int, int]] | None:
     """Batch, height and width in latents of what an engine is validated on: the ends of each profile, and between.
 
     The first, which photographs are cut to, is the smallest.

@@ -117,9 +117,9 @@ def _parameters(manifest: Manifest) -> Mapping[str, object]:
     config = manifest.config
     found: dict[str, object] = {
         "precision": manifest.precision,
-        "downscale": config.downscale,
-        "scaling_factor": config.scaling_factor,
-        "shift_factor": config.shift_factor,
+        "downscale": manifest.latent_space.factor,
+        "scaling_factor": getattr(config, "scaling_factor", None),
+        "shift_factor": getattr(config, "shift_factor", None),
     }
     if manifest.target == "tensorrt":
         # Memory for the shapes that come, and not for the largest of all profiles from the beginning.
@@ -138,8 +138,8 @@ def _warm_up(manifest: Manifest, graph: str, spec: GraphSpec) -> str:
         best = manifest.engine.profiles[0]
         height, width = best.height.opt, best.width.opt
     else:
-        height = width = WARM_UP_SIDE - WARM_UP_SIDE % manifest.config.downscale
-    divide = manifest.config.downscale if graph == "decoder" else 1
+        height = width = WARM_UP_SIDE - WARM_UP_SIDE % manifest.latent_space.factor
+    divide = manifest.latent_space.factor if graph == "decoder" else 1
     channels_last = isinstance(spec.input.shape[-1], int)
     sides = (height // divide, width // divide)
     dims = (*sides, spec.input.shape[-1]) if channels_last else (spec.input.shape[1], *sides)

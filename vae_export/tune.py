@@ -25,7 +25,7 @@ from runtimes.names import GRAPHS, Graph
 from runtimes.progress import Progress, no_progress
 from vae_export.bundle import check_output
 from vae_export.export import check_choices, export_bundle
-from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families.base import ReferenceVae
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import Form
 from vae_export.rewrites.winograd import wide_convolutions
@@ -68,7 +68,7 @@ class Tuned(NamedTuple):
 
 
 def tune_bundle(
-    model: AutoencoderKL,
+    model: ReferenceVae,
     out: str | Path,
     options: ExportOptions | None = None,
     *,
@@ -125,7 +125,7 @@ class _Bench:
 
     def __init__(
         self,
-        model: AutoencoderKL,
+        model: ReferenceVae,
         target: Target,
         options: ExportOptions,
         size: tuple[int, int],

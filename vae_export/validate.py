@@ -12,13 +12,13 @@ from vae_export.checkpoints.hub import Hub
 from vae_export.checkpoints.load import is_single_file, load_model
 from vae_export.comparison import Measurement, check, reference_cases
 from vae_export.export import shapes_of
-from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families.base import ReferenceVae
 from vae_export.targets import target_named
 
 
 def validate_bundle(
     path: str | Path,
-    model: AutoencoderKL | None = None,
+    model: ReferenceVae | None = None,
     *,
     device: str | None = None,
     progress: Progress = no_progress,
@@ -47,7 +47,7 @@ def validate_bundle(
     return measurements
 
 
-def load_recorded(manifest: Manifest) -> AutoencoderKL:
+def load_recorded(manifest: Manifest) -> ReferenceVae:
     """Load the model again from what the manifest recorded."""
     source = manifest.source
     kind, given = source.get("kind"), source.get("given")

@@ -56,6 +56,7 @@ class TensorRtVae(VaeRuntime):
     """
 
     backend = "tensorrt"
+    default_device = "cuda"
     flavour: ClassVar[str] = "tensorrt"
 
     def __init__(

@@ -52,6 +52,6 @@ def test_where_onnx_runtime_is_missing_the_error_says_what_to_install(fresh):
 def test_the_public_names():
     names = """AutoencoderKLOutput BackendUnavailable Bundle BundleError CompatibilityError ConfigError DecoderOutput
     DiagonalGaussianDistribution IntegrityError NotInstalled NumericsError OutOfMemoryError ShapeError VaeConfig
-    VaeError VaeRuntime open_vae"""
+    VaeError VaeRuntime open_vae register_backend"""
     assert sorted(runtimes.__all__) == names.split()
     assert all(hasattr(runtimes, name) for name in runtimes.__all__)

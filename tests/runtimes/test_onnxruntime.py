@@ -25,6 +25,7 @@ from runtimes import (
     VaeError,
     open_vae,
 )
+from runtimes.backends import BACKENDS, BACKENDS_OF_TARGET
 from runtimes.images import to_float
 
 ENCODER, DECODER = "vae_encoder/model.onnx", "vae_decoder/model.onnx"
@@ -311,10 +312,10 @@ def test_a_device_may_be_written_in_any_case(tiny_bundle, device):
 def test_a_backend_must_be_known_and_open_the_target(tiny_bundle, monkeypatch):
     with pytest.raises(BackendUnavailable, match=r"'paper'; known are .*onnxruntime"):
         open_vae(tiny_bundle, backend="paper")
-    monkeypatch.setitem(runtimes.BACKENDS, "paper", "paper:Paper")
+    monkeypatch.setitem(BACKENDS._places, "paper", "paper:Paper")
     with pytest.raises(CompatibilityError, match="paper does not open onnx bundles"):
         open_vae(tiny_bundle, backend="paper")
-    monkeypatch.setattr(runtimes, "BACKENDS_OF_TARGET", {})
+    monkeypatch.delitem(BACKENDS_OF_TARGET, "onnx")
     with pytest.raises(CompatibilityError, match="opens no onnx bundles"):
         open_vae(tiny_bundle)
 

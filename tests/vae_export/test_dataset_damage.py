@@ -10,7 +10,8 @@ from dataset_samples import encode, make_folder, written
 from typer.testing import CliRunner
 
 from runtimes import BundleError, CompatibilityError, IntegrityError
-from runtimes.latents import LatentDataset, read_contract
+from runtimes.latents import LatentDataset
+from runtimes.latents.dataset import read_contract
 from runtimes.latents.shards import check_hash, open_shard
 from vae_export.cli import app
 

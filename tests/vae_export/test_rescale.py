@@ -13,9 +13,10 @@ from vae_export import AutoencoderKL, export_bundle
 from vae_export.checkpoints.load import load_model
 from vae_export.families.autoencoder_kl import Attention
 from vae_export.photos import middle_of, photographs
-from vae_export.rewrites.form import fold_upsample, use_portable_attention
+from vae_export.rewrites.attention import use_portable_attention
 from vae_export.rewrites.ranges import Ranges, SimulatedHalf, Watch, probe
 from vae_export.rewrites.rescale import TARGET, rescale_activations
+from vae_export.rewrites.upsample import fold_upsample
 
 
 def small_model(*, attention=True, quant=True, levels=3, seed=0):

@@ -18,21 +18,12 @@ from vae_export.checkpoints.load import load_model
 from vae_export.comparison import Case, compare
 from vae_export.families.autoencoder_kl import Attention, Upsample
 from vae_export.rewrites import winograd
-from vae_export.rewrites.form import (
-    LAST_BLOCKS,
-    NORMS,
-    PLAIN,
-    UPSAMPLES,
-    Form,
-    RowNorm,
-    fitted,
-    fold_upsample,
-    rewrite,
-    slim_last_block,
-    use_portable_attention,
-    use_row_norms,
-)
+from vae_export.rewrites.attention import use_portable_attention
+from vae_export.rewrites.form import LAST_BLOCKS, NORMS, PLAIN, UPSAMPLES, Form, fitted, rewrite
+from vae_export.rewrites.last_block import slim_last_block
+from vae_export.rewrites.norm import RowNorm, use_row_norms
 from vae_export.rewrites.operators import TRANSLATIONS, attend_in_blocks, row_norm
+from vae_export.rewrites.upsample import fold_upsample
 from vae_export.targets.onnx_graphs import DTYPES, OPSET, export_onnx
 
 # Sums of some hundred terms of order 1 in another order, a dozen layers deep; weights added, or multiplied with each

@@ -22,6 +22,7 @@ from runtimes.tensorrt.flavours import load_flavour, system
 from runtimes.tensorrt.profiles import DEFAULT, Profile, Range, parse_profile
 from vae_export import export_bundle
 from vae_export.comparison import THRESHOLDS, Thresholds
+from vae_export.families.autoencoder_kl import activation_places
 from vae_export.rewrites.form import Form
 from vae_export.targets.engine_memory import activation_bytes, check_memory, estimate_memory, largest_fitting
 from vae_export.targets.engines import plan_engine, rebuild_bundle
@@ -228,14 +229,18 @@ def test_the_estimate_is_what_the_graph_as_written_holds_at_once(tiny_model, tmp
     height, width, batch = 128, 192, 2
     shape = (batch, 3, height, width) if graph == "encoder" else (batch, 4, height // 8, width // 8)
     counted = alive_at_once(tmp_path / "m.onnx", np.zeros(shape, np.float32))
-    estimate = activation_bytes(tiny_model.config, graph, batch, height, width, form=form, precision="fp32")
+    estimate = activation_bytes(
+        tiny_model.config, activation_places, graph, batch, height, width, form=form, precision="fp32"
+    )
     assert 2 / 3 <= estimate / counted <= 4 / 3
 
 
 def test_scores_of_attention_count_and_blocks_save_them(tiny_model):
     sizes = 1, 4096, 4096
     whole, blocks = (
-        activation_bytes(tiny_model.config, "decoder", *sizes, form=Form(attention_blocks=n), precision="fp16")
+        activation_bytes(
+            tiny_model.config, activation_places, "decoder", *sizes, form=Form(attention_blocks=n), precision="fp16"
+        )
         for n in (1, 16)
     )
     tokens = 512 * 512
@@ -255,15 +260,26 @@ def test_a_profile_that_cannot_fit_is_refused_with_the_largest_that_would(tiny_m
     form = FORMS["tensorrt", "fp32"]
     profile = parse_profile("1..4x512..16384x512..16384", 8)
     engine = Engine("tensorrt", "11", ("sm89",), "linux", (DEFAULT, profile))
-    estimates = estimate_memory(engine, config, form, "fp32")
-    fitting = largest_fitting(config, form, "fp32")
+    estimates = estimate_memory(engine, config, activation_places, form, "fp32")
+    fitting = largest_fitting(config, activation_places, form, "fp32")
     with pytest.raises(OutOfMemoryError, match=r"1\.\.4 x 512\.\.16384.* has 8\.0; the largest of its kind") as error:
         check_memory(estimates, fitting, Gpu8GB())
     found = fitting(profile, 8 << 30)
     assert str(found) in str(error.value)
-    assert max(e.bytes for e in estimate_memory(replace(engine, profiles=(found,)), config, form, "fp32")) <= 8 << 30
+    assert (
+        max(
+            e.bytes
+            for e in estimate_memory(replace(engine, profiles=(found,)), config, activation_places, form, "fp32")
+        )
+        <= 8 << 30
+    )
     more = replace(found, height=replace(found.height, max=found.height.max + 512))
-    assert max(e.bytes for e in estimate_memory(replace(engine, profiles=(more,)), config, form, "fp32")) > 8 << 30
+    assert (
+        max(
+            e.bytes for e in estimate_memory(replace(engine, profiles=(more,)), config, activation_places, form, "fp32")
+        )
+        > 8 << 30
+    )
     check_memory(estimates, fitting, None)  # no GPU, no limit
 
 

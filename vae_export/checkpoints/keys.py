@@ -31,6 +31,13 @@ _ATTENTION_LEAVES = {
 _ATTENTION = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(_ATTENTION_LEAVES)})\.(weight|bias)")
 
 
+def tensor_names(keys: Iterable[str]) -> dict[str, str]:
+    """{name in diffusers: key in the file} for the tensors of an AutoencoderKL among the keys of a file."""
+    selected = select_vae_keys(keys)
+    names = to_diffusers_names(selected)
+    return {names[bare]: key for bare, key in selected.items()}
+
+
 def select_vae_keys(keys: Iterable[str]) -> dict[str, str]:
     """The VAE's keys of a file, {key without prefix: key in the file}.
 

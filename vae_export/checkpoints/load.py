@@ -12,20 +12,24 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtimes.config import VaeConfig
+from runtimes.config import VaeConfig, read_json
 from runtimes.errors import BundleError, ConfigError, NumericsError
 from runtimes.files import written_whole
 from vae_export.checkpoints.architecture import complete_config, find_public_vae, infer_architecture, with_factors
 from vae_export.checkpoints.hub import Hub, check_repository, commit_of, first_line, parse_hub_url
-from vae_export.checkpoints.keys import is_attention_projection, select_vae_keys, to_diffusers_names
-from vae_export.families.autoencoder_kl import AutoencoderKL, Source
+from vae_export.checkpoints.keys import is_attention_projection
+from vae_export.checkpoints.source import Source
+from vae_export.families import DEFAULT, FAMILIES, family_named
+
+if TYPE_CHECKING:
+    from vae_export.families.base import Family, ReferenceVae
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 CONFIG_FILE = "config.json"
@@ -52,7 +56,7 @@ def load_model(
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
     hub: Hub | None = None,
-) -> AutoencoderKL:
+) -> ReferenceVae:
     """Load what the command line's --model names: directory, Hub id, URL or file; None is the embedded model."""
     if source is None:
         model = load_pretrained(EMBEDDED)
@@ -73,8 +77,8 @@ def load_model(
     return model
 
 
-def load_pretrained(source: str | Path, *, subfolder: str | None = None, hub: Hub | None = None) -> AutoencoderKL:
-    """`AutoencoderKL.from_pretrained`: a diffusers directory or Hub repository."""
+def load_pretrained(source: str | Path, *, subfolder: str | None = None, hub: Hub | None = None) -> ReferenceVae:
+    """`from_pretrained`: a diffusers directory or Hub repository, of any family."""
     hub = hub or Hub()
     if Path(source).is_dir():
         directory = Path(source) / (subfolder or "")
@@ -104,10 +108,11 @@ def load_pretrained(source: str | Path, *, subfolder: str | None = None, hub: Hu
             )
         config_path, weights_path, commit = config_file, weights_file, commit_of(weights_file)
 
-    config = VaeConfig.from_json(config_path)
-    weights = read_weights(weights_path)
+    family, config = read_config(config_path)
+    weights = read_weights(weights_path, family)
     kind = "directory" if repo is None else "hub"
-    return build_model(config, weights.tensors, Source(str(source), kind, weights.sha256, repo, commit, subfolder))
+    origin = Source(str(source), kind, weights.sha256, repo, commit, subfolder)
+    return build_model(family, config, weights.tensors, origin)
 
 
 def load_single_file(
@@ -117,8 +122,8 @@ def load_single_file(
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
     hub: Hub | None = None,
-) -> AutoencoderKL:
-    """`AutoencoderKL.from_single_file`: a local file or the URL of a file on the Hub."""
+) -> ReferenceVae:
+    """`from_single_file`: a local file or the URL of a file on the Hub."""
     hub = hub or Hub()
     located = parse_hub_url(str(source))
     complete = _complete_config_from(config, hub)
@@ -134,7 +139,8 @@ def load_single_file(
     else:
         path = Path(source)
         beside = _config_beside(path) if complete is None else None
-    weights = read_weights(path)
+    family = family_named(DEFAULT)
+    weights = read_weights(path, family)
     architecture = infer_architecture({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
 
     if complete is None:
@@ -144,10 +150,10 @@ def load_single_file(
         complete = complete_config(architecture, given=given, public=find_public_vae(repo, weights.sha256))
     complete = with_factors(complete, scaling_factor, shift_factor)
     kind = "file" if repo is None else "hub"
-    return build_model(complete, weights.tensors, Source(str(source), kind, weights.sha256, repo, commit))
+    return build_model(family, complete, weights.tensors, Source(str(source), kind, weights.sha256, repo, commit))
 
 
-def save_pretrained(model: AutoencoderKL, directory: Path) -> None:
+def save_pretrained(model: ReferenceVae, directory: Path) -> None:
     """Write config.json and the weights; each file appears whole or not at all."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -160,19 +166,25 @@ def save_pretrained(model: AutoencoderKL, directory: Path) -> None:
         raise BundleError(f"could not save the model to {directory}: {error}") from None
 
 
+def read_config(path: Path) -> tuple[Family, Any]:
+    """The family that a config.json names, and its config."""
+    data = read_json(path)
+    name = data.get("_class_name", DEFAULT)
+    family = family_named(name if name in FAMILIES else DEFAULT)  # which refuses other classes, and says what they are
+    return family, family.config_class.from_dict(data, origin=str(path))
+
+
 # Weights ----------------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, family: Family) -> Weights:
     """The VAE's tensors of a .safetensors file, in fp32 under diffusers names. Other tensors are not even read."""
     refuse_pickle(path)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
         with safe_open(path, framework="pt") as file:
-            selected = select_vae_keys(file.keys())
-            names = to_diffusers_names(selected)
-            tensors = {names[bare]: file.get_tensor(key) for bare, key in selected.items()}
+            tensors = {name: file.get_tensor(key) for name, key in family.tensor_names(file.keys()).items()}
     except (SafetensorError, OSError) as error:
         explanation = _what_it_is_instead(path)
         raise ConfigError(f"{path} is not a complete safetensors file: {explanation or first_line(error)}") from None
@@ -187,16 +199,16 @@ def read_weights(path: Path) -> Weights:
     return Weights(tensors, _sha256(path))
 
 
-def build_model(config: VaeConfig, tensors: Mapping[str, Tensor], source: Source) -> AutoencoderKL:
+def build_model(family: Family, config: Any, tensors: Mapping[str, Tensor], source: Source) -> ReferenceVae:
     """The reference model with these weights, in eval mode. Strict: `ConfigError` or `NumericsError` otherwise."""
-    layers = config.layers_per_block
+    layers = getattr(config, "layers_per_block", 1)
     if layers > len(tensors):  # checked here since a network of a billion layers would take for ever to make
         raise ConfigError(
             f"{source.given}: layers_per_block = {layers}, and the file has {len(tensors)} tensors in all"
         )
     try:
         with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
-            model = AutoencoderKL(config)
+            model = family.network(config)
     except (RuntimeError, TypeError) as error:  # what torch raises for sizes beyond 64 bits
         raise ConfigError(f"{source.given}: no network has the sizes in this config: {first_line(error)}") from None
     _check_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}, tensors, source.given)

@@ -22,6 +22,7 @@ from vae_export.cli.options import (
     Device,
     Loading,
     Overwrite,
+    alternatives,
     loads_model,
     typed_directory,
     typed_output,
@@ -44,7 +45,7 @@ from vae_export.cli.printing import (
 )
 from vae_export.cli.signing import signing
 from vae_export.options import ExportOptions
-from vae_export.targets import target_named
+from vae_export.targets import TARGETS, target_named
 
 app = typer.Typer(
     help="Export the image VAE of latent diffusion models, verified, and run it.",
@@ -65,7 +66,7 @@ def export(
     context: typer.Context,
     to: Annotated[
         Optional[str],
-        typer.Option("--to", help="What to build: onnx, openvino, flax, tensorrt or tensorrt-rtx.", show_default=False),
+        typer.Option("--to", help=f"What to build: {alternatives(TARGETS)}.", show_default=False),
     ] = None,
     *,
     loading: Loading,
@@ -116,7 +117,7 @@ def export(
     if context.invoked_subcommand is not None:
         return
     if to is None:
-        raise typer.BadParameter("give what to build: --to onnx, openvino, flax, tensorrt or tensorrt-rtx")
+        raise typer.BadParameter(f"give what to build: --to {alternatives(TARGETS)}")
     target = target_named(to)
     options = ExportOptions(
         target=to,

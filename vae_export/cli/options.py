@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
@@ -19,7 +19,7 @@ from runtimes.cpus import available_cpus
 from runtimes.files import STDOUT
 
 if TYPE_CHECKING:
-    from vae_export import AutoencoderKL
+    from vae_export.families.base import ReferenceVae
 
 # What is typed -> paths and names ---------------------------------------------------------------------------------
 
@@ -46,6 +46,12 @@ def typed_directory(text: str | Path) -> Path:
     if str(text) == "-":
         raise typer.BadParameter("a directory is written, which standard output cannot take; ./- is one of that name")
     return typed_path(text)
+
+
+def alternatives(names: Iterable[str]) -> str:
+    """ "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 # Options ----------------------------------------------------------------------------------------------------------
@@ -137,7 +143,7 @@ class Loading:
         typer.Option(help="Where the checkpoint does not say it.", show_default=False, rich_help_panel=_PANEL),
     ] = None
 
-    def load(self) -> AutoencoderKL:
+    def load(self) -> ReferenceVae:
         """The model; the embedded one where none is named."""
         self.refuse_without_model("subfolder", "variant", "revision", "config")
         limit_torch_threads()

@@ -18,11 +18,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from runtimes import BACKENDS, Bundle
+from runtimes import Bundle
+from runtimes.backends import BACKENDS
 from runtimes.errors import BundleError, NotInstalled, NumericsError
 from runtimes.files import check_writable, is_stdout, is_stream, written_whole
 from runtimes.manifest import Manifest
 from runtimes.names import FP16_LARGEST
+from vae_export.families import FAMILIES
+from vae_export.targets import TARGETS
 
 if TYPE_CHECKING:
     from runtimes.tensorrt.plan_cache import CachedPlan
@@ -163,8 +166,10 @@ def _cell(value: Any) -> str:
 
 def bundle_table(path: str, manifest: Manifest) -> Table:
     config, source = manifest.config, manifest.source
-    channels = f"{config.latent_channels} latent channels, 1/{config.downscale} of the image's size"
-    scaling = f"scaling {config.scaling_factor}, shift {config.shift_factor}"
+    space = manifest.latent_space
+    channels = f"{space.channels} latent channels, 1/{space.factor} of the image's size"
+    factors = [getattr(config, name, None) for name in ("scaling_factor", "shift_factor")]
+    scaling = f"scaling {factors[0]}, shift {factors[1]}"
     commit = f" at {source['commit']}" if source.get("commit") else ""
     verdict = manifest.validation.get("verdict", "unknown")
     table = Table(show_header=False, title=printable(path), title_justify="left")
@@ -178,7 +183,7 @@ def bundle_table(path: str, manifest: Manifest) -> Table:
         table.add_row("engine", printable(f"{manifest.engine.flavour} {manifest.engine.version} for {gpus}"))
         for profile in manifest.engine.profiles:
             table.add_row("profile", f"{profile}, batch x height x width")
-    table.add_row("model", f"{channels}, {scaling}")
+    table.add_row("model", printable(f"{manifest.family}: {channels}, {scaling}"))
     for graph, spec in manifest.graphs.items():
         shapes = (f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in (spec.input, spec.output))
         table.add_row(graph, printable(" -> ".join(shapes)))
@@ -339,6 +344,8 @@ def diagnose() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": packages,
         "backends": {name: check_backend(name) for name in BACKENDS},
+        "targets": list(TARGETS),
+        "families": list(FAMILIES),
         "export": "works" if exporting else "needs pip install 'vae-export[export]'",
     }
 
@@ -349,6 +356,8 @@ def doctor_table(found: Mapping[str, Any]) -> Table:
         for device, state in devices.items():
             table.add_row(f"{backend} on {device}", Text(state, "green" if state.startswith("works") else "yellow"))
     table.add_row("exporting", found["export"])
+    table.add_row("targets", ", ".join(found["targets"]))
+    table.add_row("families", ", ".join(found["families"]))
     for name, version in found["packages"].items():
         table.add_row(name, version or Text("not installed", "dim"))
     return table

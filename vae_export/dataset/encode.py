@@ -45,6 +45,10 @@ class Storage:
     flips: bool = False
     seed: int = 0
 
+    def factor(self, latent_space: LatentSpace) -> int:
+        """Pixels for each latent that is stored, along each side of an image."""
+        return latent_space.normalised_factor if self.scaled else latent_space.factor
+
     def check(self, latent_space: LatentSpace) -> None:
         """Raise `ConfigError` for unknown values, or for what this VAE cannot give."""
         if self.stored not in STORED:
@@ -53,6 +57,8 @@ class Storage:
             raise ConfigError(f"dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
         if self.seed < 0:
             raise ConfigError(f"seed {self.seed} is negative")
+        if self.stored != "mean" and not latent_space.posterior:
+            raise ConfigError(f"this VAE's encoder gives latents and no posterior: store mean, not {self.stored}")
         if self.scaled and self.stored == "moments":
             raise ConfigError("moments are those of raw latents, and are not scaled: give --unscaled")
         if self.scaled and not latent_space.is_known:
@@ -114,11 +120,12 @@ def encode_batch(vae: VaeRuntime, images: Sequence[Prepared], storage: Storage) 
 
 
 def _moments(vae: VaeRuntime, images: Sequence[Prepared], flipped: bool) -> list[Array | Broken]:
-    """Mean and logvar of each image, float32 [2C, h, w], or why there are none."""
+    """Mean and logvar of each image, float32 [2C, h, w], or plain latents [C, h, w]; or why there are none."""
     takes_pixels = vae.spec["encoder"].input.dtype == "uint8"
     try:
         pixels = np.stack([image.pixels[:, ::-1] if flipped else image.pixels for image in images])
-        return list(on_host(vae.encode(pixels if takes_pixels else to_float(pixels))[0].parameters).astype(np.float32))
+        encoded = vae.encode(pixels if takes_pixels else to_float(pixels))[0]
+        return list(on_host(encoded.parameters if vae.latent_space.posterior else encoded).astype(np.float32))
     except (OutOfMemoryError, MemoryError, ShapeError) as error:
         # ShapeError: the batch may be larger than the profiles of a TensorRT bundle allow.
         if len(images) > 1:
@@ -131,13 +138,13 @@ def _moments(vae: VaeRuntime, images: Sequence[Prepared], flipped: bool) -> list
 
 def _stored(vae: VaeRuntime, moments: Array, image: Prepared, flipped: bool, storage: Storage) -> Array | Broken:
     values: Any = moments
-    if storage.stored != "moments":
+    if storage.stored != "moments" and vae.latent_space.posterior:
         posterior = DiagonalGaussianDistribution(moments[None])
         # One generator for each image, seeded by its content: batch, shard and order do not matter.
         key = [storage.seed, int(flipped), int.from_bytes(image.sha256, "big")]
         values = (posterior.mode() if storage.stored == "mean" else posterior.sample([np.random.default_rng(key)]))[0]
-        if storage.scaled:
-            values = vae.latent_space.normalise(values[None])[0]
+    if storage.scaled:
+        values = vae.latent_space.normalise(values[None])[0]
     if not np.isfinite(values).all():
         return Broken(image.sha256, f"the encoder of this {vae.precision} bundle gave NaN or infinity")
     stored = to_stored(values, storage.dtype)

@@ -82,8 +82,8 @@ def encode_dataset(
     bundle = Bundle(opening.bundle)
     at_once = BatchSize(batch_size or MOST_AT_ONCE, CACHED if batch_size is None and opening.is_cpu(bundle) else None)
     storage.check(bundle.manifest.latent_space)
-    channels = bundle.manifest.graphs["encoder"].input.channels
-    size_policy = SizePolicy(policy, sizes, bundle.manifest.latent_space.factor, channels, max_pixels)
+    channels, factor = bundle.manifest.graphs["encoder"].input.channels, storage.factor(bundle.manifest.latent_space)
+    size_policy = SizePolicy(policy, sizes, factor, channels, max_pixels)
     workers = available_cpus() if workers is None else workers
     contract = make_contract(bundle, opening, size_policy, storage, at_once, images_per_shard)
     summary = Summary()
@@ -174,8 +174,8 @@ def make_contract(
             "manifest_sha256": manifest_sha256(bundle),
             "target": manifest.target,
             "precision": manifest.precision,
-            "latent_channels": space.channels,
-            "downscale": space.factor,
+            "latent_channels": space.normalised_channels if storage.scaled else space.channels,
+            "downscale": storage.factor(space),
         },
         "stored": storage.stored,
         "seed": storage.seed if storage.stored == "sample" else None,

@@ -53,7 +53,7 @@ class RayCluster:
             self.data: Any = importlib.import_module("ray.data")
         except ModuleNotFoundError as error:
             raise NotInstalled(f"--ray needs {error.name}: pip install 'vae-export[ray]'") from None
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         cores = available_cpus()
         if address == "local" and workers * (threads or 1) > cores:
             raise ConfigError(
@@ -66,13 +66,11 @@ class RayCluster:
         job = self.ray.job_config.JobConfig()
         job._py_driver_sys_path = _OfOurPath()
         try:
-            if address == "local":
-                self.ray.init(address="local", num_cpus=cores, **quiet)
-            else:
+            local = {"num_cpus": cores, "include_dashboard": False} if address == "local" else {}
+            if address != "local":
                 _check_reachable(address)
-                del quiet["include_dashboard"]
             with children.safe_path():
-                self.ray.init(address=address, job_config=job, **quiet)
+                self.ray.init(address=address, job_config=job, **quiet, **local)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise BackendUnavailable(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from None
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from runtimes import BACKENDS_OF_TARGET, Bundle, VaeRuntime, open_vae
+from runtimes import Bundle, VaeRuntime, open_vae
+from runtimes.backends import BACKENDS, backend_for
 from runtimes.edge import device_name
 from runtimes.latents.shards import Array, Failure, Shard
 from runtimes.progress import Progress
@@ -31,12 +32,11 @@ class Opening:
     threads: int | None = None
 
     def backend_of(self, bundle: Bundle) -> str:
-        return self.backend or BACKENDS_OF_TARGET[bundle.manifest.target][0]
+        return backend_for(bundle.manifest.target, self.backend)
 
     def is_cpu(self, bundle: Bundle) -> bool:
-        """Whether it runs on the CPU, the default of `open_vae` for all backends but TensorRT."""
-        usual = "cuda" if self.backend_of(bundle).startswith("tensorrt") else "cpu"
-        return device_name(self.device or usual) == "cpu"
+        """Whether the bundle is run on the CPU."""
+        return device_name(self.device or BACKENDS[self.backend_of(bundle)].default_device) == "cpu"
 
     def open(self) -> VaeRuntime:
         options: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}

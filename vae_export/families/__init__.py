@@ -1,1 +1,39 @@
-"""Families of VAEs, one module each: the reference network and what is particular to it."""
+"""Families of VAEs, one module each: config, reference network, names of tensors, and the rewrites that are exact.
+
+To add one, write a module with a `vae_export.families.base.Family` and register it: a line in `FAMILIES`, or from
+elsewhere
+
+    FAMILIES.register("AutoencoderToy", "module:FAMILY")
+
+under the class name that stands in a checkpoint's config.json.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from runtimes.errors import ConfigError
+from runtimes.registry import Registry
+
+if TYPE_CHECKING:
+    from vae_export.families.base import Family, ReferenceVae
+
+FAMILIES = Registry("family", ConfigError, {"AutoencoderKL": "vae_export.families.autoencoder_kl:FAMILY"})
+ALIASES = {"FlaxAutoencoderKL": "AutoencoderKL"}  #: other class names of the same configs
+
+DEFAULT = "AutoencoderKL"  #: the family of a config that names no class
+
+
+def family_named(class_name: str, origin: str = "the config") -> Family:
+    """The family of a diffusers class name; `ConfigError` names `origin` and the families that there are."""
+    name = ALIASES.get(class_name, class_name)
+    if name not in FAMILIES:
+        raise ConfigError(
+            f"{origin} describes a {class_name!r}, and the families that can be exported are {', '.join(FAMILIES)}"
+        )
+    return cast("Family", FAMILIES[name])
+
+
+def family_of(model: ReferenceVae) -> Family:
+    """The family of a reference model."""
+    return cast("Family", FAMILIES[model.family])

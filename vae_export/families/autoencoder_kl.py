@@ -9,9 +9,8 @@ The architecture is that of Rombach et al., "High-Resolution Image Synthesis wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,13 @@ from torch.nn import functional as F
 
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
-from runtimes.outputs import AutoencoderKLOutput, DecoderOutput
-from runtimes.posterior import DiagonalGaussianDistribution
-from runtimes.tiling.blended import run_tiled
-from runtimes.tiling.settings import TilingSettings
-from runtimes.tiling.tiler import Tiler
+from runtimes.names import Graph
+from vae_export.checkpoints.architecture import infer_architecture
+from vae_export.checkpoints.keys import tensor_names
+from vae_export.families.base import Family, ReferenceVae, Stage
+
+if TYPE_CHECKING:
+    from vae_export.rewrites.form import Form
 
 NORM_EPS = 1e-6
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -33,18 +34,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
 }
-
-
-class Source(NamedTuple):
-    """Where a model's weights came from; recorded in the manifest of every bundle made from it."""
-
-    given: str  #: what the caller named: a path, a Hub id, a URL, or "memory"
-    kind: str  #: directory | file | hub | memory | embedded
-    weights_sha256: str | None = None  #: of the weights file
-    repo: str | None = None
-    commit: str | None = None  #: 40 hex digits
-    subfolder: str | None = None
-    absolute: str | None = None  #: of a local path, which another working directory would change
 
 
 class ResnetBlock(nn.Module):
@@ -237,7 +226,7 @@ class Decoder(nn.Module):
         return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))
 
 
-class AutoencoderKL(TilingSettings, nn.Module):
+class AutoencoderKL(ReferenceVae):
     """The VAE: images in [-1, 1] to a posterior over latents, and latents back to images.
 
     Build one from a `VaeConfig` or from its fields (`AutoencoderKL(latent_channels=16, ...)`, random weights), or load
@@ -248,119 +237,27 @@ class AutoencoderKL(TilingSettings, nn.Module):
     Tiling and slicing: see `TilingSettings`.
     """
 
+    family = "AutoencoderKL"
+    config_class = VaeConfig
+    config: VaeConfig
+
     def __init__(self, config: VaeConfig | None = None, **config_fields: Any) -> None:
-        super().__init__()
         if config is not None and config_fields:
             raise ConfigError("give a VaeConfig or its fields, not both")
-        self.config = VaeConfig(**config_fields) if config is None else config
-        self.source = Source(given="memory", kind="memory")
+        super().__init__(VaeConfig(**config_fields) if config is None else config)
         latent = self.config.latent_channels
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if self.config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if self.config.use_post_quant_conv else None
 
-        self._set_up_tiling(self.config.sample_size, self.config.downscale)
+    @property
+    def smallest_side(self) -> int:
+        """Side in latents of the smallest image that exports are validated on.
 
-    # Loading and saving -------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_config(cls, config: VaeConfig | Mapping[str, Any]) -> AutoencoderKL:
-        """A model with random weights from a `VaeConfig` or a diffusers config dictionary."""
-        return cls(config if isinstance(config, VaeConfig) else VaeConfig.from_dict(config))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | None = None,
-        local_files_only: bool = False,
-    ) -> AutoencoderKL:
-        """Load a diffusers directory or Hub repository: config.json and diffusion_pytorch_model.safetensors.
-
-        `subfolder="vae"` picks the VAE of a whole pipeline. Weights of any float type are held in fp32.
-
-        Raises `ConfigError` for anything that is not the complete checkpoint of an `AutoencoderKL`.
+        At one latent a norm with one channel a group has no variance (PyTorch refuses it), and with two a noisy one.
         """
-        from vae_export.checkpoints import hub
-        from vae_export.checkpoints import load as checkpoint
-
-        return checkpoint.load_pretrained(
-            source,
-            subfolder=subfolder,
-            hub=hub.Hub(revision, cache_dir, token, local_files_only),
-        )
-
-    @classmethod
-    def from_single_file(
-        cls,
-        source: str | Path,
-        *,
-        config: VaeConfig | Mapping[str, Any] | str | Path | None = None,
-        scaling_factor: float | None = None,
-        shift_factor: float | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | None = None,
-        local_files_only: bool = False,
-    ) -> AutoencoderKL:
-        """Load one .safetensors file: a local path or the URL of a file on the Hub.
-
-        The keys may be those of diffusers or of the original latent-diffusion code, bare, below `first_stage_model.`
-        or `vae.`, alone or inside a whole checkpoint. The architecture is read off the shapes. What shapes cannot tell
-        (norm groups, scaling and shift) comes from `config`, from the arguments, from the repository's own config, or
-        from the table of public VAEs; where scaling stays unknown, `config.scaling_factor` is None and encoding and
-        decoding raw latents works all the same.
-        """
-        from vae_export.checkpoints import hub
-        from vae_export.checkpoints import load as checkpoint
-
-        return checkpoint.load_single_file(
-            source,
-            config=config,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            hub=hub.Hub(revision, cache_dir, token, local_files_only),
-        )
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and diffusion_pytorch_model.safetensors, as diffusers reads them."""
-        from vae_export.checkpoints import load as checkpoint
-
-        checkpoint.save_pretrained(self, Path(directory))
-
-    # Encoding and decoding ----------------------------------------------------------------------------------------
-
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Images [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, latent_channels, H//f, W//f]."""
-        posterior = DiagonalGaussianDistribution(self._tiler().run(self.encode_moments, x, "encoder"))
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-    def decode(
-        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Raw latents [B, latent_channels, h, w] -> images [B, out_channels, f*h, f*w], not clipped.
-
-        `generator` is accepted, as in diffusers, and not used: decoding is deterministic.
-        """
-        sample = self._tiler().run(self.decode_latents, z, "decoder")
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode images: through the mode of the posterior, or a draw from it with `sample_posterior`."""
-        posterior = self.encode(sample)[0]
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
+        return 1 if min(self.config.block_out_channels[-2:]) > 2 * self.config.norm_num_groups else 2
 
     def encode_moments(self, x: Tensor) -> Tensor:
         """The whole encoder, quant_conv included: [B, in_channels, H, W] -> [B, 2*latent_channels, H//f, W//f]."""
@@ -370,21 +267,6 @@ class AutoencoderKL(TilingSettings, nn.Module):
     def decode_latents(self, z: Tensor) -> Tensor:
         """The whole decoder, post_quant_conv included: [B, latent_channels, h, w] -> [B, out_channels, f*h, f*w]."""
         return cast(Tensor, self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)))
-
-    def tiled_encode(
-        self, x: Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """`encode` by tiles, whatever the size and whether or not tiling is enabled."""
-        posterior = DiagonalGaussianDistribution(run_tiled(self.encode_moments, x, self._tiler().grid("encoder")))
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """`decode` by tiles, whatever the size and whether or not tiling is enabled."""
-        sample = run_tiled(self.decode_latents, z, self._tiler().grid("decoder"))
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def _tiler(self) -> Tiler:
-        return Tiler(self, self.config.downscale)
 
     # Attention ----------------------------------------------------------------------------------------------------
 
@@ -399,10 +281,98 @@ class AutoencoderKL(TilingSettings, nn.Module):
             if isinstance(module, Attention):
                 module.unfuse()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+# What rewrites and estimates ask of the family ------------------------------------------------------------------------
+
+
+def stages(model: AutoencoderKL, side: Graph) -> Iterator[Stage]:
+    """The stages of the encoder or the decoder, in the order of the computation."""
+    part = cast(Any, getattr(model, side))
+    names = {module: name for name, module in model.named_modules()}
+    groups: list[list[nn.Module]] = [[block] for block in (part.down_blocks if side == "encoder" else part.up_blocks)]
+    if side == "encoder":
+        groups[-1].append(part.mid_block)
+    else:
+        groups[0].insert(0, part.mid_block)
+    entry: nn.Conv2d = part.conv_in
+    for index, blocks in enumerate(groups):
+        last = index == len(groups) - 1
+        resnets: dict[str, ResnetBlock] = {}
+        attentions: dict[str, Attention] = {}
+        for block in cast("list[Block | MidBlock]", blocks):
+            resnets |= {names[m]: m for m in block.modules() if isinstance(m, ResnetBlock)}
+            attentions |= {names[m]: m for m in block.modules() if isinstance(m, Attention)}
+        resamplers = [r for b in blocks for kind in ("downsamplers", "upsamplers") for r in getattr(b, kind, ())]
+        yield Stage(
+            name=f"{side}.{'down' if side == 'encoder' else 'up'}_blocks.{index}",
+            entry=entry,
+            entry_name=names[entry],
+            resnets=resnets,
+            attentions=attentions,
+            exit_name=names[resamplers[0]] if resamplers else "",
+            norm_out=part.conv_norm_out if last else None,
+        )
+        if resamplers:
+            entry = resamplers[0].conv
+
+
+def activation_places(
+    config: VaeConfig, graph: Graph, batch: int, height: int, width: int, form: Form
+) -> Iterator[int]:
+    """Elements of activations that are alive in a graph, place by place, on images of this size in pixels.
+
+    In a residual block these are its input, and two maps of the side that it computes; around a change of resolution
+    both sides of it; in attention queries, keys, values and a block of scores.
+    """
+    walk = _encoder_places if graph == "encoder" else _decoder_places
+    yield from walk(config, batch, height, width, form)
+
+
+def _resnet(inside: int, outside: int, pixels: int) -> int:
+    return max(2 * inside + outside, inside + 2 * outside) * pixels
+
+
+def _middle(config: VaeConfig, batch: int, tokens: int, form: Form) -> Iterator[int]:
+    channels = config.block_out_channels[-1]
+    yield _resnet(channels, channels, batch * tokens)
+    if config.mid_block_add_attention:
+        scores = 2 * batch * tokens * -(-tokens // form.attention_blocks)  # and their softmax
+        yield 5 * channels * batch * tokens + scores
+
+
+def _decoder_places(config: VaeConfig, batch: int, height: int, width: int, form: Form) -> Iterator[int]:
+    """Elements that are alive, place by place."""
+    tokens = (height // config.downscale) * (width // config.downscale)
+    yield from _middle(config, batch, tokens, form)
+    pixels, inside = batch * tokens, config.block_out_channels[-1]
+    for index, outside in enumerate(reversed(config.block_out_channels)):
+        yield _resnet(inside, outside, pixels)
+        yield _resnet(outside, outside, pixels)
+        if index < len(config.block_out_channels) - 1:
+            # Repeated, or computed as four maps, and then the result; a transposed convolution has the result alone.
+            maps = 4 if form.upsample == "deconv" else 8
+            yield outside * pixels * (1 + maps)
+            pixels *= 4
+        inside = outside
+
+
+def _encoder_places(config: VaeConfig, batch: int, height: int, width: int, form: Form) -> Iterator[int]:
+    pixels, inside = batch * height * width, config.block_out_channels[0]
+    for index, outside in enumerate(config.block_out_channels):
+        yield _resnet(inside, outside, pixels)
+        yield _resnet(outside, outside, pixels)
+        if index < len(config.block_out_channels) - 1:
+            yield outside * (2 * pixels + pixels // 4)  # padded, and a quarter of it
+            pixels //= 4
+        inside = outside
+    yield from _middle(config, batch, pixels // batch, form)
+
+
+FAMILY = Family(
+    network=AutoencoderKL,
+    rewrites=frozenset({"upsample", "norm", "attention", "last_block", "winograd", "rescale", "tileable"}),
+    tensor_names=tensor_names,
+    architecture=infer_architecture,
+    stages=stages,
+    activation_places=activation_places,
+)

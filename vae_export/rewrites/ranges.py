@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtimes.errors import NumericsError
 from runtimes.progress import Progress, no_progress
-from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families.base import ReferenceVae
 from vae_export.photos import middle_of, photographs
-from vae_export.rewrites.form import PortableAttention, use_portable_attention
+from vae_export.rewrites.attention import PortableAttention, use_portable_attention
 from vae_export.rewrites.operators import attend_in_turn
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -56,7 +56,7 @@ class WatchedAttention(PortableAttention):
         return attend_in_turn(q * channels**-0.5, k, v, max(1, SCORES // (batch * positions)))
 
 
-def watchable(model: AutoencoderKL) -> AutoencoderKL:
+def watchable(model: ReferenceVae) -> ReferenceVae:
     """A copy of the model whose attention is `WatchedAttention`."""
     model = use_portable_attention(model)
     for module in model.modules():
@@ -115,7 +115,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def probe(model: AutoencoderKL, inputs: Iterable[tuple[str, Tensor]]) -> Ranges:
+def probe(model: ReferenceVae, inputs: Iterable[tuple[str, Tensor]]) -> Ranges:
     """Run inputs through the model in fp32 and see how large it gets.
 
     ("encoder", images) are encoded, and their latents decoded; ("decoder", latents) are decoded. Raises `NumericsError`
@@ -141,7 +141,7 @@ class SimulatedHalf:
     `run` gives the output in fp32; `first_not_finite` then names the place of the first overflow, if there was one.
     """
 
-    def __init__(self, model: AutoencoderKL, precision: str) -> None:
+    def __init__(self, model: ReferenceVae, precision: str) -> None:
         dtype = HALVES[precision]
         self._model = watchable(model)
         for parameter in self._model.parameters():
@@ -162,7 +162,7 @@ class SimulatedHalf:
 
 
 def calibration_inputs(
-    model: AutoencoderKL, directory: str | Path | None = None, progress: Progress = no_progress
+    model: ReferenceVae, directory: str | Path | None = None, progress: Progress = no_progress
 ) -> Iterator[tuple[str, Tensor]]:
     """What `probe` should see: photographs and noise latents, at more than one size; one at a time.
 
@@ -175,7 +175,7 @@ def calibration_inputs(
         progress(f"Measuring activations on {path.name}", done, total)
         yield "encoder", middle_of(path, height * factor, width * factor, config.in_channels)
     # Diffusion models work on latents of unit variance: unscaled, this is how they look.
-    space = model.config.latent_space
+    space = model.latent_space
     generator = torch.Generator().manual_seed(0)
     for done, (height, width) in enumerate(LATENT_SIZES, start=len(photos)):
         progress("Measuring activations on noise", done, total)
@@ -184,5 +184,5 @@ def calibration_inputs(
     progress("Measured", total, total)
 
 
-def _run(model: AutoencoderKL, graph: str, x: Tensor) -> Tensor:
+def _run(model: ReferenceVae, graph: str, x: Tensor) -> Tensor:
     return model.encode_moments(x) if graph == "encoder" else model.decode_latents(x)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from runtimes.names import FP16_LARGEST
+from runtimes.names import FP16_LARGEST, GRAPHS
 from runtimes.progress import Progress, no_progress
-from vae_export.families.autoencoder_kl import Attention, AutoencoderKL, Block, MidBlock, ResnetBlock
+from vae_export.families import family_of
+from vae_export.families.autoencoder_kl import Attention, ResnetBlock
+from vae_export.families.base import ReferenceVae, Stage
 from vae_export.rewrites.ranges import Ranges, calibration_inputs, probe
 
 HEADROOM = 2.0**4  #: between the largest activation seen and the largest fp16, for inputs not seen
@@ -22,21 +24,9 @@ TARGET = FP16_LARGEST / HEADROOM
 LOWEST = 2.0**-6  #: a place whose largest value is below this is scaled up, out of fp16's subnormals (2**-14)
 
 
-class Stage(NamedTuple):
-    """A part of the residual stream that has one scale: from the conv that feeds it to the next resampling."""
-
-    name: str
-    entry: nn.Conv2d  #: conv_in, or the resampling conv before
-    entry_name: str
-    resnets: dict[str, ResnetBlock]
-    attentions: dict[str, Attention]
-    exit_name: str  #: module of the resampling behind, whose padding or repetition still has this scale; "" at the end
-    norm_out: nn.GroupNorm | None  #: the norm behind the last stage
-
-
 def rescale_activations(
-    model: AutoencoderKL, ranges: Ranges, target: float = TARGET
-) -> tuple[AutoencoderKL, dict[str, int]]:
+    model: ReferenceVae, ranges: Ranges, target: float = TARGET
+) -> tuple[ReferenceVae, dict[str, int]]:
     """A model with the same fp32 output whose activations stay below `target`, and what was done.
 
     Every activation that grows in this network is either read through GroupNorm, which does not care about the scale of
@@ -50,6 +40,8 @@ def rescale_activations(
     What was done is {place: e}: the activations of that place are carried divided by 2**e. Places that need nothing are
     left as they are: the smallest sufficient scale keeps small values the farthest from the subnormals.
     """
+    walk = family_of(model).stages
+    assert walk is not None, "families without stages do not name the rewrite"
     model = copy.deepcopy(model)
     done: dict[str, int] = {}
 
@@ -59,59 +51,28 @@ def rescale_activations(
         return exponent
 
     with torch.no_grad():
-        for side in ("encoder", "decoder"):
+        for side in GRAPHS:
             before = 0
-            for stage in stages(model, side):
+            for stage in walk(model, side):
                 e = note(stage.name, _exponent(_stream_maximum(stage, ranges), target))
                 _multiply(stage.entry, weight=before - e, bias=-e)
                 for name, resnet in stage.resnets.items():
                     t = note(f"{name}.conv1", _exponent(ranges.at(f"{name}.conv1"), target))
-                    _rescale_resnet(resnet, stream=e, inner=t)
+                    _rescale_resnet(cast(ResnetBlock, resnet), stream=e, inner=t)
                 for name, attention in stage.attentions.items():
                     u = note(f"{name}.to_v", _exponent(ranges.at(f"{name}.to_v"), target))
                     # Only q k^T matters: what is taken from one is given to the other.
                     a = note(f"{name}.to_q", _balance(ranges.at(f"{name}.to_q"), ranges.at(f"{name}.to_k"), target))
-                    _rescale_attention(attention, stream=e, values=u, queries=a)
+                    _rescale_attention(cast(Attention, attention), stream=e, values=u, queries=a)
                 if stage.norm_out is not None:
                     _rescale_eps(stage.norm_out, e)
                 before = e
     return model, done
 
 
-def stages(model: AutoencoderKL, side: str) -> Iterator[Stage]:
-    """The stages of the encoder or the decoder, in the order of the computation."""
-    part = cast(Any, getattr(model, side))
-    names = {module: name for name, module in model.named_modules()}
-    groups: list[list[nn.Module]] = [[block] for block in (part.down_blocks if side == "encoder" else part.up_blocks)]
-    if side == "encoder":
-        groups[-1].append(part.mid_block)
-    else:
-        groups[0].insert(0, part.mid_block)
-    entry: nn.Conv2d = part.conv_in
-    for index, blocks in enumerate(groups):
-        last = index == len(groups) - 1
-        resnets: dict[str, ResnetBlock] = {}
-        attentions: dict[str, Attention] = {}
-        for block in cast("list[Block | MidBlock]", blocks):
-            resnets |= {names[m]: m for m in block.modules() if isinstance(m, ResnetBlock)}
-            attentions |= {names[m]: m for m in block.modules() if isinstance(m, Attention)}
-        resamplers = [r for b in blocks for kind in ("downsamplers", "upsamplers") for r in getattr(b, kind, ())]
-        yield Stage(
-            name=f"{side}.{'down' if side == 'encoder' else 'up'}_blocks.{index}",
-            entry=entry,
-            entry_name=names[entry],
-            resnets=resnets,
-            attentions=attentions,
-            exit_name=names[resamplers[0]] if resamplers else "",
-            norm_out=part.conv_norm_out if last else None,
-        )
-        if resamplers:
-            entry = resamplers[0].conv
-
-
 def rescaled(
-    model: AutoencoderKL, calibrate: str | Path | None = None, progress: Progress = no_progress
-) -> tuple[AutoencoderKL, Mapping[str, Any]]:
+    model: ReferenceVae, calibrate: str | Path | None = None, progress: Progress = no_progress
+) -> tuple[ReferenceVae, Mapping[str, Any]]:
     """The model with its activations rescaled to what is measured on photographs, and the record for the manifest.
 
     `calibrate` is the directory of the photographs; the embedded ones are used without it.
@@ -145,7 +106,7 @@ class MeasuredRanges:
 
 
 def measure_ranges(
-    model: AutoencoderKL, calibrate: str | Path | None = None, progress: Progress = no_progress
+    model: ReferenceVae, calibrate: str | Path | None = None, progress: Progress = no_progress
 ) -> MeasuredRanges:
     """Probe the model on photographs and noise, rescale it, and probe it again."""
     before = probe(model, calibration_inputs(model, calibrate, progress))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from runtimes.manifest import Step
 from vae_export.families.autoencoder_kl import AutoencoderKL, Block, ResnetBlock, Upsample
-from vae_export.rewrites.form import DeconvUpsample, Form, FourConvUpsample, rewrite
+from vae_export.rewrites.form import Form, rewrite
+from vae_export.rewrites.upsample import DeconvUpsample, FourConvUpsample
 from vae_export.targets.onnx_graphs import DTYPES, OPSET, TracedGraph, trace_graph, write_graph
 
 #: The scores of one block at a time: at 2048x2048 they are 1024 x 65536, 268 MB in fp32.
@@ -214,7 +215,7 @@ class TileableExport:
             if number >= whole - 1:
                 for upsample in getattr(block, "upsamplers", ()):
                     yield self._write("decoder", "up", *self._upsample(upsample))
-        graph = self._graph("silu")  # whatever the model's activation is: see `model.Decoder`
+        graph = self._graph("silu")  # whatever the model's activation is: see `Decoder`
         y = self._normed_conv(graph, decoder.conv_norm_out, decoder.conv_out)
         y = graph.cast(y, TensorProto.FLOAT)
         graph.output(y, "y", TensorProto.FLOAT, 1, config.out_channels, "out_height", "out_width")

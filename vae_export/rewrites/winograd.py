@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vae_export.families.autoencoder_kl import AutoencoderKL, ResnetBlock
+from vae_export.families import family_of
+from vae_export.families.autoencoder_kl import ResnetBlock
+from vae_export.families.base import Model, ReferenceVae
 
 #: Of input and output, where it pays: what is saved grows with their product, what it costs with their sum.
 LEAST_CHANNELS = 512
@@ -57,7 +59,7 @@ def _pair(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return a + b + c, b - c - d
 
 
-def use_winograd(model: AutoencoderKL) -> AutoencoderKL:
+def use_winograd(model: Model) -> Model:
     """Compute the wide convolutions of resnets by `WinogradConv`: see `wide_convolutions`.
 
     Exact but for rounding, and with less of that in fp32, since each product sums a ninth of the terms; in half
@@ -69,13 +71,16 @@ def use_winograd(model: AutoencoderKL) -> AutoencoderKL:
     return model
 
 
-def wide_convolutions(model: AutoencoderKL) -> Iterator[tuple[ResnetBlock, str]]:
+def wide_convolutions(model: ReferenceVae) -> Iterator[tuple[ResnetBlock, str]]:
     """What `use_winograd` replaces: convolutions of many channels, where sides are even whatever the image is.
 
     That is in front of the encoder's last downsampling and behind the decoder's first upsampling. Larger maps have
     fewer channels, and there the transforms, which read each map sixteen times, cost what the products save.
     """
-    for block in [*list(model.encoder.down_blocks)[:-1], *list(model.decoder.up_blocks)[1:]]:
+    if "winograd" not in family_of(model).rewrites:
+        return
+    network = cast(Any, model)
+    for block in [*list(network.encoder.down_blocks)[:-1], *list(network.decoder.up_blocks)[1:]]:
         for resnet in cast("Iterator[ResnetBlock]", block.resnets):
             for name in ("conv1", "conv2"):
                 conv = getattr(resnet, name, None)  # `rewrite.LeanResnet` has its first in parts

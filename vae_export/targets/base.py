@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from runtimes.progress import Progress
     from runtimes.tensorrt.profiles import Profile
     from vae_export.bundle import BundleWriter
-    from vae_export.families.autoencoder_kl import AutoencoderKL
+    from vae_export.families.base import ReferenceVae
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Export:
     `cases` are inputs with the outputs of the reference; empty where nothing is to be validated.
     """
 
-    model: AutoencoderKL
+    model: ReferenceVae
     options: ExportOptions
-    exact: AutoencoderKL
+    exact: ReferenceVae
     cases: Sequence[Case]
     progress: Progress
     #: what a target computes once and needs for both graphs
@@ -81,9 +81,10 @@ class Target(ABC):
     ios: ClassVar[tuple[str, ...]] = ("float", "uint8")
     rescales: ClassVar[bool] = True  #: whether half precision needs rescaled activations
     tileable: ClassVar[bool] = False  #: whether its bundles can hold the steps of seamless tiling
+    families: ClassVar[tuple[str, ...] | None] = None  #: the families that it can write; None: all
     takes_threads: ClassVar[bool] = True  #: whether its backend has a number of threads for `tune` to choose
 
-    def check(self, model: AutoencoderKL, options: ExportOptions) -> None:  # noqa: B027  # optional
+    def check(self, model: ReferenceVae, options: ExportOptions) -> None:  # noqa: B027  # optional
         """Raise `ConfigError` for options that this target cannot serve, `BackendUnavailable` for a missing tool.
 
         Called before any work. What the attributes above exclude has been refused already.
@@ -98,7 +99,7 @@ class Target(ABC):
             raise ConfigError(f"profiles and GPUs are for TensorRT, and {self.name} bundles take any shape")
         return None
 
-    def notes(self, model: AutoencoderKL, options: ExportOptions) -> list[str]:
+    def notes(self, model: ReferenceVae, options: ExportOptions) -> list[str]:
         """Return lines that a user should read before the export starts."""
         return []
 
@@ -106,7 +107,7 @@ class Target(ABC):
     def write(self, export: Export, graph: Graph, path: Path) -> Written:
         """Write `graph`, "encoder" or "decoder", to `path` and any files beside it; the spec's `file` is its name."""
 
-    def write_steps(self, export: Export, divided: AutoencoderKL, directory: Path) -> Mapping[str, tuple[Step, ...]]:
+    def write_steps(self, export: Export, divided: ReferenceVae, directory: Path) -> Mapping[str, tuple[Step, ...]]:
         """Write both graphs cut into steps, for seamless tiling; called for targets that are `tileable` alone.
 
         `divided` is the model with rescaled activations: what lies between two steps is kept in fp16.

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runtimes.config import VaeConfig
 from runtimes.errors import OutOfMemoryError
 from runtimes.manifest import Engine
-from runtimes.names import GRAPHS
+from runtimes.names import GRAPHS, Graph
 from runtimes.tensorrt.cuda import Cuda
 from runtimes.tensorrt.profiles import Profile
 
 if TYPE_CHECKING:
     from vae_export.rewrites.form import Form
 
+#: (config, graph, batch, height, width, form) -> elements that are alive, place by place
+Places = Callable[..., Iterator[int]]
 ITEM_SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -27,13 +28,13 @@ class Estimate(NamedTuple):
     bytes: int
 
 
-def estimate_memory(engine: Engine, config: VaeConfig, form: Form, precision: str) -> list[Estimate]:
-    """Of every graph and profile, at the largest shape."""
+def estimate_memory(engine: Engine, config: Any, places: Places, form: Form, precision: str) -> list[Estimate]:
+    """Device memory of every graph and profile, at the largest shape. `places` is the family's `activation_places`."""
     estimates = []
     for profile in engine.profiles:
         sizes = profile.batch.max, profile.height.max, profile.width.max
         for graph in GRAPHS:
-            needed = activation_bytes(config, graph, *sizes, form=form, precision=precision)
+            needed = activation_bytes(config, places, graph, *sizes, form=form, precision=precision)
             estimates.append(Estimate(graph, profile, needed))
     return estimates
 
@@ -57,7 +58,9 @@ def check_memory(
             )
 
 
-def largest_fitting(config: VaeConfig, form: Form, precision: str) -> Callable[[Profile, int], Profile | None]:
+def largest_fitting(
+    config: Any, places: Places, form: Form, precision: str
+) -> Callable[[Profile, int], Profile | None]:
     """(profile, bytes) -> the same with the largest height and width, in its proportions, whose work fits."""
 
     def search(profile: Profile, available: int) -> Profile | None:
@@ -74,7 +77,8 @@ def largest_fitting(config: VaeConfig, form: Form, precision: str) -> Callable[[
         def fits(candidate: Profile) -> bool:
             sizes = candidate.batch.max, candidate.height.max, candidate.width.max
             return all(
-                activation_bytes(config, graph, *sizes, form=form, precision=precision) <= available for graph in GRAPHS
+                activation_bytes(config, places, graph, *sizes, form=form, precision=precision) <= available
+                for graph in GRAPHS
             )
 
         low, high = 0.0, 1.0
@@ -89,60 +93,26 @@ def largest_fitting(config: VaeConfig, form: Form, precision: str) -> Callable[[
 
 
 def activation_bytes(
-    config: VaeConfig, graph: str, batch: int, height: int, width: int, *, form: Form, precision: str
+    config: Any,
+    places: Places,
+    graph: Graph,
+    batch: int,
+    height: int,
+    width: int,
+    *,
+    form: Form,
+    precision: str,
 ) -> int:
     """Device memory for the activations of a graph on images of height x width pixels, about.
 
     The most that is alive at once, as the graph is written: a runtime that fuses operations needs less, never much
-    more. What is alive: in a residual block its input, and two maps of the side that it computes; around a change of
-    resolution both sides of it; in attention queries, keys, values and a block of scores.
+    more. `places` says what is alive where: it is the family's `activation_places`.
     """
     item = ITEM_SIZES[precision]
-    walk = _encoder_places if graph == "encoder" else _decoder_places
-    inner = max(walk(config, batch, height, width, form))
+    inner = max(places(config, graph, batch, height, width, form))
     pixels = batch * height * width
     images = pixels * 4 * (config.in_channels if graph == "encoder" else config.out_channels)
-    return inner * item + images
-
-
-def _resnet(inside: int, outside: int, pixels: int) -> int:
-    return max(2 * inside + outside, inside + 2 * outside) * pixels
-
-
-def _middle(config: VaeConfig, batch: int, tokens: int, form: Form) -> Iterator[int]:
-    channels = config.block_out_channels[-1]
-    yield _resnet(channels, channels, batch * tokens)
-    if config.mid_block_add_attention:
-        scores = 2 * batch * tokens * -(-tokens // form.attention_blocks)  # and their softmax
-        yield 5 * channels * batch * tokens + scores
-
-
-def _decoder_places(config: VaeConfig, batch: int, height: int, width: int, form: Form) -> Iterator[int]:
-    """Elements that are alive, place by place."""
-    tokens = (height // config.downscale) * (width // config.downscale)
-    yield from _middle(config, batch, tokens, form)
-    pixels, inside = batch * tokens, config.block_out_channels[-1]
-    for index, outside in enumerate(reversed(config.block_out_channels)):
-        yield _resnet(inside, outside, pixels)
-        yield _resnet(outside, outside, pixels)
-        if index < len(config.block_out_channels) - 1:
-            # Repeated, or computed as four maps, and then the result; a transposed convolution has the result alone.
-            maps = 4 if form.upsample == "deconv" else 8
-            yield outside * pixels * (1 + maps)
-            pixels *= 4
-        inside = outside
-
-
-def _encoder_places(config: VaeConfig, batch: int, height: int, width: int, form: Form) -> Iterator[int]:
-    pixels, inside = batch * height * width, config.block_out_channels[0]
-    for index, outside in enumerate(config.block_out_channels):
-        yield _resnet(inside, outside, pixels)
-        yield _resnet(outside, outside, pixels)
-        if index < len(config.block_out_channels) - 1:
-            yield outside * (2 * pixels + pixels // 4)  # padded, and a quarter of it
-            pixels //= 4
-        inside = outside
-    yield from _middle(config, batch, pixels // batch, form)
+    return int(inner * item + images)
 
 
 def memory_lines(estimates: Sequence[Estimate]) -> list[str]:

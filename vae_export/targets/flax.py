@@ -16,7 +16,7 @@ from runtimes.errors import ConfigError
 from runtimes.manifest import GraphSpec, TensorSpec
 from runtimes.names import Graph
 from vae_export.bundle import BundleWriter
-from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families.base import ReferenceVae
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import Form
 from vae_export.targets.base import Export, FormChoices, Target, Written
@@ -31,7 +31,7 @@ DTYPES = {"fp32": ("float32", "highest"), "bf16": ("bfloat16", "default")}
 
 
 def export_stablehlo(
-    model: AutoencoderKL,
+    model: ReferenceVae,
     graph: str,
     path: Path,
     *,
@@ -79,7 +79,7 @@ def export_stablehlo(
     )
 
 
-def write_params(model: AutoencoderKL, directory: Path, precision: str) -> None:
+def write_params(model: ReferenceVae, directory: Path, precision: str) -> None:
     """The parameters of both graphs, rounded to the precision, in one file."""
     _import_jax()
     flax_params = importlib.import_module("runtimes.flax.params")
@@ -124,9 +124,10 @@ class FlaxTarget(Target):
     graph_file = "model.stablehlo"
     forms: ClassVar = {"fp32": FORM, "bf16": FORM}
     ios = ("float",)
+    families = ("AutoencoderKL",)  # whose network is written in JAX
     rescales = False  # bf16 has the range of fp32, and the parameters stay those of the checkpoint, for JAX to train on
 
-    def check(self, model: AutoencoderKL, options: ExportOptions) -> None:
+    def check(self, model: ReferenceVae, options: ExportOptions) -> None:
         check_available(options.io_precision)
 
     def write(self, export: Export, graph: Graph, path: Path) -> Written:

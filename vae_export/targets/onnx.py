@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from runtimes.manifest import Step
 from runtimes.names import GRAPHS, Graph
 from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families.base import ReferenceVae
 from vae_export.rewrites.form import Form
 from vae_export.rewrites.tileable import TileableExport
 from vae_export.targets.base import Export, Target, Written
@@ -48,6 +49,6 @@ class OnnxTarget(Target):
             return "ONNX Runtime has no bfloat16 kernels on the CPU; run `vae-export validate` on a GPU"
         return None
 
-    def write_steps(self, export: Export, divided: AutoencoderKL, directory: Path) -> Mapping[str, tuple[Step, ...]]:
-        steps = TileableExport(divided, directory, export.precision, export.form("decoder"))
+    def write_steps(self, export: Export, divided: ReferenceVae, directory: Path) -> Mapping[str, tuple[Step, ...]]:
+        steps = TileableExport(cast(AutoencoderKL, divided), directory, export.precision, export.form("decoder"))
         return {graph: steps.steps(graph) for graph in GRAPHS}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from runtimes.errors import ConfigError
 from runtimes.manifest import GraphSpec, TensorSpec
 from runtimes.pixels import to_levels, to_samples
-from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families.base import ReferenceVae
 from vae_export.rewrites.form import PLAIN, Form, rewrite
 from vae_export.rewrites.operators import TRANSLATIONS
 
@@ -42,7 +42,7 @@ NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._
 class EncoderGraph(nn.Module):
     """sample [B, 3, H, W] -> latent_parameters [B, 2*C, H/f, W/f]."""
 
-    def __init__(self, model: AutoencoderKL, io_dtype: torch.dtype) -> None:
+    def __init__(self, model: ReferenceVae, io_dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.io_dtype = model, io_dtype
 
@@ -53,7 +53,7 @@ class EncoderGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """latent_sample [B, C, h, w] -> sample [B, 3, f*h, f*w]."""
 
-    def __init__(self, model: AutoencoderKL, io_dtype: torch.dtype) -> None:
+    def __init__(self, model: ReferenceVae, io_dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.io_dtype = model, io_dtype
 
@@ -92,10 +92,10 @@ class TracedGraph(NamedTuple):
     output_shape: tuple[int | str, ...]
 
 
-def traced_graphs(model: AutoencoderKL, io_dtype: torch.dtype, io: str) -> dict[str, TracedGraph]:
+def traced_graphs(model: ReferenceVae, io_dtype: torch.dtype, io: str) -> dict[str, TracedGraph]:
     config = model.config
     latent = ("batch", config.latent_channels, "latent_height", "latent_width")
-    moments = ("batch", 2 * config.latent_channels, "latent_height", "latent_width")
+    moments = ("batch", model.latent_space.encoder_channels, "latent_height", "latent_width")
     images_in, images_out = (
         ("batch", "height", "width", channels) if io == "uint8" else ("batch", channels, "height", "width")
         for channels in (config.in_channels, config.out_channels)
@@ -110,7 +110,7 @@ def traced_graphs(model: AutoencoderKL, io_dtype: torch.dtype, io: str) -> dict[
 
 
 def export_onnx(
-    model: AutoencoderKL,
+    model: ReferenceVae,
     graph: str,
     path: Path,
     *,
@@ -130,7 +130,7 @@ def export_onnx(
     rewritten = rewrite(model, form).to(DTYPES[precision])
     io_dtype = DTYPES[precision if io_precision == "same" else "fp32"]
     traced = traced_graphs(rewritten, io_dtype, io)[graph]
-    part = rewritten.encoder if graph == "encoder" else rewritten.decoder
+    part = cast(nn.Module, getattr(rewritten, graph, rewritten))
     size = sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
     if size > LARGEST:
         raise ConfigError(

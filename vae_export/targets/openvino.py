@@ -19,7 +19,7 @@ from runtimes.manifest import GraphSpec
 from runtimes.names import Graph
 from runtimes.progress import Progress
 from vae_export.comparison import THRESHOLDS, worst_photo
-from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families.base import ReferenceVae
 from vae_export.options import ExportOptions
 from vae_export.photos import HELD_OUT, crops, photographs
 from vae_export.rewrites.form import PLAIN, Form
@@ -38,7 +38,7 @@ TYPED_AS = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "fp32"}
 
 
 def export_ir(
-    model: AutoencoderKL,
+    model: ReferenceVae,
     graph: str,
     path: Path,
     *,
@@ -58,7 +58,7 @@ def export_ir(
 
 
 def export_int8(
-    model: AutoencoderKL,
+    model: ReferenceVae,
     graph: str,
     path: Path,
     *,
@@ -92,7 +92,7 @@ def check_available(precision: str, io_precision: str) -> None:
 
 
 def read_graph(
-    model: AutoencoderKL, graph: str, precision: str, form: Form, io: str = "float"
+    model: ReferenceVae, graph: str, precision: str, form: Form, io: str = "float"
 ) -> tuple[openvino.Model, GraphSpec]:
     """A graph as an OpenVINO model in memory, and its input and output."""
     core = _runtime_module().shared_core()
@@ -194,7 +194,7 @@ class OpenVinoTarget(Target):
         "int8": Form(upsample="deconv", norm="rows", last_block="lean"),
     }
 
-    def check(self, model: AutoencoderKL, options: ExportOptions) -> None:
+    def check(self, model: ReferenceVae, options: ExportOptions) -> None:
         if options.io == "uint8" and options.precision == "int8":
             raise ConfigError(
                 "int8 bundles take and give float32 images (--io float): their ranges are calibrated on those"
@@ -228,7 +228,7 @@ INT8_SIDE, INT8_COUNT = 256, 15  #: pixels a side, and number, of the squares th
 
 @torch.no_grad()
 def int8_calibration(
-    model: AutoencoderKL, calibrate: str | Path | None, progress: Progress
+    model: ReferenceVae, calibrate: str | Path | None, progress: Progress
 ) -> Mapping[str, list[Array]]:
     """{graph: inputs to calibrate int8 on}: squares from photographs, and their latents.
 

@@ -13,7 +13,8 @@ from runtimes.manifest import Engine
 from runtimes.names import Graph
 from runtimes.tensorrt.profiles import DEFAULT, Profile, checked, make_profile
 from vae_export.comparison import Validator, bundle_validators
-from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families import family_of
+from vae_export.families.base import ReferenceVae
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import UPSAMPLES, Form
 from vae_export.targets.base import Export, FormChoices, Target, Written
@@ -36,20 +37,22 @@ class EngineTarget(Target):
     def plan(self, profiles: Sequence[Profile] = (), gpus: Sequence[str] = ()) -> Engine:
         return plan_engine(self.name, profiles, gpus)
 
-    def check(self, model: AutoencoderKL, options: ExportOptions) -> None:
+    def check(self, model: ReferenceVae, options: ExportOptions) -> None:
         self.estimates(model, options)
 
-    def estimates(self, model: AutoencoderKL, options: ExportOptions) -> list[Estimate]:
+    def estimates(self, model: ReferenceVae, options: ExportOptions) -> list[Estimate]:
         """Device memory for each graph and profile; `OutOfMemoryError` for one that cannot fit the GPU present."""
         engine, precision = options.engine or self.plan(), str(options.precision)
         for profile in engine.profiles:
             checked(profile, model.config.downscale)
-        form = self.forms[precision]
-        estimates = estimate_memory(engine, model.config, form, precision)
-        check_memory(estimates, largest_fitting(model.config, form, precision), present_gpu())
+        form, places = self.forms[precision], family_of(model).activation_places
+        if places is None:
+            return []
+        estimates = estimate_memory(engine, model.config, places, form, precision)
+        check_memory(estimates, largest_fitting(model.config, places, form, precision), present_gpu())
         return estimates
 
-    def notes(self, model: AutoencoderKL, options: ExportOptions) -> list[str]:
+    def notes(self, model: ReferenceVae, options: ExportOptions) -> list[str]:
         return memory_lines(self.estimates(model, options))
 
     def write(self, export: Export, graph: Graph, path: Path) -> Written:

@@ -1,0 +1,1 @@
+"""What the project is made with. A regular package, as `benchmarks` is."""

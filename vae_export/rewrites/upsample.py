@@ -1,0 +1,77 @@
+"""Nearest-neighbour upsampling folded into the convolution that follows it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vae_export.families.autoencoder_kl import Upsample
+from vae_export.families.base import Model
+
+
+class DeconvUpsample(nn.Module):
+    """[B, C, H, W] -> [B, C, 2*H, 2*W]: nearest x2 and its 3x3 convolution as one transposed convolution."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        # Along an axis: output 2i sees w0 x[i-1] + (w1 + w2) x[i], output 2i+1 sees (w0 + w1) x[i] + w2 x[i+1].
+        taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
+        kernel = torch.einsum("ak,bl,oikl->ioab", taps, taps, conv.weight.double())
+        self.conv = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1)
+        self.conv.weight = nn.Parameter(kernel.to(conv.weight.dtype), requires_grad=False)
+        self.conv.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(x))
+
+
+class FourConvUpsample(nn.Module):
+    """[B, C, H, W] -> [B, C, 2*H, 2*W]: nearest x2 and its 3x3 convolution as four 2x2 ones, interleaved."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        # The same sums as in DeconvUpsample, one convolution for each of the four positions in a 2x2 square.
+        taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
+        self.convs = nn.ModuleList()
+        for row in range(2):
+            for column in range(2):
+                kernel = torch.einsum("ak,bl,oikl->oiab", taps[row], taps[column], conv.weight.double())
+                part = nn.Conv2d(conv.in_channels, conv.out_channels, 2)
+                part.weight = nn.Parameter(kernel.to(conv.weight.dtype), requires_grad=False)
+                part.bias = conv.bias
+                self.convs.append(part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The even output of an axis looks one pixel back, the odd one ahead.
+        sides = [(1 - column, column, 1 - row, row) for row in range(2) for column in range(2)]
+        parts = [conv(F.pad(x, side)) for conv, side in zip(self.convs, sides, strict=True)]
+        return F.pixel_shuffle(torch.stack(parts, dim=2).flatten(1, 2), 2)
+
+
+_FOLDED: dict[str, type[nn.Module]] = {"deconv": DeconvUpsample, "conv": FourConvUpsample}
+
+
+def fold_upsample(model: Model, form: str) -> Model:
+    """Fold each nearest-neighbour upsampling into the convolution behind it: 4/9 of its multiplications.
+
+    Three of four taps of the convolution fall on repeated pixels; adding their weights beforehand gives the same sums,
+    exact but for rounding. `form` is "deconv" (one transposed convolution), "conv" (four small ones, interleaved) or
+    "none"; which is the fastest depends on the runtime.
+    """
+    model = copy.deepcopy(model)
+    if form != "none":
+        for parent, name, upsample in list(_children(model, Upsample)):
+            parent.add_module(name, _FOLDED[form](cast(Upsample, upsample).conv))
+    return model
+
+
+def _children(root: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in root.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, kind):
+                yield parent, name, child
