@@ -144,7 +144,7 @@ def test_an_unknown_device_is_named_with_the_known(tiny_bundle, device):
         open_vae(tiny_bundle, device=device)
 
 
-@pytest.mark.parametrize("device", ["GPU", "tpu", "CPU:7"])
+@pytest.mark.parametrize("device", ["gpu", "tpu", "cpu:7", "CPU:7"])
 def test_a_device_that_is_not_here_is_named_and_nothing_falls_back(tiny_bundle, device):
     found = backend.FlaxVae.check_devices()
     assert found["cpu"] == "works"

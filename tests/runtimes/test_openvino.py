@@ -297,7 +297,7 @@ def test_an_unknown_device_is_named_with_the_known(tiny_bundle, device):
         open_vae(tiny_bundle, device=device)
 
 
-@pytest.mark.parametrize("device", ["GPU", "gpu.0", "npu", "gpu.7"])
+@pytest.mark.parametrize("device", ["gpu", "gpu.0", "npu", "gpu.7"])
 def test_a_device_that_is_not_here_is_named_and_nothing_falls_back(tiny_bundle, device):
     found = backend.OpenVinoVae.check_devices()
     assert found["cpu"] == "works"
@@ -479,3 +479,9 @@ except runtimes.BackendUnavailable as error: print(error)
 """
     (printed,) = alone(program, tiny_bundle)
     assert "pip install 'vae-export[openvino]'" in printed
+
+
+@pytest.mark.parametrize("device", ["CPU", "Cpu"])
+def test_a_device_may_be_written_as_openvino_does(tiny_bundle, device):
+    with open_vae(tiny_bundle, device=device) as vae:
+        assert vae.device == "cpu"
