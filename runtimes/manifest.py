@@ -64,6 +64,10 @@ class TensorSpec:
         """Where channels, height and width are: pixels have their channels last, as images are stored."""
         return (3, 1, 2) if self.dtype == "uint8" else (1, 2, 3)
 
+    @property
+    def channels(self) -> int:
+        return int(self.shape[self.axes[0]])
+
 
 @dataclass(frozen=True)
 class GraphSpec:

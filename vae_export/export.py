@@ -143,9 +143,6 @@ def check_choices(model: ReferenceVae, target: Target, options: ExportOptions) -
         raise ConfigError("NumPy has no bfloat16: a bf16 bundle takes and gives float32 (--io-precision fp32)")
     if options.io not in target.ios:
         raise ConfigError(f"{target.name} bundles take and give floats (--io float)")
-    if options.io == "uint8" and (model.config.in_channels, model.config.out_channels) != (3, 3):
-        channels = f"{model.config.in_channels} channels in and {model.config.out_channels} out"
-        raise ConfigError(f"pixels have 3 channels (--io uint8), and the model has {channels}")
     if options.tileable and not target.tileable:
         able = " and ".join(name for name in TARGETS if TARGETS[name].tileable)
         raise ConfigError(f"bundles for seamless tiling (--tileable) are {able}, not {target.name}")

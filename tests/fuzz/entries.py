@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from runtimes.config import VaeConfig
 from runtimes.errors import VaeError
-from runtimes.images import load_image
+from runtimes.image_files import load_image
 from runtimes.ir_scan import check_ir
 from runtimes.latents.shards import open_shard
 from runtimes.manifest import Manifest

@@ -10,7 +10,8 @@ import torch
 from helpers import FORMS
 
 from runtimes import Bundle, ConfigError, IntegrityError, NumericsError, OutOfMemoryError, open_vae
-from runtimes.images import load_image, psnr, to_float
+from runtimes.image_files import load_image
+from runtimes.images import psnr, to_float
 from runtimes.manifest import Step
 from runtimes.tiling.seamless import largest_maps, run_seamless
 from vae_export import AutoencoderKL, export_bundle
