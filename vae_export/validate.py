@@ -66,4 +66,4 @@ def load_recorded(manifest: Manifest) -> AutoencoderKL:
     hub = Hub(revision=source.get("commit"))
     if is_single_file(given):
         return load_model(given, config=manifest.config.to_dict(), hub=hub)
-    return load_model(given, subfolder=source.get("subfolder"), hub=hub)
+    return load_model(given, subfolder=source.get("subfolder"), variant=source.get("variant"), hub=hub)

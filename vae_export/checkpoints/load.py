@@ -6,11 +6,11 @@ runs whatever code its author put into it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,22 +23,30 @@ from runtimes.config import VaeConfig
 from runtimes.errors import BundleError, ConfigError, NumericsError
 from runtimes.files import written_whole
 from vae_export.checkpoints.architecture import complete_config, find_public_vae, infer_architecture, with_factors
+from vae_export.checkpoints.files import (
+    WEIGHTS_FILE,
+    WeightsFiles,
+    choose,
+    is_index,
+    names_of,
+    read_index,
+    shortened,
+    variant_of,
+)
 from vae_export.checkpoints.hub import Hub, check_repository, commit_of, first_line, parse_hub_url
 from vae_export.checkpoints.keys import is_attention_projection, select_vae_keys, to_diffusers_names
-from vae_export.families.autoencoder_kl import AutoencoderKL, Source
+from vae_export.checkpoints.source import Source
+from vae_export.families.autoencoder_kl import AutoencoderKL
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-WEIGHTS_FILES = (WEIGHTS_FILE, "diffusion_pytorch_model.fp16.safetensors")
 PICKLED_WEIGHTS_FILE = "diffusion_pytorch_model.bin"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-SHOWN = 5  #: how many keys an error lists before it counts the rest
 
 
 class Weights(NamedTuple):
     tensors: dict[str, Tensor]  #: fp32, diffusers names
-    sha256: str  #: of the file
+    sha256: str  #: as `WeightsFiles.sha256` has it
 
 
 # Entry points -----------------------------------------------------------------------------------------------------
@@ -48,6 +56,7 @@ def load_model(
     source: str | Path | None = None,
     *,
     subfolder: str | None = None,
+    variant: str | None = None,
     config: VaeConfig | Mapping[str, Any] | str | Path | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
@@ -58,27 +67,28 @@ def load_model(
         model = load_pretrained(EMBEDDED)
         model.source = model.source._replace(given="embedded", kind="embedded", absolute=None)
     elif is_single_file(source):
-        if subfolder:
-            raise ConfigError(
-                f"{source} is a single file, and subfolder={subfolder!r} is for directories; leave it out"
-            )
+        for name, value in (("subfolder", subfolder), ("variant", variant)):
+            if value:
+                raise ConfigError(f"{source} is a single file, and {name}={value!r} is for directories; leave it out")
         return load_single_file(
             source, config=config, scaling_factor=scaling_factor, shift_factor=shift_factor, hub=hub or Hub()
         )
     else:
         if config is not None:
             raise ConfigError(f"{source} has a config.json of its own; config= is for single files")
-        model = load_pretrained(source, subfolder=subfolder, hub=hub)
+        model = load_pretrained(source, subfolder=subfolder, variant=variant, hub=hub)
     model.config = with_factors(model.config, scaling_factor, shift_factor)
     return model
 
 
-def load_pretrained(source: str | Path, *, subfolder: str | None = None, hub: Hub | None = None) -> AutoencoderKL:
+def load_pretrained(
+    source: str | Path, *, subfolder: str | None = None, variant: str | None = None, hub: Hub | None = None
+) -> AutoencoderKL:
     """`AutoencoderKL.from_pretrained`: a diffusers directory or Hub repository."""
     hub = hub or Hub()
     if Path(source).is_dir():
         directory = Path(source) / (subfolder or "")
-        config_path, weights_path = _find_in_directory(directory)
+        config_path, files = _find_in_directory(directory, variant)
         repo, commit = None, None
     elif is_single_file(source):
         raise ConfigError(f"{source} is a single file: load it with from_single_file")
@@ -92,22 +102,15 @@ def load_pretrained(source: str | Path, *, subfolder: str | None = None, hub: Hu
             config_file = hub.download(repo, folder + CONFIG_FILE)  # raises, saying why
             assert config_file is not None
         hub = hub.pinned(config_file)
-        weights_file = next((f for n in WEIGHTS_FILES if (f := hub.download(repo, folder + n, optional=True))), None)
-        if weights_file is None:
-            if hub.offline:
-                hub.download(repo, folder + WEIGHTS_FILE)  # raises, saying why
-            pickle = folder + PICKLED_WEIGHTS_FILE
-            raise ConfigError(
-                f"repository {repo} has no {folder}{WEIGHTS_FILE}, and only .safetensors is read. If it has {pickle} "
-                f"and you trust it: `hf download {repo} {pickle} --local-dir .`, then convert it: "
-                f"{_conversion(Path(pickle))}"
-            )
-        config_path, weights_path, commit = config_file, weights_file, commit_of(weights_file)
+        config_path, commit = config_file, commit_of(config_file)
+        files = _find_in_repository(hub, repo, folder, variant, near=config_file)
 
     config = VaeConfig.from_json(config_path)
-    weights = read_weights(weights_path)
+    weights = read_weights(files)
     kind = "directory" if repo is None else "hub"
-    return build_model(config, weights.tensors, Source(str(source), kind, weights.sha256, repo, commit, subfolder))
+    found = variant_of(files.path.name)
+    origin = Source(str(source), kind, weights.sha256, repo, commit, subfolder, found)
+    return build_model(config, weights.tensors, origin)
 
 
 def load_single_file(
@@ -163,28 +166,46 @@ def save_pretrained(model: AutoencoderKL, directory: Path) -> None:
 # Weights ----------------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path) -> Weights:
-    """The VAE's tensors of a .safetensors file, in fp32 under diffusers names. Other tensors are not even read."""
+def read_weights(source: Path | WeightsFiles) -> Weights:
+    """The VAE's tensors of a .safetensors file, or of parts with an index, in fp32 under diffusers names.
+
+    Other tensors are not even read.
+    """
+    refuse_pickle(source if isinstance(source, Path) else source.path)
+    files = WeightsFiles.at(source) if isinstance(source, Path) else source
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(_opened(path)) for name, path in files.parts.items()}
+        held = {name: list(part.keys()) for name, part in opened.items()}
+        files.check(held)
+        part_of = {key: part for part, keys in held.items() for key in keys}
+        try:
+            selected = select_vae_keys(part_of)
+            names = to_diffusers_names(selected)
+        except ConfigError as error:
+            raise ConfigError(f"{files.path}: {error}") from None
+        try:
+            tensors = {names[bare]: opened[part_of[key]].get_tensor(key) for bare, key in selected.items()}
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{files.path} could not be read: {first_line(error)}") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{files.path}: tensor {name} is {tensor.dtype}, and weights are floating point")
+        if is_attention_projection(name):
+            tensor = tensor.reshape(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tensor
+        tensors[name] = tensor.to(torch.float32)
+    return Weights(tensors, files.sha256())
+
+
+def _opened(path: Path) -> Any:
+    """An open .safetensors file; `ConfigError` says what else it is."""
     refuse_pickle(path)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
-        with safe_open(path, framework="pt") as file:
-            selected = select_vae_keys(file.keys())
-            names = to_diffusers_names(selected)
-            tensors = {names[bare]: file.get_tensor(key) for bare, key in selected.items()}
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         explanation = _what_it_is_instead(path)
         raise ConfigError(f"{path} is not a complete safetensors file: {explanation or first_line(error)}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ConfigError(f"{path}: tensor {name} is {tensor.dtype}, and weights are floating point")
-        if is_attention_projection(name):
-            tensor = tensor.reshape(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tensor
-        tensors[name] = tensor.to(torch.float32)
-    return Weights(tensors, _sha256(path))
 
 
 def build_model(config: VaeConfig, tensors: Mapping[str, Tensor], source: Source) -> AutoencoderKL:
@@ -214,13 +235,13 @@ def _check_weights(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str
     misshaped = [f"{n} {list(s)}, not {list(expected[n])}" for n, s in shapes.items() if s != expected[n]]
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped)):
         if names:
-            problems.append(f"{len(names)} {title}: {_listed(names)}")
+            problems.append(f"{len(names)} {title}: {shortened(names)}")
     if problems:
         raise ConfigError(f"{given}: the weights do not fit the config. " + "; ".join(problems))
     not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if not_finite:
         raise NumericsError(
-            f"{given}: NaN or infinity in {len(not_finite)} of {len(tensors)} weights: {_listed(not_finite)}"
+            f"{given}: NaN or infinity in {len(not_finite)} of {len(tensors)} weights: {shortened(not_finite)}"
         )
 
 
@@ -328,7 +349,8 @@ def is_single_file(source: str | Path) -> bool:
     )
 
 
-def _find_in_directory(directory: Path) -> tuple[Path, Path]:
+def _find_in_directory(directory: Path, variant: str | None) -> tuple[Path, WeightsFiles]:
+    """The config and the weights of a local directory."""
     if not directory.is_dir():
         raise ConfigError(f"{directory} does not exist")
     if not (directory / CONFIG_FILE).is_file():
@@ -336,20 +358,36 @@ def _find_in_directory(directory: Path) -> tuple[Path, Path]:
             "a diffusers directory holds config.json and " + WEIGHTS_FILE
         )  # fmt: skip
         raise ConfigError(f"{directory} has no {CONFIG_FILE}; {hint}")
-    for name in WEIGHTS_FILES:
-        if (directory / name).is_file():
-            return directory / CONFIG_FILE, directory / name
-    for path in sorted(directory.iterdir()):
-        if path.suffix in PICKLES:
-            refuse_pickle(path)
-    raise ConfigError(f"{directory} has no {WEIGHTS_FILE}")
+    names = [path.name for path in directory.iterdir() if path.is_file()]
+    try:
+        name = choose(names, variant, str(directory))
+    except ConfigError:
+        if not any(name.endswith(".safetensors") for name in names):
+            for pickle in sorted(directory / name for name in names if name.endswith(PICKLES)):
+                refuse_pickle(pickle)
+        raise
+    return directory / CONFIG_FILE, WeightsFiles.at(directory / name)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def _find_in_repository(hub: Hub, repo: str, folder: str, variant: str | None, near: Path) -> WeightsFiles:
+    """The weights of a Hub repository, downloaded; `near` is a file of the same folder that was downloaded."""
+    path = next((f for n in names_of(variant) if (f := hub.download(repo, folder + n, optional=True))), None)
+    if path is None:
+        names = hub.names_in(repo, folder, near)
+        if hub.offline and not any(variant_of(name) is not None for name in names):
+            hub.download(repo, folder + names_of(variant)[0])  # raises, saying why
+        pickle = folder + PICKLED_WEIGHTS_FILE
+        if PICKLED_WEIGHTS_FILE in names and not any(name.endswith(".safetensors") for name in names):
+            raise ConfigError(
+                f"repository {repo} has no {folder}{WEIGHTS_FILE}, and only .safetensors is read. It has {pickle}; if "
+                f"you trust it: `hf download {repo} {pickle} --local-dir .`, then convert it: "
+                f"{_conversion(Path(pickle))}"
+            )
+        where = f"repository {repo}" + (f", folder {folder}" if folder else "")
+        path = hub.download(repo, folder + choose(names, variant, where))
+    assert path is not None
+    if not is_index(path.name):
+        return WeightsFiles(path, {path.name: path})
+    listed = read_index(path)
+    parts = {name: part for name in sorted(set(listed.values())) if (part := hub.download(repo, folder + name))}
+    return WeightsFiles(path, parts, listed)

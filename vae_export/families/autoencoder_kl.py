@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from runtimes.posterior import DiagonalGaussianDistribution
 from runtimes.tiling.blended import run_tiled
 from runtimes.tiling.settings import TilingSettings
 from runtimes.tiling.tiler import Tiler
+from vae_export.checkpoints.source import Source
 
 NORM_EPS = 1e-6
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -33,18 +34,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
 }
-
-
-class Source(NamedTuple):
-    """Where a model's weights came from; recorded in the manifest of every bundle made from it."""
-
-    given: str  #: what the caller named: a path, a Hub id, a URL, or "memory"
-    kind: str  #: directory | file | hub | memory | embedded
-    weights_sha256: str | None = None  #: of the weights file
-    repo: str | None = None
-    commit: str | None = None  #: 40 hex digits
-    subfolder: str | None = None
-    absolute: str | None = None  #: of a local path, which another working directory would change
 
 
 class ResnetBlock(nn.Module):
@@ -275,6 +264,7 @@ class AutoencoderKL(TilingSettings, nn.Module):
         source: str | Path,
         *,
         subfolder: str | None = None,
+        variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | None = None,
@@ -282,7 +272,9 @@ class AutoencoderKL(TilingSettings, nn.Module):
     ) -> AutoencoderKL:
         """Load a diffusers directory or Hub repository: config.json and diffusion_pytorch_model.safetensors.
 
-        `subfolder="vae"` picks the VAE of a whole pipeline. Weights of any float type are held in fp32.
+        `subfolder="vae"` picks the VAE of a whole pipeline, `variant="fp16"` the weights of
+        diffusion_pytorch_model.fp16.safetensors; without it the plain file is read, or the only variant there. Weights
+        may be split into parts with an index. Weights of any float type are held in fp32.
 
         Raises `ConfigError` for anything that is not the complete checkpoint of an `AutoencoderKL`.
         """
@@ -292,6 +284,7 @@ class AutoencoderKL(TilingSettings, nn.Module):
         return checkpoint.load_pretrained(
             source,
             subfolder=subfolder,
+            variant=variant,
             hub=hub.Hub(revision, cache_dir, token, local_files_only),
         )
 
