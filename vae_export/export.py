@@ -29,6 +29,7 @@ from vae_export.comparison import (
     thresholds_of,
     through_pixels,
 )
+from vae_export.edge import check_model, check_path, ordinary_torch
 from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import Form, fitted, rewrite
@@ -43,6 +44,7 @@ IOS = ("float", "uint8")
 REFERENCE = "AutoencoderKL of vae-export in PyTorch, fp32"
 
 
+@ordinary_torch()
 def export_bundle(
     model: AutoencoderKL,
     out: str | Path,
@@ -62,10 +64,13 @@ def export_bundle(
     The bundle appears whole or not at all; with `overwrite` an existing bundle is replaced in one step. Without
     `run_validation` the manifest says that nothing was compared.
 
+    What PyTorch is set to in this process (autocast, default type and device, grad mode) changes nothing.
+
     Raises `ConfigError` for a model that cannot be exported, `NumericsError` (with the numbers) where the graphs are
     too far from the model or overflow, `BundleError` where `out` exists or cannot be written.
     """
     target, options = complete_options(model, replace(options or ExportOptions(), **choices))
+    check_path(out, "out")
     check_output(out, options.overwrite)
     export, records = prepare(model, target, options, progress)
     measurements = simulate_half(export)
@@ -123,7 +128,10 @@ def complete_options(model: AutoencoderKL, options: ExportOptions) -> tuple[Targ
 
 
 def check_choices(model: AutoencoderKL, target: Target, options: ExportOptions) -> None:
-    """`ConfigError` for choices that no target, or not this one, has."""
+    """`ConfigError` for a model that is not exported, and for choices that no target, or not this one, has."""
+    check_model(model)
+    if options.calibrate is not None:
+        check_path(options.calibrate, "calibrate")
     for name, value, known in (
         ("precision", options.precision, tuple(THRESHOLDS)),
         ("io precision", options.io_precision, IO_PRECISIONS),

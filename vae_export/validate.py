@@ -11,11 +11,13 @@ from runtimes.progress import Progress, no_progress
 from vae_export.checkpoints.hub import Hub
 from vae_export.checkpoints.load import is_single_file, load_model
 from vae_export.comparison import Measurement, check, reference_cases
+from vae_export.edge import check_model, ordinary_torch
 from vae_export.export import shapes_of
 from vae_export.families.autoencoder_kl import AutoencoderKL
 from vae_export.targets import target_named
 
 
+@ordinary_torch()
 def validate_bundle(
     path: str | Path,
     model: AutoencoderKL | None = None,
@@ -33,6 +35,7 @@ def validate_bundle(
     manifest = bundle.manifest
     if model is None:
         model = load_recorded(manifest)
+    check_model(model)
     recorded = manifest.source.get("weights_sha256")
     if recorded is not None and model.source.weights_sha256 != recorded:
         raise ConfigError(

@@ -14,6 +14,7 @@ from torch import nn
 
 from runtimes.names import FP16_LARGEST
 from runtimes.progress import Progress, no_progress
+from vae_export.edge import check_model, check_path, ordinary_torch
 from vae_export.families.autoencoder_kl import Attention, AutoencoderKL, Block, MidBlock, ResnetBlock
 from vae_export.rewrites.ranges import Ranges, calibration_inputs, probe
 
@@ -144,10 +145,14 @@ class MeasuredRanges:
         }
 
 
+@ordinary_torch()
 def measure_ranges(
     model: AutoencoderKL, calibrate: str | Path | None = None, progress: Progress = no_progress
 ) -> MeasuredRanges:
     """Probe the model on photographs and noise, rescale it, and probe it again."""
+    check_model(model)
+    if calibrate is not None:
+        check_path(calibrate, "calibrate")
     before = probe(model, calibration_inputs(model, calibrate, progress))
     exact, exponents = rescale_activations(model, before)
     return MeasuredRanges(before, probe(exact, calibration_inputs(model, calibrate, progress)), exponents)
