@@ -19,6 +19,7 @@ from runtimes.progress import Progress, no_progress
 from vae_export import __version__
 from vae_export.bundle import BundleWriter, check_output, write_bundle
 from vae_export.checkpoints.load import CONFIG_FILE
+from vae_export.checkpoints.source import exported_source
 from vae_export.comparison import (
     THRESHOLDS,
     Measurement,
@@ -95,7 +96,7 @@ def export_bundle(
             family="AutoencoderKL",
             files=writer.entries(),
             graphs=graphs,
-            source=model.source._asdict(),
+            source=exported_source(model.source, model.state_dict()),
             rewrites=tuple(records),
             tools={"python": platform.python_version(), **tool_versions(), **target.tool_versions(options)},
             engine=options.engine,

@@ -35,7 +35,7 @@ from vae_export.checkpoints.files import (
 )
 from vae_export.checkpoints.hub import Hub, check_repository, commit_of, first_line, parse_hub_url
 from vae_export.checkpoints.keys import is_attention_projection, select_vae_keys, to_diffusers_names
-from vae_export.checkpoints.source import Source
+from vae_export.checkpoints.source import Source, tensors_sha256
 from vae_export.families.autoencoder_kl import AutoencoderKL
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
@@ -222,8 +222,8 @@ def build_model(config: VaeConfig, tensors: Mapping[str, Tensor], source: Source
         raise ConfigError(f"{source.given}: no network has the sizes in this config: {first_line(error)}") from None
     _check_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}, tensors, source.given)
     model.load_state_dict(tensors, strict=True, assign=True)
-    local = source.kind in ("directory", "file")
-    model.source = source._replace(absolute=os.path.abspath(source.given)) if local else source
+    absolute = os.path.abspath(source.given) if source.kind in ("directory", "file") else None
+    model.source = source._replace(absolute=absolute, tensors_sha256=tensors_sha256(model.state_dict()))
     return model.eval().requires_grad_(False)
 
 
