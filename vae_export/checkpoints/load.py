@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtimes.config import VaeConfig
+from runtimes.config import VaeConfig, is_vae_config, read_json
 from runtimes.errors import BundleError, ConfigError, NumericsError
-from runtimes.files import written_whole
+from runtimes.files import what_it_is_instead, written_whole
 from vae_export.checkpoints.architecture import complete_config, find_public_vae, infer_architecture, with_factors
 from vae_export.checkpoints.files import (
     WEIGHTS_FILE,
@@ -34,7 +35,13 @@ from vae_export.checkpoints.files import (
     variant_of,
 )
 from vae_export.checkpoints.hub import Hub, check_repository, commit_of, first_line, parse_hub_url
-from vae_export.checkpoints.keys import is_attention_projection, select_vae_keys, to_diffusers_names
+from vae_export.checkpoints.keys import (
+    is_attention_projection,
+    is_fused_projection,
+    refuse_other_vaes,
+    select_vae_keys,
+    to_diffusers_names,
+)
 from vae_export.checkpoints.source import Source, tensors_sha256
 from vae_export.families.autoencoder_kl import AutoencoderKL
 
@@ -142,8 +149,7 @@ def load_single_file(
 
     if complete is None:
         given = dict(config) if isinstance(config, Mapping) else {}
-        if beside is not None and _agrees(beside, architecture):
-            given = beside.to_dict() | given
+        given = _agreed(beside, architecture) | given
         complete = complete_config(architecture, given=given, public=find_public_vae(repo, weights.sha256))
     complete = with_factors(complete, scaling_factor, shift_factor)
     kind = "file" if repo is None else "hub"
@@ -180,6 +186,7 @@ def read_weights(source: Path | WeightsFiles) -> Weights:
         part_of = {key: part for part, keys in held.items() for key in keys}
         try:
             selected = select_vae_keys(part_of)
+            refuse_other_vaes(selected)
             names = to_diffusers_names(selected)
         except ConfigError as error:
             raise ConfigError(f"{files.path}: {error}") from None
@@ -193,7 +200,35 @@ def read_weights(source: Path | WeightsFiles) -> Weights:
         if is_attention_projection(name):
             tensor = tensor.reshape(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tensor
         tensors[name] = tensor.to(torch.float32)
-    return Weights(tensors, files.sha256())
+    return Weights(_without_fused(tensors, files.path), files.sha256())
+
+
+def _without_fused(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors without the copies of q, k and v that diffusers' fuse_qkv_projections adds, with a warning.
+
+    Raises `ConfigError` where a copy is not what it was made from: nobody knows which of them is meant.
+    """
+    kept = dict(tensors)
+    for name in [name for name in tensors if is_fused_projection(name)]:
+        parts = [tensors.get(name.replace(".to_qkv.", f".to_{letter}.")) for letter in "qkv"]
+        separate = [part for part in parts if part is not None]
+        if not separate:
+            continue  # an error that names what is missing follows
+        fused = kept.pop(name)
+        if len(separate) != 3 or not torch.equal(torch.cat(separate), fused.reshape(fused.shape[: separate[0].ndim])):
+            raise ConfigError(
+                f"{path}: {name} is not its to_q, to_k and to_v put together; the file was changed after "
+                "fuse_qkv_projections(). Call unfuse_qkv_projections() and save the model again, or remove the tensors "
+                "that are not meant"
+            )
+    if len(kept) < len(tensors):
+        warnings.warn(
+            f"{path} was saved after fuse_qkv_projections(): {len(tensors) - len(kept)} fused tensors are left out, "
+            "which are copies of others in it",
+            UserWarning,
+            stacklevel=2,
+        )
+    return kept
 
 
 def _opened(path: Path) -> Any:
@@ -204,7 +239,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        explanation = _what_it_is_instead(path)
+        explanation = what_it_is_instead(path)
         raise ConfigError(f"{path} is not a complete safetensors file: {explanation or first_line(error)}") from None
 
 
@@ -261,22 +296,6 @@ def refuse_pickle(path: str | Path) -> None:
         )
 
 
-def _what_it_is_instead(path: Path) -> str | None:
-    """What a file that is not safetensors is by its first bytes, and how to get the real one; None if unknown."""
-    with path.open("rb") as file:
-        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"version https://git-lfs.github.com/"):
-        return "it is a Git LFS pointer: run `git lfs pull` in its repository"
-    if start.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "it is a web page: log in where that is needed, and download the file itself again"
-    if start.startswith((b"{", b"[")):
-        return (
-            "it is JSON: give the weights file or its directory, or, if a server answered with an "
-            "error, log in and download the file again"
-        )
-    return None
-
-
 def _conversion(path: Path) -> str:
     """The shell command that converts a pickle."""
     target = path.with_suffix(".safetensors")
@@ -312,31 +331,51 @@ def _complete_config_from(config: VaeConfig | Mapping[str, Any] | str | Path | N
     return VaeConfig.from_json(found)
 
 
-def _config_of_repository(hub: Hub, repo: str, filename: str) -> VaeConfig | None:
+def _config_of_repository(hub: Hub, repo: str, filename: str) -> tuple[VaeConfig, Path] | None:
     """The config beside a file on the Hub, or in the repository's vae folder, where it is one of an AutoencoderKL."""
     folder = filename.rpartition("/")[0]
     names = dict.fromkeys((f"{folder}/{CONFIG_FILE}".lstrip("/"), f"vae/{CONFIG_FILE}"))
     return _first_vae_config(hub.download(repo, name, optional=True) for name in names)
 
 
-def _config_beside(path: Path) -> VaeConfig | None:
+def _config_beside(path: Path) -> tuple[VaeConfig, Path] | None:
     """The config beside a local file, or in the vae folder there, as for a file at the root of a repository."""
     candidates = (path.parent / CONFIG_FILE, path.parent / "vae" / CONFIG_FILE)
     return _first_vae_config(candidate if candidate.is_file() else None for candidate in candidates)
 
 
-def _first_vae_config(paths: Iterable[Path | None]) -> VaeConfig | None:
+def _first_vae_config(paths: Iterable[Path | None]) -> tuple[VaeConfig, Path] | None:
+    """The first that is the config of an AutoencoderKL; a warning names one that should be and cannot be read."""
     for path in paths:
         if path is not None:
             try:
-                return VaeConfig.from_json(path)
-            except ConfigError:
-                continue  # another model's config, as at the root of many repositories
+                data = read_json(path)
+                if is_vae_config(data):
+                    return VaeConfig.from_dict(data, origin=str(path)), path
+            except ConfigError as error:
+                warnings.warn(f"the config beside the weights is left out: {error}", UserWarning, stacklevel=2)
     return None
 
 
-def _agrees(config: VaeConfig, architecture: Mapping[str, Any]) -> bool:
-    return all(getattr(config, name) == value for name, value in architecture.items())
+def _agreed(found: tuple[VaeConfig, Path] | None, architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the config beside the weights; none, and a warning, where it is not the config of these weights."""
+    if found is None:
+        return {}
+    config, path = found
+    other = [
+        f"{name} = {getattr(config, name)!r}, not {value!r}"
+        for name, value in architecture.items()
+        if getattr(config, name) != value
+    ]
+    if not other:
+        return config.to_dict()
+    warnings.warn(
+        f"{path} is not the config of these weights and is left out: {'; '.join(other)}; give the right one with "
+        "config= (--config)",
+        UserWarning,
+        stacklevel=2,
+    )
+    return {}
 
 
 # Places -----------------------------------------------------------------------------------------------------------
