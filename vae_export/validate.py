@@ -54,9 +54,9 @@ def check_weights(model: AutoencoderKL, manifest: Manifest) -> None:
     if recorded is None:  # bundles of earlier versions have the hash of the file, or none
         recorded, has = source.get("weights_sha256"), str(model.source.weights_sha256)
     if recorded is not None and has != recorded:
+        name = "the model in memory" if model.source.kind == "memory" else model.source.given
         raise ConfigError(
-            f"{model.source.given} has weights {has}, and the bundle was made from {recorded}; name the right model "
-            "with --model"
+            f"{name} has weights {has}, and the bundle was made from {recorded}; name the right model with --model"
         )
 
 
