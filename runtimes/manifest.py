@@ -283,7 +283,7 @@ def _model(family: str, config: dict[str, Any], latent_space: Any) -> tuple[VaeC
     """The config and the latent space of a model. Manifests that name no latent space have an AutoencoderKL's."""
     try:
         if family == DEFAULT_FAMILY:
-            known = VaeConfig.from_dict(config)
+            known = VaeConfig.from_dict(config, strict=True)
             if latent_space is not None and LatentSpace.from_dict(_object(latent_space, "latent_space")) != (
                 known.latent_space
             ):

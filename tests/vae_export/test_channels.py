@@ -108,7 +108,7 @@ def test_latents_on_the_command_line_are_those_of_the_api(bundle, opened, channe
 
 
 def test_a_dataset_is_encoded_with_the_channels_of_the_model(bundle, opened, photo, tmp_path):
-    latents = pytest.importorskip("runtimes.latents", reason="pip install 'vae-export[dataset]'")
+    latents = pytest.importorskip("runtimes.latents.dataset", reason="pip install 'vae-export[dataset]'")
     folder = tmp_path / "images"
     folder.mkdir()
     photo.rename(folder / "photo.png")
