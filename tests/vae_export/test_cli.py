@@ -425,7 +425,7 @@ def test_without_torch_bundles_run_and_exporting_says_what_to_install(tiny_bundl
     command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(lines)]
     done = subprocess.run(command, cwd=files, capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    told = "error (BackendUnavailable): exporting needs torch: pip install 'vae-export[export,cpu]'\n"
+    told = "error (NotInstalled): exporting needs torch: pip install 'vae-export[export,cpu]'\n"
     expected = [(0, "")] * len(works) + [(BackendUnavailable.exit_code, told)] * 2
     assert found == [[line[0], *outcome] for line, outcome in zip(lines, expected, strict=True)], done.stderr
 

@@ -201,9 +201,8 @@ def test_numbers_of_what_failed_are_printed_whatever_they_are(run, monkeypatch, 
 
 
 def test_failing_validation_prints_its_numbers_as_json(run, tiny_bundle, monkeypatch):
-    from vae_export import export
 
-    monkeypatch.setattr(export, "validate_bundle", lambda *_, **__: not_finite(""))
+    monkeypatch.setattr("vae_export.validate.validate_bundle", lambda *_, **__: not_finite(""))
     error = json.loads(run("validate", tiny_bundle, "--json").out)["error"]
     assert error["measurements"][0]["graph"] == "encoder" and error["measurements"][0]["max_abs"] is None
 
