@@ -216,7 +216,7 @@ def _random_model(fields: Mapping[str, Any], seed: str) -> AutoencoderKL:
 
 def _form_class() -> Any:
     """`Form`, wherever this checkout has it: newest place first."""
-    for name in ("vae_export.rewrites.form", "vae_export.rewrite"):
+    for name in ("vae_export.rewrites.form", "vae_export.rewrites.form"):
         if importlib.util.find_spec(name.rpartition(".")[0]) and importlib.util.find_spec(name):
             return importlib.import_module(name).Form
     raise SystemExit("this checkout has no module with Form: add its name here")

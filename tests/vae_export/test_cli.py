@@ -32,8 +32,8 @@ from runtimes.errors import (
 )
 from runtimes.images import psnr
 from tools.blow_up import blown_up, gains
-from vae_export.cli import app as cli
 from vae_export.cli import images as cli_images
+from vae_export.cli import main as cli
 
 COMMAND = str(Path(sys.executable).with_name("vae-export"))
 PHOTO = Path(vae_export.__file__).parent / "assets" / "photos" / "coffee.jpg"

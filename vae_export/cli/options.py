@@ -79,6 +79,10 @@ Pad = Annotated[
     bool,
     typer.Option("--pad", help="Continue an image by its mirror image up to such a multiple, and cut that off again."),
 ]
+MaxPixels = Annotated[
+    Optional[int],
+    typer.Option(min=1, help="The most pixels that an image file may have. (default: 89 million)", show_default=False),
+]
 Tiling = Annotated[
     Optional[str],
     typer.Option(help="Work in tiles: blended as in diffusers, or seamless (--tileable bundles).", show_default=False),

@@ -177,7 +177,10 @@ def bundle_table(path: str, manifest: Manifest) -> Table:
     table.add_column(overflow="fold")  # no hash is cut off
     table.add_row("target", f"{manifest.target} {manifest.precision}, by vae-export {printable(manifest.version)}")
     table.add_row("source", printable(f"{source.get('given')}{commit}"))
-    table.add_row("weights sha256", printable(source.get("weights_sha256")))
+    if source.get("changed_in_memory"):
+        table.add_row("tensors sha256", printable(f"{source.get('tensors_sha256')}, changed in memory after loading"))
+    else:
+        table.add_row("weights sha256", printable(source.get("weights_sha256")))
     if manifest.engine is not None:
         gpus = ", ".join(manifest.engine.gpus) or "all GPUs that it takes"
         table.add_row("engine", printable(f"{manifest.engine.flavour} {manifest.engine.version} for {gpus}"))

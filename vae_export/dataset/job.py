@@ -55,6 +55,7 @@ def encode_dataset(
     ray: str | None = None,
     ray_workers: int = 1,
     ray_gpus: float = 0.0,
+    max_pixels: int | None = None,
     progress: Progress = no_progress,
 ) -> Summary:
     """Encode every image of a source into the directory `out`, or what is missing, changed or damaged there.
@@ -62,7 +63,8 @@ def encode_dataset(
     `policy` and `sizes` are those of `SizePolicy`. `batch_size` images of one size are encoded at once (default: 8,
     and on a CPU no more than have 256x256 pixels in all). `workers` is the number of processes that decode (default:
     one for each CPU that this process may use). With `ray`, an address or "local", the work is done on Ray by
-    `ray_workers` runtimes, with `ray_gpus` each. None of this changes what is written, except that `batch_size` may
+    `ray_workers` runtimes, with `ray_gpus` each. `max_pixels` is the most that an image may have (default: Pillow's
+    limit, 89 million). None of this changes what is written, except that `batch_size` may
     change the rounding.
 
     Images that cannot be encoded are listed in errors.parquet. Raises `ConfigError` where `out` holds other latents or
@@ -74,12 +76,14 @@ def encode_dataset(
         ("batch_size", batch_size),
         ("images_per_shard", images_per_shard),
         ("ray_workers", ray_workers),
+        ("max_pixels", max_pixels),
     ):
         check_count(name, value)
     bundle = Bundle(opening.bundle)
     at_once = BatchSize(batch_size or MOST_AT_ONCE, CACHED if batch_size is None and opening.is_cpu(bundle) else None)
     storage.check(bundle.manifest.latent_space)
-    size_policy = SizePolicy(policy, sizes, storage.factor(bundle.manifest.latent_space))
+    channels, factor = bundle.manifest.graphs["encoder"].input.channels, storage.factor(bundle.manifest.latent_space)
+    size_policy = SizePolicy(policy, sizes, factor, channels, max_pixels)
     workers = available_cpus() if workers is None else workers
     contract = make_contract(bundle, opening, size_policy, storage, at_once, images_per_shard)
     summary = Summary()
@@ -182,6 +186,7 @@ def make_contract(
             "policy": policy.policy,
             "sizes": [list(size) for size in policy.sizes],
             "resample": "lanczos",
+            "colours": "sRGB",
             "flips": storage.flips,
         },
         "tiling": {"kind": opening.tiling, "memory_budget": opening.memory_budget},
