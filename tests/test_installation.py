@@ -17,7 +17,7 @@ from runtimes import BackendUnavailable
 REPOSITORY = Path(__file__).parent.parent
 DESIGNED_EXTRAS = {
     *("export", "cpu", "gpu", "tensorrt", "rtx", "openvino", "int8"),
-    *("diffusers", "flax", "dataset", "ray", "sign", "report", "dev"),
+    *("diffusers", "flax", "dataset", "ray", "sign", "report", "docs", "dev"),
 }
 
 ROUNDTRIP = """

@@ -171,7 +171,7 @@ def test_each_error_class_has_an_exit_code_of_its_own(run, monkeypatch, kind):
     def fail(path):
         raise kind(f"{path} [/b] is\x1b[2J wrong;\ndo right")
 
-    monkeypatch.setattr(cli, "Bundle", fail)
+    monkeypatch.setattr("vae_export.cli.app.Bundle", fail)
     result = run("inspect", "b")
     assert [other for other in ERRORS if other.exit_code == result.code] == [kind]
     assert result.code not in (0, 1, 2, 130, 143)
@@ -180,7 +180,7 @@ def test_each_error_class_has_an_exit_code_of_its_own(run, monkeypatch, kind):
 
 
 def test_bug_is_called_a_bug(run, monkeypatch):
-    monkeypatch.setattr(cli, "Bundle", lambda path: 1 / 0)
+    monkeypatch.setattr("vae_export.cli.app.Bundle", lambda path: 1 / 0)
     result = run("inspect", "b")
     assert result.code == 1
     assert "internal error (ZeroDivisionError)" in result.err and "VAE_EXPORT_DEBUG" in result.err
