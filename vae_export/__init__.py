@@ -1,6 +1,6 @@
-"""vae-export: checkpoint in, verified bundle out.
+"""vae-export: export the image VAE of a checkpoint to a verified bundle.
 
-The names below load on first use: the command line runs `decode` and `inspect` on machines without PyTorch.
+The public names are imported on first use, so that `decode` and `inspect` run on machines without PyTorch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __version__ = "0.1.0"
 
 
 def _check_runtimes() -> None:
-    """`ImportError` where `runtimes` is not the package beside this one, but another that comes first on the path."""
+    """Raise `ImportError` if `runtimes` is not the package beside this one but another one earlier on the path."""
     ours = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "runtimes")
     if "runtimes" in sys.modules:
         found = getattr(sys.modules["runtimes"], "__file__", None)
@@ -82,5 +82,5 @@ def __getattr__(name: str) -> Any:
 
 
 def missing_package(error: ModuleNotFoundError) -> NotInstalled:
-    """The error for a package that exporting needs and that is not installed."""
+    """Return the error for a missing package that exporting needs."""
     return NotInstalled(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'")

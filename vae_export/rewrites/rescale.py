@@ -34,7 +34,7 @@ def rescale_activations(
 
     Every activation that grows in this network is either read through GroupNorm, which is invariant to the scale of its
     input (except for eps), or flows on linearly. So the residual stream can be divided by s = 2**e: the layers that
-    feed it (conv_in, each conv2, to_out, the resampling convs) are divided by s, eps of each norm that reads it by s**2.
+    feed it (conv_in, each conv2, to_out, the resampling convs) are divided by s, and eps of each reading norm by s**2.
     The same holds between conv1 and norm2 inside a block, for the values of the attention, and for its queries against
     its keys. s may differ between resolutions: the resampling conv between them applies the ratio. Powers of two do not
     change the mantissa of any product or sum, so the fp32 result is bit-identical.

@@ -39,10 +39,11 @@ def export_stablehlo(
     io_precision: str = "fp32",
     form: Form = FORM,
 ) -> GraphSpec:
-    """Write one graph, "encoder" or "decoder", in the format of jax.export: (parameters, float32 [B, C, H, W]) -> float32.
+    """Write a graph, "encoder" or "decoder", in jax.export's format: (parameters, float32 [B, C, H, W]) -> float32.
 
-    The graph takes only the parameters that it uses. Names and shapes are those of the ONNX graphs. Raises `ConfigError`
-    for unsupported options.
+    The graph takes only the parameters that it uses. Names and shapes are those of the ONNX graphs.
+
+    Raises `ConfigError` for unsupported options.
     """
     check_available(io_precision)
     if form != FORM:
@@ -112,7 +113,7 @@ def _nameless_sources(jax: Any) -> Iterator[None]:
 
 
 def _import_jax() -> tuple[Any, Any]:
-    """Return the modules `jax` and `runtimes.flax.model`. Raises an error with the install command if one is missing."""
+    """Return the modules `jax` and `runtimes.flax.model`. Raises `NotInstalled` if a package is missing."""
     importlib.import_module("runtimes.flax.runtime")
     flax_model = importlib.import_module("runtimes.flax.model")
     return importlib.import_module("jax"), flax_model

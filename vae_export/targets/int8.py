@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-#: Maximum fraction of layers kept in higher precision. Beyond it int8 is hardly faster than bf16, and not worth its error.
+#: Maximum fraction of layers kept in higher precision. Beyond it int8 is hardly faster than bf16, not worth its error.
 MAX_KEPT_FRACTION = 0.75
 
 _NO_TELEMETRY = "NNCF_CI"  # NNCF sends no telemetry if this variable, which marks its own test machines, is set

@@ -29,7 +29,7 @@ from vae_export.rewrites.operators import TRANSLATIONS
 OPSET = 22
 LARGEST = 2**31 - (64 << 20)  #: maximum bytes of weights in one protobuf file, with a margin for the graph itself
 
-# No shape of the validation, so that validation detects a graph that is frozen to it. Batch 2: tracing specialises on 1.
+# No shape of the validation, so that validation detects a graph frozen to it. Batch 2: tracing specialises on 1.
 TRACE_BATCH, TRACE_HEIGHT, TRACE_WIDTH = 2, 6, 10  #: in latents
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -146,7 +146,7 @@ def export_onnx(
 
 
 def trace_graph(traced: TracedGraph, name: str, factor: int) -> onnx.ModelProto:
-    """Return the graph as ONNX, with the dynamic dimensions of its shapes. `factor` is the spatial ratio of the model."""
+    """Return the graph as ONNX, with its dynamic dimensions named. `factor` is the downscaling factor of the model."""
     proto = _trace(traced, factor)
     _tidy(proto, name, traced)
     return proto
