@@ -171,7 +171,7 @@ class DiffusersVae(AutoencoderKL, metaclass=_EqualToAutoencoderKL):  # type: ign
         super()._apply(fn, recurse)
         return self
 
-    # What pipelines find inside -------------------------------------------------------------------------------------
+    # Parts that pipelines access ------------------------------------------------------------------------------------
 
     @property
     def encoder(self) -> nn.Module:

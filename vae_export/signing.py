@@ -2,8 +2,7 @@
 
 Hashes detect damage; a signature also proves who made a bundle. The signature covers every other file of the directory
 and is stored in it as model.sig, in the format of a Sigstore bundle, which other tools of `model-signing` can read.
-Keys are elliptic (P-256, P-384 or P-521), in PEM files. OpenSSL generates them with
-
+Keys are elliptic (P-256, P-384 or P-521), in PEM files. OpenSSL generates them:
 
     openssl ecparam -name prime256v1 -genkey -noout -out private.pem
     openssl ec -in private.pem -pubout -out public.pem
