@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.errors import NotInstalled
@@ -51,16 +51,16 @@ __version__ = "0.1.0"
 
 def _check_runtimes() -> None:
     """Raise `ImportError` if `runtimes` is not the package beside this one but another one earlier on the path."""
-    ours = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "runtimes")
+    ours = Path(__file__).resolve().parent.parent / "runtimes"
     if "runtimes" in sys.modules:
         found = getattr(sys.modules["runtimes"], "__file__", None)
     else:
         spec = importlib.util.find_spec("runtimes")
         found = None if spec is None else spec.origin
-    if found is not None and os.path.dirname(os.path.realpath(found)) == ours:
+    if found is not None and Path(found).resolve().parent == ours:
         return
-    is_package = found is not None and os.path.basename(found).startswith("__init__.")
-    where = os.path.dirname(found) if found is not None and is_package else found
+    is_package = found is not None and Path(found).name.startswith("__init__.")
+    where = Path(found).parent if found is not None and is_package else found
     raise ImportError(
         f"vae_export needs its own package 'runtimes', in {ours}, and Python finds "
         + ("none" if where is None else f"another first: {where}. Rename that, or start Python elsewhere, or with -P"),

@@ -59,7 +59,7 @@ class BundleWriter:
             _exchange(self.directory, self.out)
             shutil.rmtree(self.directory, ignore_errors=True)  # holds the old bundle now
         else:
-            os.rename(self.directory, self.out)  # refused by the system where anything but an empty directory is
+            self.directory.rename(self.out)  # refused by the system where anything but an empty directory is
         flush(self.out.parent)
         self.finished = True
         return Bundle(self.out)
@@ -115,10 +115,10 @@ def _check_free(out: Path, overwrite: bool) -> None:
     if not out.is_dir() or out.is_symlink():
         raise BundleError(f"{out} exists and is not a directory; choose another --out")
     try:
-        names = os.listdir(out)
+        empty = not any(out.iterdir())
     except OSError as error:
         raise BundleError(f"{out} exists and cannot be read: {error.strerror}; choose another --out") from None
-    if not names:
+    if empty:
         return
     if not _is_bundle(out):
         raise BundleError(f"{out} exists and is not a bundle; it stays as it is, choose another --out")
@@ -168,7 +168,7 @@ def _restore(out: Path) -> None:
                 if _is_bundle(out):  # the new bundle had already taken its place
                     shutil.rmtree(aside, ignore_errors=True)
                 else:
-                    os.rename(aside, out)  # refused by the system where anything but an empty directory is
+                    aside.rename(out)  # refused by the system where anything but an empty directory is
 
 
 def _named(out: Path, kind: str) -> list[Path]:
@@ -209,14 +209,14 @@ def _exchange(new: Path, old: Path) -> None:
     lock = os.open(old, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        os.rename(old, aside)
+        old.rename(aside)
         try:
-            os.rename(new, old)
+            new.rename(old)
         except BaseException:
             if not old.exists():
-                os.rename(aside, old)
+                aside.rename(old)
             raise
-        os.rename(aside, new)
+        aside.rename(new)
     finally:
         os.close(lock)
 

@@ -77,7 +77,7 @@ def write_repository(
                 (folder / "config.pbtxt").write_text(text, encoding="utf-8")
                 models[folder.name] = out / folder.name
             partial.chmod(0o755)
-            os.rename(partial, out)
+            partial.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:

@@ -31,7 +31,7 @@ def typed_name(text: str) -> str:
     """
     if not text.strip():
         raise typer.BadParameter("it is empty")
-    return os.path.expanduser(text)
+    return os.path.expanduser(text)  # noqa: PTH111  # Path.expanduser raises an error for an unknown user
 
 
 def typed_path(text: str | Path) -> Path:

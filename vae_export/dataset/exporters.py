@@ -261,7 +261,7 @@ def _new_directory(out: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)
-        os.rename(partial, out)
+        partial.rename(out)
     except OSError as error:
         raise BundleError(f"writing {out} failed: {error.strerror or error}; nothing was left behind") from None
     finally:
