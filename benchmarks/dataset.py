@@ -34,7 +34,7 @@ from PIL import Image
 
 from benchmarks.memory_model import status
 from runtimes import Bundle, children, open_vae
-from runtimes.images import load_image
+from runtimes.image_files import load_image
 from runtimes.latents import LatentDataset
 from vae_export.dataset.encode import BatchSize, Storage, encode_batch
 from vae_export.dataset.images import Prepared, SizePolicy, prepare

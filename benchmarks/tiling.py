@@ -17,7 +17,8 @@ import numpy as np
 
 from benchmarks.memory_model import status
 from runtimes import children, open_vae
-from runtimes.images import load_image, to_float
+from runtimes.image_files import load_image
+from runtimes.images import to_float
 from runtimes.tiling.blended import TILINGS
 
 MODES = ("untiled", *TILINGS)

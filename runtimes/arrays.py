@@ -25,11 +25,21 @@ def array_module(array: Any) -> ModuleType:
     return np
 
 
+def is_tensor(x: Any) -> bool:
+    """Whether it is a tensor of torch."""
+    return array_module(x).__name__ == "torch"
+
+
+def as_type(x: Any, dtype: str) -> Any:
+    """An array of any kind with elements of this type, such as "float32"."""
+    return x.to(getattr(array_module(x), dtype)) if is_tensor(x) else x.astype(dtype, copy=False)
+
+
 def on_host(x: Any) -> Array:
     """An array of any kind as one of NumPy."""
     if array_module(x) is np:
         return np.asarray(x)
-    return np.asarray(x.detach().cpu().numpy() if hasattr(x, "detach") else x.get())
+    return np.asarray(x.detach().cpu().numpy() if is_tensor(x) else x.get())
 
 
 def answer_in_kind(function: Callable[[Array], Array], x: Any) -> Any:

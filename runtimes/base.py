@@ -11,13 +11,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
 from runtimes import reopening
-from runtimes.arrays import Array, array_module, on_host
+from runtimes.arrays import array_module, as_type
 from runtimes.bundle import Bundle
-from runtimes.edge import checked_floats, checked_pixels, kept_part
+from runtimes.edge import Notices, checked_floats, checked_pixels, kept_part
 from runtimes.errors import ConfigError, NumericsError
 from runtimes.images import Images, as_uint8_batch, to_float, to_uint8
 from runtimes.layout import as_pixels, channels_first, channels_first_floats, channels_last
@@ -68,6 +65,7 @@ class VaeRuntime(Lifetime, TilingSettings):
             )
         self._bundle = bundle
         bundle.check_small_files()
+        self._notices = Notices(self.backend)
         self._set_up_tiling(getattr(self.config, "sample_size", 512), self.latent_space.factor)
         self._budget: Budget | None = None
         self._seamless = (
@@ -104,10 +102,13 @@ class VaeRuntime(Lifetime, TilingSettings):
         """
         self._check_open()
         channels, factor, dtype = self.channels("encoder"), self.latent_space.factor, self.spec["encoder"].input.dtype
+        x = self._taken(x)
         if dtype == "uint8":
-            x = checked_pixels(self._taken(x), channels, multiple_of=factor, pad=pad)
+            x = checked_pixels(x, channels, multiple_of=factor, pad=pad)
         else:
-            x = checked_floats(self._taken(x), "images", channels, dtype, multiple_of=factor, pad=pad)
+            self._notices.about_gradients(x)
+            x = checked_floats(x, "images", channels, dtype, multiple_of=factor, pad=pad)
+            self._notices.about_range(x)
         encoded = self._apply("encoder", x)
         if not self.latent_space.posterior:
             return AutoencoderTinyOutput(latents=encoded) if return_dict else (encoded,)
@@ -125,6 +126,7 @@ class VaeRuntime(Lifetime, TilingSettings):
         """
         self._check_open()
         z, dtype = self._taken(z), self.spec["decoder"].input.dtype
+        self._notices.about_gradients(z)
         z = checked_floats(z, "latents", self.latent_space.channels, dtype, multiple_of=1)
         height, width = (side * self.latent_space.factor for side in z.shape[2:])
         kept = None if size is None else kept_part(size, height, width)
@@ -135,41 +137,43 @@ class VaeRuntime(Lifetime, TilingSettings):
 
     # Images and normalised latents ----------------------------------------------------------------------------------
 
-    def images_to_latents(self, images: Images, generator: Any = None, *, pad: bool = False) -> Array:
-        """uint8 [B, H, W, 3] or [H, W, 3], PIL images or paths -> latents as a diffusion model takes them.
+    def images_to_latents(
+        self, images: Images, generator: Any = None, *, pad: bool = False, max_pixels: int | None = None
+    ) -> Any:
+        """uint8 [B, H, W, C] or [H, W, C], PIL images, paths or files -> latents as a diffusion model takes them.
 
-        Of images and files orientation is applied and transparency laid over white: see `runtimes.images.load_rgb`.
-        The latents are normalised (`latent_space`): the posterior's mode, or a draw from it where a generator is given.
+        C is what the model takes: grey, RGB or RGBA. Images and files are converted to it, upright and in sRGB, and may
+        have `max_pixels`: see `runtimes.image_files.load_pil`. The latents are normalised (`latent_space`): the
+        posterior's mode, or with a generator or seed a draw from it. Torch tensors are answered by one, float32.
         `pad`: see `encode`. `ConfigError` where the checkpoint did not say its scaling_factor.
         """
         self.latent_space.check_known()
-        pixels = as_uint8_batch(images)
+        pixels = as_uint8_batch(self._taken(images), self.channels("encoder"), max_pixels=max_pixels)
         given = pixels if self.spec["encoder"].input.dtype == "uint8" else to_float(pixels)
         encoded = self.encode(given, pad=pad)[0]
         if not self.latent_space.posterior:
             z = encoded
         else:
             z = encoded.mode() if generator is None else encoded.sample(generator)
-        return np.asarray(self.latent_space.normalise(z), dtype=np.float32)
+        return as_type(self.latent_space.normalise(z), "float32")
 
-    def latents_to_images(self, latents: Any, *, size: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
+    def latents_to_images(self, latents: Any, *, size: tuple[int, int] | None = None) -> Any:
         """Normalised latents [B, C, h, w] -> uint8 [B, f*h, f*w, 3], or the `size` of it (see `decode`).
 
-        NaN and infinity have no colour: they raise `NumericsError`, with or without `check_finite`.
+        The last axis has the channels that the decoder gives: 1 for grey, 3 for RGB, 4 for RGBA. NaN and infinity have
+        no colour: they raise `NumericsError`, with or without `check_finite`.
         """
         self._check_open()
         self.latent_space.check_known()
-        dtype = self.spec["decoder"].input.dtype
         given = self._taken(latents)
-        given = checked_floats(given, "latents", self.latent_space.normalised_channels, dtype, multiple_of=1)
-        given = on_host(given)
-        if self.spec["decoder"].output.dtype == "uint8" and not np.isfinite(given).all():
+        self._notices.about_gradients(given)
+        given = checked_floats(given, "latents", self.latent_space.normalised_channels, "float32", multiple_of=1)
+        if self.spec["decoder"].output.dtype == "uint8" and not bool(array_module(given).isfinite(given).all()):
             raise NumericsError("the latents hold NaN or infinity: no image")  # pixels would not show it
-        sample = self.decode(self.latent_space.denormalise(given).astype(np.float32), size=size)[0]
-        if sample.dtype == np.uint8:
-            pixels: npt.NDArray[np.uint8] = sample
-            return pixels
-        if not np.isfinite(sample).all():
+        sample = self.decode(self.latent_space.denormalise(given), size=size)[0]
+        if self.spec["decoder"].output.dtype == "uint8":
+            return sample
+        if not bool(array_module(sample).isfinite(sample).all()):
             raise NumericsError(f"the decoder of this {self.precision} bundle gave NaN or infinity: no image")
         return to_uint8(sample)
 
@@ -194,15 +198,14 @@ class VaeRuntime(Lifetime, TilingSettings):
 
     def channels(self, graph: Graph) -> int:
         """Channels of a graph's image: what the encoder takes, or the decoder gives."""
-        tensor = self.spec[graph].input if graph == "encoder" else self.spec[graph].output
-        return int(tensor.shape[tensor.axes[0]])
+        return (self.spec[graph].input if graph == "encoder" else self.spec[graph].output).channels
 
     def _output_shape(self, graph: Graph, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a graph's output for an input of this shape."""
         source, target, factor = self.spec[graph].input, self.spec[graph].output, self.latent_space.factor
         _, height, width = (shape[axis] for axis in source.axes)
         sides = [side // factor if graph == "encoder" else side * factor for side in (height, width)]
-        sizes = dict(zip(target.axes, (int(target.shape[target.axes[0]]), *sides), strict=True))
+        sizes = dict(zip(target.axes, (target.channels, *sides), strict=True))
         return (shape[0], *(sizes[axis] for axis in (1, 2, 3)))
 
     # Tiling ---------------------------------------------------------------------------------------------------------

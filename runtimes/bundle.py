@@ -26,6 +26,7 @@ MANIFEST_LIMIT = 4 << 20  #: bytes; a manifest with long validation tables has s
 SMALL_FILE = 1 << 20  #: bytes; configs have some 2 KB, and hashing so much takes about a millisecond
 LARGE_FILE = 256 << 20  #: bytes; the graphs of Stable Diffusion's size in fp32 have up to 200 MB
 
+_POSIX = os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")  #: Windows has neither
 _HUB_REPOSITORY = re.compile(r"(models|datasets|spaces)--")
 
 
@@ -140,17 +141,7 @@ class HeldFile:
 
 def _open_regular_file(root: Path, name: str) -> int:
     """A descriptor of `root/name`, following no link below `root`."""
-    *folders, last = name.split("/")
-    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for folder in folders:
-            inner = _open_inside(directory, folder, os.O_RDONLY | os.O_DIRECTORY, name)
-            os.close(directory)
-            directory = inner
-        # Non-blocking: opening a FIFO must not wait for a writer.
-        descriptor = _open_inside(directory, last, os.O_RDONLY | os.O_NONBLOCK, name)
-    finally:
-        os.close(directory)
+    descriptor = _open_from(root, name) if _POSIX else _open_by_path(root, name)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         problem = "is not a regular file"
@@ -160,6 +151,36 @@ def _open_regular_file(root: Path, name: str) -> int:
         return descriptor
     os.close(descriptor)
     raise IntegrityError(f"{name} {problem}")
+
+
+def _open_from(root: Path, name: str) -> int:
+    """Open a file folder by folder: no name is looked up twice, so nothing can be exchanged in between."""
+    *folders, last = name.split("/")
+    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for folder in folders:
+            inner = _open_inside(directory, folder, os.O_RDONLY | os.O_DIRECTORY, name)
+            os.close(directory)
+            directory = inner
+        # Non-blocking: opening a FIFO must not wait for a writer.
+        return _open_inside(directory, last, os.O_RDONLY | os.O_NONBLOCK, name)
+    finally:
+        os.close(directory)
+
+
+def _open_by_path(root: Path, name: str) -> int:
+    """Open a file where the system cannot open relative to a folder, as on Windows.
+
+    Links are refused, but one that is put there between the check and the opening would be followed.
+    """
+    path = root
+    for part in name.split("/"):
+        path = path / part
+        if path.is_symlink():
+            raise IntegrityError(f"{name} cannot be opened as a plain file of the bundle: {part} is a symbolic link")
+    if path.exists() and not path.is_file():
+        raise IntegrityError(f"{name} is not a regular file")
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
 
 def _read_open_file(descriptor: int, name: str, *, limit: int, entry: FileEntry | None = None) -> bytes:

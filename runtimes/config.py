@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import ConfigError
+from runtimes.files import what_it_is_instead
 from runtimes.latent_space import LatentSpace
 
 DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
@@ -18,10 +19,34 @@ UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 
 
-# What diffusers' EMAModel.save_pretrained adds: how the average was made, which changes nothing in the network.
-EMA_FIELDS = frozenset(
+CLASS_NAMES = ("AutoencoderKL", "FlaxAutoencoderKL")
+
+# Other autoencoders of diffusers, and whose they are.
+OTHER_VAES = {
+    "AsymmetricAutoencoderKL": "inpainting with Stable Diffusion 1.5",
+    "AutoencoderDC": "SANA",
+    "AutoencoderKLFlux2": "FLUX.2",
+    "AutoencoderKLHunyuanImage": "HunyuanImage 2.1",
+    "AutoencoderKLQwenImage": "Qwen-Image",
+    "AutoencoderKLTemporalDecoder": "Stable Video Diffusion",
+    "AutoencoderKLWan": "Wan",
+    "AutoencoderTiny": "TAESD, for previews",
+    "VQModel": "a vector-quantised autoencoder",
+}
+
+# An unknown field whose name has one of these in it may change what the network computes, or mean that it is another.
+NETWORK_WORDS = (
+    "act", "attention", "attn", "bias", "block", "causal", "channel", "compress", "conv", "depth", "dim", "down",
+    "dropout", "embed", "encod", "eps", "expan", "fn", "gate", "group", "head", "kernel", "layer", "level", "magnitude",
+    "mid", "mlp", "mult", "norm", "num_", "pad", "patch", "pool", "quant", "resample", "residual", "resnet", "rope",
+    "scal", "shift", "shortcut", "size", "stage", "stride", "temp", "time", "type", "up", "width", "window",
+)  # fmt: skip
+
+# Unknown fields that change nothing in the network although their names may look like it: what diffusers'
+# EMAModel.save_pretrained adds, and the type in which weights were saved.
+HARMLESS_FIELDS = frozenset(
     ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
-)
+) | {"dtype", "torch_dtype"}
 
 
 @dataclass(frozen=True)
@@ -80,31 +105,32 @@ class VaeConfig:
         )
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config") -> VaeConfig:
-        """Read a diffusers config. Strict: an unknown field or another `_class_name` raises `ConfigError`."""
+    def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config", strict: bool = False) -> VaeConfig:
+        """Read a diffusers config; another `_class_name` raises `ConfigError`.
+
+        So does an unknown field whose name speaks of a part of a network. Any other is ignored, with a warning;
+        `strict` refuses all.
+        """
         if not isinstance(data, Mapping):
             raise ConfigError(f"{origin} is not a JSON object but a {type(data).__name__}")
         class_name = data.get("_class_name", "AutoencoderKL")
-        if class_name not in ("AutoencoderKL", "FlaxAutoencoderKL"):
-            raise ConfigError(
-                f"{origin} describes a {class_name!r}, not an AutoencoderKL; "
-                "for a pipeline directory or repository give subfolder='vae'"
-            )
+        if class_name not in CLASS_NAMES:
+            raise ConfigError(f"{origin} describes a {class_name!r}, not an AutoencoderKL{_instead_of(class_name)}")
         values = {name: value for name, value in data.items() if not name.startswith("_")}
-        averaging = sorted(values.keys() & EMA_FIELDS)
-        if averaging:
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)}, key=str)
+        grave = [name for name in unknown if strict or _may_change_the_network(name)]
+        if grave:
+            raise ConfigError(
+                f"{origin} has fields that no AutoencoderKL has: {', '.join(map(repr, grave[:5]))}. It is the config "
+                "of another model, or of a newer diffusers; remove the fields if they are meaningless"
+            )
+        if unknown:
             warnings.warn(
-                f"{origin}: fields of diffusers' EMAModel are ignored: {', '.join(averaging)}",
+                f"{origin}: fields that no AutoencoderKL has are ignored: {', '.join(map(repr, unknown))}",
                 UserWarning,
                 stacklevel=2,
             )
-            values = {name: value for name, value in values.items() if name not in EMA_FIELDS}
-        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
-        if unknown:
-            raise ConfigError(
-                f"{origin} has fields that no AutoencoderKL has: {', '.join(map(repr, unknown[:5]))}. It is the config "
-                "of another model, or of a newer diffusers; remove the fields if they are meaningless"
-            )
+            values = {name: value for name, value in values.items() if name not in unknown}
         if not data.keys() & {"_class_name", "block_out_channels", "latent_channels"}:
             raise ConfigError(
                 f"{origin} has neither _class_name, block_out_channels nor latent_channels: not a VAE config"
@@ -131,17 +157,28 @@ class VaeConfig:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; `ConfigError` where there is none."""
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; `ConfigError` says what else it is."""
+    path = Path(path)
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not a readable JSON file: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} is not a JSON object but a {type(data).__name__}")
-    return data
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        instead = what_it_is_instead(path) or ""
+        explanation = error if not instead or instead.startswith("it is JSON") else instead
+        raise ConfigError(f"{path} is not a readable JSON file: {explanation}") from None
+
+
+def is_vae_config(data: Any) -> bool:
+    """Whether this claims to be the config of an `AutoencoderKL`: other models have files of the same name."""
+    if not isinstance(data, Mapping):
+        return False
+    if "_class_name" in data:
+        return data["_class_name"] in CLASS_NAMES
+    return not data.keys().isdisjoint(("block_out_channels", "latent_channels"))
 
 
 class OtherConfig:
@@ -171,6 +208,21 @@ class OtherConfig:
     def to_json(self) -> str:
         """The fields as the text of a config.json."""
         return json.dumps(self._data, indent=2, allow_nan=False) + "\n"
+
+
+def _instead_of(class_name: Any) -> str:
+    """What follows from another `_class_name`, as the end of a message."""
+    name = str(class_name)
+    if name in OTHER_VAES:
+        return f" ({OTHER_VAES[name]}): another network, which is not supported"
+    if "autoencoder" in name.lower() or "vae" in name.lower():
+        return ": another network, which is not supported"
+    return "; for a pipeline directory or repository give subfolder='vae'"
+
+
+def _may_change_the_network(name: Any) -> bool:
+    """Whether an unknown field has a name that speaks of a part of a network."""
+    return name not in HARMLESS_FIELDS and any(word in str(name).lower() for word in NETWORK_WORDS)
 
 
 def _check(config: VaeConfig) -> None:

@@ -7,9 +7,63 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.arrays import array_module
+from runtimes.arrays import array_module, as_type, is_tensor
 from runtimes.errors import ConfigError, ShapeError
 from runtimes.layout import padded
+from runtimes.warning import warn_caller
+
+FAR_OUTSIDE = 10.0  #: of [-1, 1], where images are meant to be: noise of unit variance does not reach it
+
+
+def as_array(x: Any, what: str) -> Any:
+    """What a caller gave as an array of its own kind, which NumPy or a backend can view; `what` is it in errors.
+
+    A list of tensors of torch, or of arrays of CuPy, is stacked as one of NumPy's arrays is.
+    """
+    if isinstance(x, (list, tuple)):
+        x = _stacked(x, what)
+    xp = array_module(x)
+    if is_tensor(x):
+        return _strided(x, what)
+    if xp is np and not isinstance(x, np.ndarray):
+        try:
+            return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
+        except (BufferError, TypeError, ValueError) as error:  # on another device, or ragged
+            raise ShapeError(f"{what} cannot be read as an array: {error}") from None
+    return x
+
+
+def _stacked(arrays: Sequence[Any], what: str) -> Any:
+    if not arrays:
+        raise ShapeError(f"{what} are empty: a list with nothing in it")
+    shapes = {tuple(array.shape) for array in arrays if hasattr(array, "shape")}
+    if len(shapes) > 1:
+        shown = ", ".join(str(list(shape)) for shape in sorted(shapes)[:5])
+        raise ShapeError(f"{what} of one batch must be of one size; these are {shown}")
+    kinds = {array_module(array) for array in arrays}
+    xp = kinds.pop()
+    if xp is np and not kinds:
+        return arrays  # as_array makes one of them, or says why it cannot
+    if kinds:
+        raise ShapeError(f"{what} of one batch must be arrays of one library")
+    if is_tensor(arrays[0]):
+        arrays = [_strided(array, what) for array in arrays]
+        places = {(str(array.device), str(array.dtype)) for array in arrays}
+        if len(places) > 1:
+            shown = ", ".join(" ".join(place) for place in sorted(places))
+            raise ShapeError(f"{what} of one batch must be on one device and of one type; these are {shown}")
+    return xp.stack(arrays)
+
+
+def _strided(x: Any, what: str) -> Any:
+    """A tensor of torch whose memory holds its values, as they are."""
+    layout = str(x.layout).removeprefix("torch.")
+    if x.is_meta:
+        raise ShapeError(f'{what} are on torch\'s device "meta", which holds no values')
+    if layout != "strided" or x.is_quantized or x.is_nested:
+        kind = "quantized" if x.is_quantized else "nested" if x.is_nested else layout.removeprefix("_")
+        raise ShapeError(f"{what} are a {kind} tensor; give a dense one")
+    return x.resolve_conj().resolve_neg()
 
 
 def checked_floats(x: Any, what: str, channels: int, dtype: str, *, multiple_of: int, pad: bool = False) -> Any:
@@ -17,32 +71,74 @@ def checked_floats(x: Any, what: str, channels: int, dtype: str, *, multiple_of:
 
     Height and width must be multiples of `multiple_of`; with `pad` they are made so by mirrored pixels at the end.
     """
-    xp = array_module(x)
-    if xp is np and not isinstance(x, np.ndarray):
-        try:
-            x = np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
-        except (BufferError, TypeError, ValueError) as error:  # on another device, or ragged
-            raise ShapeError(f"{what} cannot be read as an array: {error}") from None
-    is_torch = hasattr(x, "is_floating_point")
-    if not (x.is_floating_point() if is_torch else x.dtype.kind == "f"):
+    x = as_array(x, what)
+    if not (x.is_floating_point() if is_tensor(x) else x.dtype.kind == "f"):
         raise ShapeError(f"{what} are floating point, not {x.dtype}; uint8 images go to images_to_latents")
     if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
-        raise ShapeError(f"{what} are [B, {channels}, height, width], not {list(x.shape)}")
+        raise ShapeError(f"{what} are [B, {channels}, height, width], not {shown_shape(x)}")
     x = padded(x, (2, 3), multiple_of) if pad else x
     _check_sides(x.shape[2:], multiple_of)
-    return x.detach().to(getattr(xp, dtype)) if is_torch else x.astype(dtype, copy=False)
+    return as_type(x.detach() if is_tensor(x) else x, dtype)
 
 
 def checked_pixels(x: Any, channels: int, *, multiple_of: int, pad: bool = False) -> Any:
     """`x` as uint8 [B, height, width, channels], for a graph that takes pixels."""
-    x = x.detach() if hasattr(x, "detach") else np.asarray(x)
+    x = as_array(x, "images")
     if str(x.dtype).removeprefix("torch.") != "uint8" or x.ndim != 4 or x.shape[3] != channels or 0 in x.shape:
         raise ShapeError(
-            f"this bundle takes uint8 images [B, height, width, {channels}] (--io uint8), not {x.dtype} {list(x.shape)}"
+            f"this bundle takes uint8 images [B, height, width, {channels}] (--io uint8), "
+            f"not {x.dtype} {shown_shape(x)}"
         )
     x = padded(x, (1, 2), multiple_of) if pad else x
     _check_sides(x.shape[1:3], multiple_of)
     return x
+
+
+def shown_shape(x: Any) -> str:
+    """A shape as it stands in errors."""
+    return f"{list(x.shape)}, which is empty" if 0 in x.shape else str(list(x.shape))
+
+
+class Notices:
+    """Warnings about what a caller gives, each given once by one runtime."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+        self._given: set[str] = set()
+
+    def about_gradients(self, x: Any) -> None:
+        """What is guided through the VAE, or trained, would get nothing and not know it."""
+        arrays = x if isinstance(x, (list, tuple)) else [x]
+        if not any(is_tensor(a) and a.requires_grad and array_module(a).is_grad_enabled() for a in arrays):
+            return
+        self._once(
+            "gradients",
+            f"the tensor requires grad, and no gradient flows through a VAE that runs in {self._backend}: use "
+            "diffusers' own VAE for guidance or training, or call this one under torch.no_grad()",
+        )
+
+    def about_range(self, x: Any) -> None:
+        """Pixels in 0..255 as floats. Arrays in host memory alone: those on a GPU would be waited for."""
+        if str(getattr(x, "device", "cpu")) != "cpu" or "range" in self._given:
+            return
+        some = x[:, :, ::4, ::4]
+        least, most = float(some.min()), float(some.max())
+        if most > FAR_OUTSIDE or least < -FAR_OUTSIDE:
+            self._once(
+                "range",
+                f"encode takes images in [-1, 1], and these reach from {least:g} to {most:g}: give uint8 pixels to "
+                "images_to_latents, or x / 127.5 - 1 for floats in 0..255",
+            )
+
+    def _once(self, name: str, message: str) -> None:
+        if name not in self._given:
+            self._given.add(name)
+            warn_caller(message)
+
+
+def device_name(device: Any) -> str:
+    """The name of a device, in any case or as a `torch.device`, as the backends write it."""
+    return str(device).strip().lower()
 
 
 def kept_part(size: tuple[int, int], height: int, width: int) -> tuple[slice, slice]:

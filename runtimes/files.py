@@ -159,3 +159,19 @@ def _open_file(path: str | Path) -> int | None:
 
 def _failed(path: str | Path, reason: str) -> BundleError:
     return BundleError(f"cannot write {path}: {reason}")
+
+
+def what_it_is_instead(path: Path) -> str | None:
+    """What a file of the wrong kind is, by its first bytes, and how to get the real one; None if unknown."""
+    with path.open("rb") as file:
+        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"version https://git-lfs.github.com/"):
+        return "it is a Git LFS pointer: run `git lfs pull` in its repository"
+    if start.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "it is a web page: log in where that is needed, and download the file itself again"
+    if start.startswith((b"{", b"[")):
+        return (
+            "it is JSON: give the weights file or its directory, or, if a server answered with an "
+            "error, log in and download the file again"
+        )
+    return None

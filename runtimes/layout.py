@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.arrays import array_module
+from runtimes.arrays import array_module, as_type, is_tensor
 
 
 def channels_first(x: Any) -> Any:
@@ -21,8 +21,7 @@ def channels_last(x: Any) -> Any:
 
 def channels_first_floats(x: Any) -> Any:
     """uint8 [B, H, W, C] -> float32 [B, C, H, W] in 0..255, to blend tiles in."""
-    xp, x = array_module(x), channels_first(x)
-    return x.astype(np.float32) if xp is np else x.to(xp.float32)
+    return as_type(channels_first(x), "float32")
 
 
 def padded(x: Any, axes: tuple[int, int], multiple: int) -> Any:
@@ -39,6 +38,10 @@ def padded(x: Any, axes: tuple[int, int], multiple: int) -> Any:
 def as_pixels(x: Any) -> Any:
     """[B, C, H, W] in 0..255, of floats (rounded, halves to even) or uint8 -> uint8 [B, H, W, C]."""
     xp, x = array_module(x), channels_last(x)
-    if xp is np:
-        return np.ascontiguousarray(x if x.dtype == np.uint8 else np.round(x).astype(np.uint8))
-    return (x if x.dtype == xp.uint8 else xp.round(x).to(xp.uint8)).contiguous()
+    pixels = x if x.dtype == xp.uint8 else as_type(xp.round(x), "uint8")
+    return contiguous(pixels)
+
+
+def contiguous(x: Any) -> Any:
+    """An array whose elements lie in the order of its axes."""
+    return x.contiguous() if is_tensor(x) else array_module(x).ascontiguousarray(x)

@@ -64,6 +64,10 @@ class TensorSpec:
         """Where channels, height and width are: pixels have their channels last, as images are stored."""
         return (3, 1, 2) if self.dtype == "uint8" else (1, 2, 3)
 
+    @property
+    def channels(self) -> int:
+        return int(self.shape[self.axes[0]])
+
 
 @dataclass(frozen=True)
 class GraphSpec:
@@ -279,7 +283,7 @@ def _model(family: str, config: dict[str, Any], latent_space: Any) -> tuple[VaeC
     """The config and the latent space of a model. Manifests that name no latent space have an AutoencoderKL's."""
     try:
         if family == DEFAULT_FAMILY:
-            known = VaeConfig.from_dict(config)
+            known = VaeConfig.from_dict(config, strict=True)
             if latent_space is not None and LatentSpace.from_dict(_object(latent_space, "latent_space")) != (
                 known.latent_space
             ):

@@ -17,7 +17,7 @@ from runtimes.base import VaeRuntime
 from runtimes.bundle import Bundle
 from runtimes.cancellation import cancellable
 from runtimes.cpus import thread_limit
-from runtimes.edge import check_count
+from runtimes.edge import check_count, device_name
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -77,7 +77,7 @@ class OnnxRuntimeVae(VaeRuntime):
     ) -> None:
         super().__init__(bundle, check_finite=check_finite)
         check_count("threads", threads)
-        self.device = device
+        self.device = device_name(device)
         self._kind, self._index = _parse_device(device)
         if allow_tf32 and (self._kind, self.precision) != ("cuda", "fp32"):
             raise ConfigError(f"allow_tf32 is for fp32 bundles on cuda, not for {self.precision} on {device}")
@@ -240,7 +240,7 @@ def _preload_cuda() -> None:
 
 
 def _parse_device(device: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
+    match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device_name(device))
     if match is None:
         raise BackendUnavailable(f"ONNX Runtime runs on 'cpu', 'cuda' or 'cuda:N', not {device!r}")
     return match[1], int(match[2] or 0)

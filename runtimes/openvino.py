@@ -22,7 +22,7 @@ from runtimes.base import VaeRuntime
 from runtimes.bundle import Bundle, HeldFile
 from runtimes.cancellation import cancellable
 from runtimes.cpus import thread_limit
-from runtimes.edge import check_count
+from runtimes.edge import check_count, device_name
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -112,7 +112,7 @@ class OpenVinoVae(VaeRuntime):
         super().__init__(bundle, check_finite=check_finite)
         check_count("threads", threads)
         check_count("max_shapes", max_shapes)
-        self.device = device
+        self.device = device_name(device)
         self._core = shared_core()
         self._device = _find_device(self._core, device)
         self._settings = self._choose_settings(threads, cache_dir)
@@ -284,9 +284,9 @@ def _made(directory: Path) -> Path:
 
 
 def _find_device(core: Any, device: str) -> str:
-    if not re.fullmatch(r"cpu|gpu(\.\d+)?|npu", device):
+    if not re.fullmatch(r"cpu|gpu(\.\d+)?|npu", device_name(device)):
         raise BackendUnavailable(f"OpenVINO runs on 'cpu', 'gpu', 'gpu.N' or 'npu', not {device!r}")
-    name, available = device.upper(), core.available_devices
+    name, available = device_name(device).upper(), core.available_devices
     if name not in available and f"{name}.0" not in available:
         raise BackendUnavailable(
             f"OpenVINO {ov.__version__} finds no device {device!r} with its drivers, only {', '.join(available)}"

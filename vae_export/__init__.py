@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtimes.errors import NotInstalled
-
 if TYPE_CHECKING:
     from runtimes.config import VaeConfig as VaeConfig
+    from runtimes.errors import NotInstalled
     from vae_export.checkpoints.hub import Hub as Hub
     from vae_export.checkpoints.load import load_model as load_model
     from vae_export.export import export_bundle as export_bundle
@@ -83,4 +82,6 @@ def __getattr__(name: str) -> Any:
 
 def missing_package(error: ModuleNotFoundError) -> NotInstalled:
     """Return the error for a missing package that exporting needs."""
+    from runtimes.errors import NotInstalled  # not at the top: `_check_runtimes` must run first
+
     return NotInstalled(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'")

@@ -12,7 +12,6 @@ This module has the same name as the library. Imports are absolute, so `import d
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -100,7 +99,6 @@ class DiffusersVae(AutoencoderKL, metaclass=_EqualToAutoencoderKL):  # type: ign
         dtype = getattr(torch, runtime.spec["decoder"].output.dtype)
         self.interface = _Interface(torch.empty(0, dtype=dtype, device=device or _device_of(runtime)))
         self._home = self.interface.marker.device
-        self._warned_of_gradients = False
         self.eval()
 
     # Encoding and decoding ------------------------------------------------------------------------------------------
@@ -126,26 +124,12 @@ class DiffusersVae(AutoencoderKL, metaclass=_EqualToAutoencoderKL):  # type: ign
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _moments(self, x: Tensor) -> Tensor:
-        self._warn_of_gradients(x)
         moments: Tensor = self.runtime.encode(x)[0].parameters
         return moments.to(x.dtype)
 
     def _sample(self, z: Tensor) -> Tensor:
-        self._warn_of_gradients(z)
         sample: Tensor = self.runtime.decode(z)[0]
         return sample.to(z.dtype)
-
-    def _warn_of_gradients(self, x: Any) -> None:
-        """Warn once if gradients are requested: guidance or training through this VAE would silently get none."""
-        if self._warned_of_gradients or not (torch.is_grad_enabled() and getattr(x, "requires_grad", False)):
-            return
-        self._warned_of_gradients = True
-        warnings.warn(
-            f"the tensor requires grad, and no gradient flows through a VAE that runs in {self.runtime.backend}: use "
-            "diffusers' own VAE for guidance or training, or call this one under torch.no_grad()",
-            UserWarning,
-            stacklevel=5,
-        )
 
     # Where tensors are, and of what type ----------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from runtimes.progress import Progress, no_progress
 from vae_export import __version__
 from vae_export.bundle import BundleWriter, check_output, write_bundle
 from vae_export.checkpoints.load import CONFIG_FILE
+from vae_export.checkpoints.source import exported_source
 from vae_export.comparison import (
     THRESHOLDS,
     Measurement,
@@ -29,6 +30,7 @@ from vae_export.comparison import (
     thresholds_of,
     through_pixels,
 )
+from vae_export.edge import check_path, ordinary_torch
 from vae_export.families import family_of
 from vae_export.families.base import ReferenceVae
 from vae_export.options import ExportOptions
@@ -43,6 +45,7 @@ IO_PRECISIONS = ("fp32", "same")
 IOS = ("float", "uint8")
 
 
+@ordinary_torch()
 def export_bundle(
     model: ReferenceVae,
     out: str | Path,
@@ -62,10 +65,13 @@ def export_bundle(
     The bundle appears whole or not at all; with `overwrite` an existing bundle is replaced in one step. Without
     `run_validation` the manifest says that nothing was compared.
 
+    What PyTorch is set to in this process (autocast, default type and device, grad mode) changes nothing.
+
     Raises `ConfigError` for a model that cannot be exported, `NumericsError` (with the numbers) where the graphs are
     too far from the model or overflow, `BundleError` where `out` exists or cannot be written.
     """
     target, options = complete_options(model, replace(options or ExportOptions(), **choices))
+    check_path(out, "out")
     check_output(out, options.overwrite)
     export, records = prepare(model, target, options, progress)
     measurements = simulate_half(export)
@@ -90,7 +96,7 @@ def export_bundle(
             family=model.family,
             files=writer.entries(),
             graphs=graphs,
-            source=model.source._asdict(),
+            source=exported_source(model.source, model.state_dict()),
             rewrites=tuple(records),
             tools={"python": platform.python_version(), **tool_versions(), **target.tool_versions(options)},
             engine=options.engine,
@@ -143,9 +149,6 @@ def check_choices(model: ReferenceVae, target: Target, options: ExportOptions) -
         raise ConfigError("NumPy has no bfloat16: a bf16 bundle takes and gives float32 (--io-precision fp32)")
     if options.io not in target.ios:
         raise ConfigError(f"{target.name} bundles take and give floats (--io float)")
-    if options.io == "uint8" and (model.config.in_channels, model.config.out_channels) != (3, 3):
-        channels = f"{model.config.in_channels} channels in and {model.config.out_channels} out"
-        raise ConfigError(f"pixels have 3 channels (--io uint8), and the model has {channels}")
     if options.tileable and not target.tileable:
         able = " and ".join(name for name in TARGETS if TARGETS[name].tileable)
         raise ConfigError(f"bundles for seamless tiling (--tileable) are {able}, not {target.name}")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from runtimes.errors import ConfigError
-from runtimes.images import load_image, to_float
+from runtimes.image_files import MODES, load_image
+from runtimes.images import to_float
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -36,17 +37,24 @@ def crops(paths: Sequence[Path], side: int, count: int, channels: int = 3) -> It
     each = max(1, count // len(paths))
     places = ((0.5, 0.5), (0, 0), (1, 1), (0, 1), (1, 0))[:each]
     for path in paths[:: max(1, len(paths) // count)]:
-        pixels = _at_least(load_image(path), side, side)
+        pixels = _at_least(_load(path, channels), side, side)
         for down, right in places:
             top, left = (round((have - side) * part) for have, part in zip(pixels.shape, (down, right), strict=False))
-            yield _as_input(pixels[top : top + side, left : left + side], channels)
+            yield _as_input(pixels[top : top + side, left : left + side])
 
 
 def middle_of(path: Path, height: int, width: int, channels: int = 3) -> Tensor:
     """The middle of a photograph, [1, channels, height, width] in [-1, 1]; a smaller one is continued by reflection."""
-    pixels = _at_least(load_image(path), height, width)
+    pixels = _at_least(_load(path, channels), height, width)
     top, left = ((have - side) // 2 for side, have in zip((height, width), pixels.shape[:2], strict=True))
-    return _as_input(pixels[top : top + height, left : left + width], channels)
+    return _as_input(pixels[top : top + height, left : left + width])
+
+
+def _load(path: Path, channels: int) -> Pixels:
+    """A photograph as grey, RGB or RGBA; for any other number of channels those of RGB, repeated."""
+    if channels in MODES:
+        return load_image(path, channels)
+    return load_image(path)[..., [channel % 3 for channel in range(channels)]]
 
 
 def _at_least(pixels: Pixels, height: int, width: int) -> Pixels:
@@ -54,6 +62,5 @@ def _at_least(pixels: Pixels, height: int, width: int) -> Pixels:
     return np.pad(pixels, (*missing, (0, 0)), mode="symmetric")
 
 
-def _as_input(pixels: Pixels, channels: int) -> Tensor:
-    x = torch.from_numpy(to_float(pixels[None]))
-    return x[:, [channel % 3 for channel in range(channels)]]
+def _as_input(pixels: Pixels) -> Tensor:
+    return torch.from_numpy(to_float(pixels[None]))

@@ -24,6 +24,7 @@ from runtimes.errors import ConfigError
 from runtimes.names import GRAPHS, Graph
 from runtimes.progress import Progress, no_progress
 from vae_export.bundle import check_output
+from vae_export.edge import check_path, ordinary_torch
 from vae_export.export import check_choices, export_bundle
 from vae_export.families.base import ReferenceVae
 from vae_export.options import ExportOptions
@@ -69,6 +70,7 @@ class Tuned(NamedTuple):
     winners: Mapping[Graph, Trial]
 
 
+@ordinary_torch()
 def tune_bundle(
     model: ReferenceVae,
     out: str | Path,
@@ -93,6 +95,7 @@ def tune_bundle(
     options = replace(options, precision=target.default_precision if options.precision is None else options.precision)
     check_choices(model, target, options)
     target.choices("decoder", str(options.precision))  # raises `ConfigError` if there is nothing to choose
+    check_path(out, "out")
     check_output(out, options.overwrite)
     factor = model.config.downscale
     if height % factor or width % factor or min(height, width, rounds) < 1:

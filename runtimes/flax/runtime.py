@@ -19,7 +19,7 @@ from jax import export
 from runtimes.arrays import Array, answer_in_kind
 from runtimes.base import VaeRuntime
 from runtimes.bundle import Bundle
-from runtimes.edge import check_count
+from runtimes.edge import check_count, device_name
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -65,7 +65,7 @@ class FlaxVae(VaeRuntime):
     def __init__(self, bundle: Bundle, *, device: str = "cpu", max_shapes: int = 4, check_finite: bool = False) -> None:
         super().__init__(bundle, check_finite=check_finite)
         check_count("max_shapes", max_shapes)
-        self.device = device
+        self.device = device_name(device)
         self._place = jax.sharding.SingleDeviceSharding(_find_device(device))
         files = {flax_params.FLAX_FILE, *(self.spec[graph].file for graph in GRAPHS)}
         data = {file: bundle.read(file) for file in files}  # all is sound before any is parsed
@@ -164,7 +164,7 @@ class FlaxVae(VaeRuntime):
 
 
 def _find_device(device: str) -> Any:
-    match = _DEVICE.fullmatch(device)
+    match = _DEVICE.fullmatch(device_name(device))
     if match is None:
         raise BackendUnavailable(f"JAX runs on 'cpu', 'gpu', 'tpu' or one of several as in 'gpu:1', not {device!r}")
     kind, index = match[1], int(match[2] or 0)

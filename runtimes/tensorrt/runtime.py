@@ -16,7 +16,7 @@ import numpy as np
 from runtimes.arrays import answer_in_kind, array_module
 from runtimes.base import VaeRuntime
 from runtimes.bundle import Bundle
-from runtimes.edge import check_count
+from runtimes.edge import check_count, device_name
 from runtimes.errors import (
     BackendUnavailable,
     CompatibilityError,
@@ -84,8 +84,8 @@ class TensorRtVae(VaeRuntime):
             )
         if self.flavour == "tensorrt" and (runtime_cache is not None or kernel_specialization is not None):
             raise ConfigError("runtime_cache and kernel_specialization are for backend tensorrt-rtx")
+        self.device = device_name(device)
         index = _parse_device(device)
-        self.device = device
         flavour = load_flavour(self.flavour)
         cuda = Cuda(index)
         gpu = cuda.compute_capability()
@@ -210,7 +210,7 @@ def _check_fits(engine: Engine, flavour: Flavour, gpu: str, path: Path) -> None:
 
 
 def _parse_device(device: str) -> int:
-    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", device_name(device))
     if match is None:
         raise BackendUnavailable(f"TensorRT runs on 'cuda' or 'cuda:N', not {device!r}")
     return int(match[1] or 0)

@@ -67,13 +67,19 @@ class ndarray:
 
     __rmul__ = __mul__
 
+    def __sub__(self, other: Any) -> ndarray:
+        return asarray(self.get() - _host(other))
+
+    def __truediv__(self, other: Any) -> ndarray:
+        return asarray(self.get() / _host(other))
+
 
 def _host(x: Any) -> Any:
     return x.get() if isinstance(x, ndarray) else x
 
 
-def asarray(host: Any) -> ndarray:
-    host = np.ascontiguousarray(host)
+def asarray(host: Any, dtype: Any = None) -> ndarray:
+    host = np.ascontiguousarray(_host(host), dtype)
     made = ndarray(host.shape, host.dtype)
     # The address, not the array: a write that waits does not keep it alive.
     address, size = made.data.ptr, made.nbytes
@@ -91,6 +97,21 @@ def empty(shape: tuple[int, ...], dtype: Any) -> ndarray:
 
 def exp(x: ndarray) -> ndarray:
     return asarray(np.exp(x.get()))
+
+
+def round(x: ndarray) -> ndarray:
+    return asarray(np.round(x.get()))
+
+
+def moveaxis(x: ndarray, source: int, destination: int) -> ndarray:
+    return asarray(np.moveaxis(x.get(), source, destination))
+
+
+def stack(arrays: list[ndarray]) -> ndarray:
+    return asarray(np.stack([x.get() for x in arrays]))
+
+
+uint8 = np.uint8
 
 
 def isfinite(x: ndarray) -> ndarray:

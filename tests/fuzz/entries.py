@@ -19,9 +19,9 @@ from safetensors.torch import save
 
 from runtimes.config import VaeConfig
 from runtimes.errors import VaeError
-from runtimes.images import load_image
+from runtimes.image_files import load_image
 from runtimes.ir_scan import check_ir
-from runtimes.latents.shards import open_shard
+from runtimes.latents.shards import SCHEMA_VERSION, latents_digest, open_shard
 from runtimes.manifest import Manifest
 from runtimes.onnx_scan import check_onnx
 from vae_export.checkpoints.load import EMBEDDED, load_model
@@ -133,15 +133,18 @@ def seeds(entry: str) -> Iterator[bytes]:
                 file.seek(0)
                 yield file.read()
     if entry == "latents":
+        stored = torch.zeros(1, 4, 2, 3, dtype=torch.float16)
+        digest = latents_digest(stored[0].numpy(), "float16")
         tensors = {
-            "latents.2x3": torch.zeros(1, 4, 2, 3, dtype=torch.float16),
+            "latents.2x3": stored,
+            "latents_sha256": torch.tensor([list(digest)], dtype=torch.uint8),
             "ids": torch.tensor([97], dtype=torch.uint8),
             "id_ends": torch.tensor([1]),
             "flipped": torch.tensor([False]),
             "sha256": torch.zeros(1, 32, dtype=torch.uint8),
             **{name: torch.ones(1, 2, dtype=torch.int32) for name in ("original_size", "resized", "crop")},
         }
-        yield save(tensors, {"schema_version": "1", "dtype": "float16", "failures": json.dumps([])})
+        yield save(tensors, {"schema_version": str(SCHEMA_VERSION), "dtype": "float16", "failures": json.dumps([])})
 
 
 def small_checkpoint() -> bytes:

@@ -9,7 +9,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from runtimes import BundleError, ShapeError
-from runtimes.images import as_uint8_batch, crop_to_multiple, load_image, psnr, save_image, to_float, to_uint8
+from runtimes.image_files import load_image
+from runtimes.images import as_uint8_batch, crop_to_multiple, psnr, save_image, to_float, to_uint8
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -120,8 +121,8 @@ def test_orientation_is_applied_whatever_other_tags_hold(tmp_path, tag):
     ("image", "says"),
     [
         (Image.fromarray(GREY.astype(np.float32)), "floating-point pixels"),
-        (Image.fromarray(GREY.astype(np.int32) * 65536), "grey values from"),
-        (Image.fromarray(GREY.astype(np.int32) - 1), "grey values from -1 to"),
+        (Image.fromarray(GREY.astype(np.int32) * 65536), "grey values of 32 bits"),
+        (Image.fromarray(GREY.astype(np.int32)), "grey values of 32 bits"),  # 0 to 255: black, as 16 bits
     ],
 )
 def test_grey_values_of_no_known_range_are_refused(tmp_path, image, says):
@@ -174,20 +175,20 @@ def test_a_batch_may_be_given_in_many_ways(tmp_path):
     [
         (PIXELS.astype(np.float32), "uint8 in 0..255, not float32"),
         ([PIXELS, PIXELS.astype(np.int64)], "uint8 in 0..255, not int64"),
-        (GREY, "not [24, 40]; what is grey or has transparency is given as PIL.Image.fromarray(array)"),
+        (GREY, "not [24, 40]; others are given as PIL.Image.fromarray(array), which is converted"),
         ([GREY[:, :3], GREY[:, :3]], "images of a list are [H, W, 3], not [24, 3]"),
         ([PIXELS[None]], "images of a list are [H, W, 3], not [1, 24, 40, 3]"),
         (np.dstack([PIXELS, GREY]), "not [1, 24, 40, 4]"),
         (PIXELS[None, None], "not [1, 1, 24, 40, 3]"),
-        (PIXELS[:0], "not [1, 0, 40, 3]"),
-        (PIXELS[None][:0], "not [0, 24, 40, 3]"),
-        ([], "empty list"),
+        (PIXELS[:0], "not [1, 0, 40, 3], which is empty"),
+        (PIXELS[None][:0], "not [0, 24, 40, 3], which is empty"),
+        ([], "images are empty: a list with nothing in it"),
         ([PIXELS, PHOTO.crop((0, 0, 40, 16))], "of one size; these are [16, 40, 3], [24, 40, 3]"),
         ([PIXELS[0, 0], PIXELS[0]], "not [3]"),
         (None, "not object"),
-        ([1, 2], "not int"),
-        ([[PIXELS]], "not list"),
-        (b"holiday.jpg", "not int"),
+        ([1, 2], "images of a list are [H, W, 3], not []"),
+        ([[PIXELS]], "images of a list are [H, W, 3], not [1, 24, 40, 3]"),
+        (b"holiday.jpg", "is not an image in a format that Pillow reads; a path is given as str or Path"),
     ],
 )  # fmt: skip
 def test_what_is_no_batch_of_images_is_refused(images, says):

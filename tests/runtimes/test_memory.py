@@ -43,10 +43,10 @@ def test_what_is_no_amount_is_refused(text, tileable_bundle):
 
 
 def test_no_budget_where_nothing_was_measured():
-    with pytest.raises(ConfigError, match=r"onnxruntime in fp32.*none for tensorrt in fp16 on cuda"):
-        rate_of("tensorrt", "cuda", "fp16")
+    with pytest.raises(ConfigError, match=r"onnxruntime in fp32.*none for AutoencoderKL in tensorrt in fp16 on cuda"):
+        rate_of("AutoencoderKL", "tensorrt", "cuda", "fp16")
     with pytest.raises(ConfigError, match="on cuda:0"):
-        rate_of("onnxruntime", "cuda:0", "fp32")
+        rate_of("AutoencoderKL", "onnxruntime", "cuda:0", "fp32")
 
 
 def test_what_fits_is_computed_whole(vae, sides):
@@ -75,10 +75,10 @@ def test_graphs_and_batches_have_budgets_of_their_own(vae, sides):
 
 
 def test_seamless_tiles_leave_room_for_what_is_kept_between_them(vae, monkeypatch):
-    given, run = [], vae._run_step
+    given, run = [], vae.run_step
     monkeypatch.setattr(
         vae,
-        "_run_step",
+        "run_step",
         lambda step, x: (
             given.append((step.kind, x["x"].shape)) or run(step, x) if step.kind != "whole" else run(step, x)
         ),

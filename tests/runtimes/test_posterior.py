@@ -1,5 +1,7 @@
 """One posterior for NumPy and torch: the same numbers from the same parameters, and from the same seed."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,34 @@ def test_a_torch_generator_draws_in_the_dtype_of_the_parameters_as_diffusers_doe
     if dtype == torch.float32:
         on_numpy = Posterior(parameters(outside=False)).sample(torch_generator(7))
         np.testing.assert_allclose(on_numpy, expected.numpy(), **CLOSE)
+
+
+@KINDS
+@pytest.mark.parametrize("number", [int, np.int64, np.uint8])
+def test_a_whole_number_is_a_seed(kind, number):
+    posterior = Posterior(kind(parameters()))
+    expected = np.asarray(posterior.sample(np.random.default_rng(7)))
+    assert np.array_equal(posterior.sample(number(7)), expected)
+    seeds = [number(7), np.random.default_rng(8), np.random.RandomState(9)]
+    one, *_ = posterior.sample(seeds)
+    assert np.array_equal(one, Posterior(kind(parameters()[:1])).sample(7)[0])
+
+
+@KINDS
+def test_numpys_older_generator_draws_too(kind):
+    posterior = Posterior(kind(parameters()))
+    noise = np.random.RandomState(7).standard_normal(SHAPE).astype(np.float32)
+    drawn = np.asarray(posterior.sample(np.random.RandomState(7)))
+    np.testing.assert_allclose(drawn, np.asarray(posterior.mean) + np.asarray(posterior.std) * noise, **CLOSE)
+
+
+@KINDS
+@pytest.mark.parametrize("generator", [-1, 1.0, True, "7", random.Random(7), np.random, [0, 1, "2"]])
+def test_what_draws_no_noise_is_refused_with_what_does(kind, generator):
+    with pytest.raises(
+        ShapeError, match=r"a seed is 0 or more, not -1|generator is a seed, a numpy\.random\.Generator"
+    ):
+        Posterior(kind(parameters())).sample(generator)
 
 
 @pytest.mark.parametrize("generator", [np.random.default_rng, torch_generator])

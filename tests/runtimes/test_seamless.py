@@ -10,13 +10,14 @@ import torch
 from helpers import FORMS
 
 from runtimes import Bundle, ConfigError, IntegrityError, NumericsError, OutOfMemoryError, open_vae
-from runtimes.images import load_image, psnr, to_float
+from runtimes.image_files import load_image
+from runtimes.images import psnr, to_float
 from runtimes.manifest import Step
 from runtimes.tiling.seamless import largest_maps, run_seamless
 from vae_export import AutoencoderKL, export_bundle
-from vae_export.export import rescaled
 from vae_export.photos import photographs
 from vae_export.rewrites.form import Form
+from vae_export.rewrites.rescale import rescaled
 from vae_export.rewrites.tileable import TileableExport
 
 # Maps are rounded to fp16 between steps, 11 bits some 20 times: 66 dB each where an error is as large as it can be.
@@ -53,8 +54,8 @@ def vae(tileable_bundle):
 @pytest.fixture
 def calls(vae, monkeypatch):
     """The steps that were run, with the shape of what they were given, in a list."""
-    seen, run = [], vae._run_step
-    monkeypatch.setattr(vae, "_run_step", lambda step, given: seen.append((step.kind, given)) or run(step, given))
+    seen, run = [], vae.run_step
+    monkeypatch.setattr(vae, "run_step", lambda step, given: seen.append((step.kind, given)) or run(step, given))
     return seen
 
 
@@ -294,7 +295,8 @@ def test_a_step_that_was_changed_is_not_run(tileable_bundle, tmp_path):
     data = bytearray(last.read_bytes())
     data[len(data) // 2] ^= 1
     last.write_bytes(data)
-    with open_vae(tmp_path / "b", tiling="seamless") as vae, pytest.raises(IntegrityError, match=last.name):
+    # Small files are checked when the bundle is opened, large ones when the step is first needed.
+    with pytest.raises(IntegrityError, match=last.name), open_vae(tmp_path / "b", tiling="seamless") as vae:
         vae.decode(inputs(70, 9)[1])
 
 
@@ -313,7 +315,7 @@ def test_memory_that_runs_out_is_tried_again_with_smaller_tiles(vae, monkeypatch
     x, _ = inputs(40, 40)
     vae.tile_sample_min_size, vae.tile_latent_min_size = 256, 32
     vae.enable_tiling("seamless")
-    run, sizes = vae._run_step, []
+    run, sizes = vae.run_step, []
 
     def short(step, given):
         if step.kind == "in":
@@ -322,7 +324,7 @@ def test_memory_that_runs_out_is_tried_again_with_smaller_tiles(vae, monkeypatch
                 raise OutOfMemoryError("no more than 100 pixels")
         return run(step, given)
 
-    monkeypatch.setattr(vae, "_run_step", short)
+    monkeypatch.setattr(vae, "run_step", short)
     vae.encode(x)
     assert sizes[0] > sizes[1] > 100 >= sizes[2]
 

@@ -436,7 +436,10 @@ def test_arrays_on_the_gpu_of_any_float_type_are_tiled_sliced_drawn_and_pictured
         assert np.array_equal(answer.get(), right)
     draws = [vae.encode(given).latent_dist.sample(np.random.default_rng(7)) for given in (x, cupy.asarray(x))]
     assert np.array_equal(draws[0], draws[1].get())
-    assert np.array_equal(vae.latents_to_images(cupy.asarray(z)), vae.latents_to_images(z))
+    pictures = vae.latents_to_images(z)
+    for given in (cupy.asarray(z), [cupy.asarray(one) for one in z]):
+        assert np.array_equal(vae.latents_to_images(given).get(), pictures)
+    assert np.array_equal(vae.images_to_latents(cupy.asarray(pictures)).get(), vae.images_to_latents(pictures))
     with pytest.raises(ShapeError, match="not int64"):
         vae.decode(cupy.asarray(z.astype(np.int64)))
 
@@ -525,7 +528,7 @@ def test_a_number_that_is_none_is_refused(tiny_bundle, name, value):
         open_vae(tiny_bundle, **{name: value})
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:", "cuda:x", "CUDA", "gpu", ""])
+@pytest.mark.parametrize("device", ["cpu", "cuda:", "cuda:x", "gpu", ""])
 def test_an_unknown_device_is_named_with_the_known(tiny_bundle, device):
     with pytest.raises(BackendUnavailable, match=f"'cuda' or 'cuda:N', not {device!r}"):
         open_vae(tiny_bundle, device=device)

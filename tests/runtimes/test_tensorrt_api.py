@@ -15,8 +15,9 @@ import pytest
 import runtimes
 
 API = json.loads((Path(__file__).parents[1] / "data" / "tensorrt_api.json").read_text())
-MODULES = sorted(Path(runtimes.__file__).parent.glob("tensorrt_*.py"))
-CUDA = Path(runtimes.__file__).parent / "cuda.py"
+ROOM = Path(runtimes.__file__).parent / "tensorrt"
+MODULES = [ROOM / f"{name}.py" for name in ("builder", "execution", "flavours")]
+CUDA = ROOM / "cuda.py"
 
 
 def dotted(node):
@@ -74,7 +75,8 @@ def test_the_walk_finds_what_is_used():
 
 
 def test_the_runtime_itself_leaves_tensorrt_to_those_modules():
-    assert not names_in((MODULES[0].parent / "tensorrt.py").read_text())
+    others = [path for path in ROOM.glob("*.py") if path not in MODULES]
+    assert CUDA in others and not any(names_in(path.read_text()) for path in others)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
@@ -91,7 +93,7 @@ def test_gpus_are_chosen_for_rtx_alone():
     """`_choose_gpus` is taken above to be reached for RTX alone: that is so where it is called."""
     calls = [
         ast.unparse(node.test)
-        for node in ast.walk(ast.parse((CUDA.with_name("tensorrt_builder.py")).read_text()))
+        for node in ast.walk(ast.parse((CUDA.with_name("builder.py")).read_text()))
         if isinstance(node, ast.If) and any("_choose_gpus(" in ast.unparse(part) for part in node.body)
     ]
     assert calls == ["flavour.is_rtx and job.gpus"]

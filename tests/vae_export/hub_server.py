@@ -6,6 +6,7 @@ Tests take the fixture as `hub` (conftest.py imports it).
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -72,6 +73,8 @@ class HubServer:
             return self.broken, {}, b""
         if parts[0] == "storage":
             return 200, {"ETag": f'"{parts[1]}"'}, self._stored(parts[1])
+        if parts[:2] == ["api", "models"] and len(parts) >= 6 and parts[4] == "tree":
+            return self._tree("/".join(parts[2:4]), parts[5], "/".join(parts[6:]))
         if len(parts) < 5 or parts[2] != "resolve":
             return 404, {}, b""
         repo, revision, filename = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
@@ -92,6 +95,13 @@ class HubServer:
         sha256 = hashlib.sha256(data).hexdigest()
         large = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
         return 302, headers | large | {"Location": f"{self.storage}/{sha256}"}, b""
+
+    def _tree(self, repo: str, revision: str, folder: str) -> tuple[int, dict[str, str], bytes]:
+        """The files directly in a folder, as the Hub lists them."""
+        files = self.commits[repo][self.branches[repo].get(revision, revision)]
+        inside = [name for name in files if name.rpartition("/")[0] == folder]
+        entries = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in inside]
+        return 200, {"Content-Type": "application/json"}, json.dumps(entries).encode()
 
     def _stored(self, sha256: str) -> bytes:
         files = (data for commits in self.commits.values() for tree in commits.values() for data in tree.values())

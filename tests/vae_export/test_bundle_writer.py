@@ -29,7 +29,8 @@ def fill(writer, data):
     image, latents, moments = (TensorSpec("x", "float32", ("batch", c, "height", "width")) for c in (3, 4, 8))
     ends = {"encoder": (image, moments), "decoder": (latents, image)}
     graphs = {name: GraphSpec("graphs/model.onnx", *both) for name, both in ends.items()}
-    writer.write_manifest(Manifest("0", "onnx", "fp32", VaeConfig(), writer.entries(), graphs))
+    config = VaeConfig()
+    writer.write_manifest(Manifest("0", "onnx", "fp32", config, writer.entries(), graphs, config.latent_space))
 
 
 def make(out, data=b"new", overwrite=False):

@@ -32,8 +32,8 @@ from runtimes.errors import (
 )
 from runtimes.images import psnr
 from tools.blow_up import blown_up, gains
-from vae_export.cli import app as cli
 from vae_export.cli import images as cli_images
+from vae_export.cli import main as cli
 
 COMMAND = str(Path(sys.executable).with_name("vae-export"))
 PHOTO = Path(vae_export.__file__).parent / "assets" / "photos" / "coffee.jpg"
@@ -425,7 +425,7 @@ def test_without_torch_bundles_run_and_exporting_says_what_to_install(tiny_bundl
     command = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(lines)]
     done = subprocess.run(command, cwd=files, capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    told = "error (BackendUnavailable): exporting needs torch: pip install 'vae-export[export,cpu]'\n"
+    told = "error (NotInstalled): exporting needs torch: pip install 'vae-export[export,cpu]'\n"
     expected = [(0, "")] * len(works) + [(BackendUnavailable.exit_code, told)] * 2
     assert found == [[line[0], *outcome] for line, outcome in zip(lines, expected, strict=True)], done.stderr
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from test_cli import COMMAND, ERRORS, files, run  # noqa: F401  (two fixtures)
 
+import vae_export
 from runtimes import Bundle
 from runtimes.errors import BundleError, ConfigError, NumericsError, ShapeError
 from vae_export.cli import app as cli
@@ -200,9 +201,8 @@ def test_numbers_of_what_failed_are_printed_whatever_they_are(run, monkeypatch, 
 
 
 def test_failing_validation_prints_its_numbers_as_json(run, tiny_bundle, monkeypatch):
-    from vae_export import export
 
-    monkeypatch.setattr(export, "validate_bundle", lambda *_, **__: not_finite(""))
+    monkeypatch.setattr("vae_export.validate.validate_bundle", lambda *_, **__: not_finite(""))
     error = json.loads(run("validate", tiny_bundle, "--json").out)["error"]
     assert error["measurements"][0]["graph"] == "encoder" and error["measurements"][0]["max_abs"] is None
 
@@ -227,30 +227,28 @@ def test_bundle_made_from_a_relative_path_is_validated_from_anywhere(run, two_le
 
 
 def test_embedded_model_is_recorded_without_a_path(tiny_model):
-    from vae_export.export import load_model
+    from vae_export import load_model
 
     assert load_model().source.absolute is None
 
 
 def test_every_command_that_loads_a_model_takes_what_the_export_takes(run, monkeypatch):
     """All options reach the function that loads, from each command."""
-    from vae_export import export
-
     asked = []
 
     def load(source, **options):
         asked.append((source, options))
         raise ConfigError("enough")
 
-    monkeypatch.setattr(export, "load_model", load)
+    monkeypatch.setattr("vae_export.checkpoints.load.load_model", load)
     options = "--subfolder s --revision r --variant v --config c.json --scaling-factor 2 --shift-factor 0.5"
     for words in (["--to", "onnx", "--model", "m"], ["validate", "b", "--model", "m"], ["tune", "m"], ["ranges", "m"]):
         run(*words, *options.split()).check_refusal(ConfigError, "enough")
     expected = {"subfolder": "s", "variant": "v", "config": "c.json", "scaling_factor": 2.0, "shift_factor": 0.5}
-    assert asked == [("m", {"hub": export.Hub(revision="r"), **expected})] * 4
+    assert asked == [("m", {"hub": vae_export.Hub(revision="r"), **expected})] * 4
     asked.clear()
     run("ranges").check_refusal(ConfigError, "enough")
-    assert asked == [(None, {"hub": export.Hub()})]
+    assert asked == [(None, {"hub": vae_export.Hub()})]
 
 
 def test_a_single_file_is_validated_measured_and_tuned_with_its_config(run, two_level_model, tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from runtimes import BundleError, ConfigError, NumericsError, OutOfMemoryError, open_vae
 from runtimes.base import VaeRuntime
-from runtimes.images import load_image
+from runtimes.image_files import load_image
 
 pa = pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 pytest.importorskip("filelock")
@@ -321,7 +321,7 @@ def test_broken_images_are_listed_and_take_none_with_them(own_folder, tiny_bundl
     assert (
         "truncated" in reasons["004.png"] and "empty" in reasons["005.png"] and "4x4 is smaller" in reasons["006.png"]
     )
-    assert "cannot identify" in reasons["001.png"]
+    assert "not an image in a format that Pillow reads" in reasons["001.png"]
     assert encode(own_folder, tiny_bundle, tmp_path / "out", policy="none", sizes=()).shards_written == 0
     (own_folder / "001.png").write_bytes(image_bytes(1))
     assert encode(own_folder, tiny_bundle, tmp_path / "out", policy="none", sizes=()).encoded == 1

@@ -4,9 +4,10 @@ import json
 
 import pytest
 from dataset_samples import encode, image_bytes, make_folder
+from PIL import Image
 from typer.testing import CliRunner
 
-from runtimes import ConfigError
+from runtimes import ConfigError, ShapeError
 from runtimes.latents import LatentDataset
 from vae_export.cli.app import app
 
@@ -75,3 +76,23 @@ def test_clashes_of_names_for_sd_scripts_are_skipped_or_renamed_and_each_is_said
     assert "rename a.png to a-png.png" in done.stderr and "2 latents for sd-scripts" in done.stdout
     both = run(*export, tmp_path / "both", "--skip-clashes", "--suffix-clashes").exception
     assert isinstance(both, ConfigError) and "not both" in str(both)
+
+
+def test_panoramas_are_encoded_when_the_limit_is_raised(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of some 2000; Pillow only warns
+    folder = make_folder(tmp_path / "images", 1)
+    options = [folder, "--bundle", tiny_bundle, "--out", tmp_path / "out", "--workers", 0, "--json"]
+    said = json.loads(run("encode-dataset", *options).stdout)
+    assert (said["encoded"], said["failed"]) == (0, 1)
+    said = json.loads(run("encode-dataset", *options, "--max-pixels", 2000).stdout)
+    assert (said["encoded"], said["failed"]) == (1, 0)
+
+
+@pytest.mark.parametrize("command", ["encode", "roundtrip"])
+def test_a_panorama_is_one_option_away(tiny_bundle, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    path = make_folder(tmp_path / "images", 1) / "000.png"
+    options = [command, tiny_bundle, path, "--out", tmp_path / {"encode": "z.npy", "roundtrip": "a.png"}[command]]
+    with pytest.raises(ShapeError, match="--max-pixels"):
+        raise run(*options).exception
+    assert run(*options, "--max-pixels", 1920).exit_code == 0

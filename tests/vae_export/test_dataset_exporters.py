@@ -9,7 +9,7 @@ import pytest
 from dataset_samples import encode, image_bytes, make_folder
 
 from runtimes import BundleError, ConfigError
-from runtimes.images import load_image
+from runtimes.image_files import load_image
 from runtimes.latents import LatentDataset
 from vae_export.dataset.exporters import export_latents
 

@@ -155,4 +155,4 @@ except Exception as error: print(type(error).__name__, error)
 print(os.path.exists("b"))
 """
     said, written = alone(program)
-    assert said.startswith("BackendUnavailable") and "pip install 'vae-export[flax]'" in said and written == "False"
+    assert said.startswith("NotInstalled") and "pip install 'vae-export[flax]'" in said and written == "False"

@@ -76,7 +76,9 @@ def edited(path):
 
     manifest = Manifest.from_json((path / "manifest.json").read_bytes())
     config = manifest.config.__class__(**{**vars(manifest.config), "scaling_factor": 9.0})
-    (path / "manifest.json").write_text(Manifest(**{**vars(manifest), "config": config}).to_json())
+    (path / "manifest.json").write_text(
+        Manifest(**{**vars(manifest), "config": config, "latent_space": config.latent_space}).to_json()
+    )
     open_vae(path).close()
 
 

@@ -76,6 +76,22 @@ class Hub(NamedTuple):
         except (http_error, OSError, ValueError) as error:  # ValueError: a name that no repository or file can have
             raise ConfigError(f"could not get {filename} of {repo} from the Hub: {first_line(error)}") from None
 
+    def names_in(self, repo: str, folder: str, near: Path) -> list[str]:
+        """The names of the files in a repository's folder; offline, of those in the cache beside the file `near`."""
+        from huggingface_hub import HfApi, RepoFile, errors
+
+        if self.offline:
+            return [path.name for path in near.parent.iterdir()]
+        http_error: type[Exception] = getattr(errors, "HTTPError", OSError)
+        try:
+            tree = HfApi(token=self.token).list_repo_tree(repo, folder.rstrip("/") or None, revision=self.revision)
+            return [entry.path.rpartition("/")[2] for entry in tree if isinstance(entry, RepoFile)]
+        except (http_error, OSError, ValueError) as error:
+            raise ConfigError(
+                f"repository {repo} has no weights of the plain name, and its files could not be listed "
+                f"({first_line(error)}); give variant= (--variant) if they have one"
+            ) from None
+
     def pinned(self, downloaded: Path) -> Hub:
         """The same at the commit of a file that was downloaded: the branch may move before the next one is."""
         return self._replace(revision=commit_of(downloaded) or self.revision)

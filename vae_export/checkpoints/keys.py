@@ -24,6 +24,24 @@ DROPPED = (
 )  # fmt: skip
 
 _SIDES = ("encoder", "decoder")
+_VAE_KEY = re.compile(rf"(?:{'|'.join(map(re.escape, PREFIXES))})?(?:encoder|decoder|quant_conv|post_quant_conv)\.")
+
+# Names that only another VAE has, and which it is.
+_OTHER_VAES = (
+    (
+        re.compile(r"bn\.running_mean|encoder\.quant_conv\..*|decoder\.post_quant_conv\..*"),
+        "FLUX.2 (AutoencoderKLFlux2)",
+    ),
+    (re.compile(r"(?:encoder|decoder)\.layers\.\d+\..*"), "TAESD and its kin (AutoencoderTiny)"),
+    (re.compile(r"(?:encoder|decoder)\..*\.gamma"), "Wan or Qwen-Image (AutoencoderKLWan, AutoencoderKLQwenImage)"),
+    (re.compile(r"(?:encoder|decoder)\.stages\..*|encoder\.down_blocks\.\d+\.\d+\..*"), "SANA (AutoencoderDC)"),
+    (
+        re.compile(r"decoder\..*(?:time_conv_out|temporal_res_block|time_mix_conv|time_stack)\..*"),
+        "Stable Video Diffusion (AutoencoderKLTemporalDecoder)",
+    ),
+    (re.compile(r"decoder\.condition_encoder\..*"), "inpainting with Stable Diffusion 1.5 (AsymmetricAutoencoderKL)"),
+    (re.compile(r"quantize\.embedding\.weight"), "a vector-quantised autoencoder (VQModel)"),
+)
 _ATTENTION_LEAVES = {
     "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
     "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
@@ -34,6 +52,7 @@ _ATTENTION = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(_ATTENTION_LEAVES)}
 def tensor_names(keys: Iterable[str]) -> dict[str, str]:
     """{name in diffusers: key in the file} for the tensors of an AutoencoderKL among the keys of a file."""
     selected = select_vae_keys(keys)
+    refuse_other_vaes(selected)
     names = to_diffusers_names(selected)
     return {names[bare]: key for bare, key in selected.items()}
 
@@ -48,7 +67,7 @@ def select_vae_keys(keys: Iterable[str]) -> dict[str, str]:
     unwrapped: dict[str, str] = {}
     for key in keys:
         name = _WRAPPERS.sub("", key).removeprefix("state_dict.")
-        if name in unwrapped:
+        if name in unwrapped and _VAE_KEY.match(name):
             raise ConfigError(
                 f"{unwrapped[name]!r} and {key!r} are both {name!r}: more than one VAE in the file; save the one that "
                 "you mean to a file of its own"
@@ -86,6 +105,19 @@ def to_diffusers_names(names: Iterable[str]) -> dict[str, str]:
                 raise ConfigError(f"{seen[target]!r} and {name!r} are both {target!r}: two formats in one file")
             seen[target] = name
     return mapping
+
+
+def refuse_other_vaes(names: Iterable[str]) -> None:
+    """`ConfigError` for the names, without prefix, of a VAE of another kind that is known."""
+    for name in names:
+        for pattern, kind in _OTHER_VAES:
+            if pattern.fullmatch(name):
+                raise ConfigError(f"it is the VAE of {kind}, not an AutoencoderKL, and is not supported ({name!r})")
+
+
+def is_fused_projection(name: str) -> bool:
+    """Whether a diffusers name is that of q, k and v in one tensor, as fuse_qkv_projections makes it."""
+    return re.fullmatch(r".*\.attentions\.\d+\.to_qkv\.(weight|bias)", name) is not None
 
 
 def is_attention_projection(name: str) -> bool:

@@ -6,11 +6,12 @@ runs whatever code its author put into it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shlex
+import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,13 +20,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtimes.config import VaeConfig, read_json
+from runtimes.config import VaeConfig, is_vae_config, read_json
 from runtimes.errors import BundleError, ConfigError, NumericsError
-from runtimes.files import written_whole
+from runtimes.files import what_it_is_instead, written_whole
 from vae_export.checkpoints.architecture import complete_config, find_public_vae, infer_architecture, with_factors
+from vae_export.checkpoints.files import (
+    WEIGHTS_FILE,
+    WeightsFiles,
+    choose,
+    is_index,
+    names_of,
+    read_index,
+    shortened,
+    variant_of,
+)
 from vae_export.checkpoints.hub import Hub, check_repository, commit_of, first_line, parse_hub_url
-from vae_export.checkpoints.keys import is_attention_projection
-from vae_export.checkpoints.source import Source
+from vae_export.checkpoints.keys import is_attention_projection, is_fused_projection
+from vae_export.checkpoints.source import Source, tensors_sha256
 from vae_export.families import DEFAULT, FAMILIES, family_named
 
 if TYPE_CHECKING:
@@ -33,16 +44,13 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-WEIGHTS_FILES = (WEIGHTS_FILE, "diffusion_pytorch_model.fp16.safetensors")
 PICKLED_WEIGHTS_FILE = "diffusion_pytorch_model.bin"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-SHOWN = 5  #: how many keys an error lists before it counts the rest
 
 
 class Weights(NamedTuple):
     tensors: dict[str, Tensor]  #: fp32, diffusers names
-    sha256: str  #: of the file
+    sha256: str  #: as `WeightsFiles.sha256` has it
 
 
 # Entry points -----------------------------------------------------------------------------------------------------
@@ -52,6 +60,7 @@ def load_model(
     source: str | Path | None = None,
     *,
     subfolder: str | None = None,
+    variant: str | None = None,
     config: VaeConfig | Mapping[str, Any] | str | Path | None = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
@@ -62,27 +71,28 @@ def load_model(
         model = load_pretrained(EMBEDDED)
         model.source = model.source._replace(given="embedded", kind="embedded", absolute=None)
     elif is_single_file(source):
-        if subfolder:
-            raise ConfigError(
-                f"{source} is a single file, and subfolder={subfolder!r} is for directories; leave it out"
-            )
+        for name, value in (("subfolder", subfolder), ("variant", variant)):
+            if value:
+                raise ConfigError(f"{source} is a single file, and {name}={value!r} is for directories; leave it out")
         return load_single_file(
             source, config=config, scaling_factor=scaling_factor, shift_factor=shift_factor, hub=hub or Hub()
         )
     else:
         if config is not None:
             raise ConfigError(f"{source} has a config.json of its own; config= is for single files")
-        model = load_pretrained(source, subfolder=subfolder, hub=hub)
+        model = load_pretrained(source, subfolder=subfolder, variant=variant, hub=hub)
     model.config = with_factors(model.config, scaling_factor, shift_factor)
     return model
 
 
-def load_pretrained(source: str | Path, *, subfolder: str | None = None, hub: Hub | None = None) -> ReferenceVae:
+def load_pretrained(
+    source: str | Path, *, subfolder: str | None = None, variant: str | None = None, hub: Hub | None = None
+) -> ReferenceVae:
     """`from_pretrained`: a diffusers directory or Hub repository, of any family."""
     hub = hub or Hub()
     if Path(source).is_dir():
         directory = Path(source) / (subfolder or "")
-        config_path, weights_path = _find_in_directory(directory)
+        config_path, files = _find_in_directory(directory, variant)
         repo, commit = None, None
     elif is_single_file(source):
         raise ConfigError(f"{source} is a single file: load it with from_single_file")
@@ -96,22 +106,14 @@ def load_pretrained(source: str | Path, *, subfolder: str | None = None, hub: Hu
             config_file = hub.download(repo, folder + CONFIG_FILE)  # raises, saying why
             assert config_file is not None
         hub = hub.pinned(config_file)
-        weights_file = next((f for n in WEIGHTS_FILES if (f := hub.download(repo, folder + n, optional=True))), None)
-        if weights_file is None:
-            if hub.offline:
-                hub.download(repo, folder + WEIGHTS_FILE)  # raises, saying why
-            pickle = folder + PICKLED_WEIGHTS_FILE
-            raise ConfigError(
-                f"repository {repo} has no {folder}{WEIGHTS_FILE}, and only .safetensors is read. If it has {pickle} "
-                f"and you trust it: `hf download {repo} {pickle} --local-dir .`, then convert it: "
-                f"{_conversion(Path(pickle))}"
-            )
-        config_path, weights_path, commit = config_file, weights_file, commit_of(weights_file)
+        config_path, commit = config_file, commit_of(config_file)
+        files = _find_in_repository(hub, repo, folder, variant, near=config_file)
 
     family, config = read_config(config_path)
-    weights = read_weights(weights_path, family)
+    weights = read_weights(files, family)
     kind = "directory" if repo is None else "hub"
-    origin = Source(str(source), kind, weights.sha256, repo, commit, subfolder)
+    found = variant_of(files.path.name)
+    origin = Source(str(source), kind, weights.sha256, repo, commit, subfolder, found)
     return build_model(family, config, weights.tensors, origin)
 
 
@@ -145,8 +147,7 @@ def load_single_file(
 
     if complete is None:
         given = dict(config) if isinstance(config, Mapping) else {}
-        if beside is not None and _agrees(beside, architecture):
-            given = beside.to_dict() | given
+        given = _agreed(beside, architecture) | given
         complete = complete_config(architecture, given=given, public=find_public_vae(repo, weights.sha256))
     complete = with_factors(complete, scaling_factor, shift_factor)
     kind = "file" if repo is None else "hub"
@@ -169,7 +170,7 @@ def save_pretrained(model: ReferenceVae, directory: Path) -> None:
 def read_config(path: Path) -> tuple[Family, Any]:
     """The family that a config.json names, and its config."""
     data = read_json(path)
-    name = data.get("_class_name", DEFAULT)
+    name = data.get("_class_name", DEFAULT) if isinstance(data, Mapping) else DEFAULT
     family = family_named(name if name in FAMILIES else DEFAULT)  # which refuses other classes, and says what they are
     return family, family.config_class.from_dict(data, origin=str(path))
 
@@ -177,26 +178,73 @@ def read_config(path: Path) -> tuple[Family, Any]:
 # Weights ----------------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: Path, family: Family) -> Weights:
-    """The VAE's tensors of a .safetensors file, in fp32 under diffusers names. Other tensors are not even read."""
+def read_weights(source: Path | WeightsFiles, family: Family) -> Weights:
+    """The VAE's tensors of a .safetensors file, or of parts with an index, in fp32 under diffusers names.
+
+    Other tensors are not even read.
+    """
+    refuse_pickle(source if isinstance(source, Path) else source.path)
+    files = WeightsFiles.at(source) if isinstance(source, Path) else source
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(_opened(path)) for name, path in files.parts.items()}
+        held = {name: list(part.keys()) for name, part in opened.items()}
+        files.check(held)
+        part_of = {key: part for part, keys in held.items() for key in keys}
+        try:
+            names = family.tensor_names(part_of)
+        except ConfigError as error:
+            raise ConfigError(f"{files.path}: {error}") from None
+        try:
+            tensors = {name: opened[part_of[key]].get_tensor(key) for name, key in names.items()}
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{files.path} could not be read: {first_line(error)}") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{files.path}: tensor {name} is {tensor.dtype}, and weights are floating point")
+        if is_attention_projection(name):
+            tensor = tensor.reshape(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tensor
+        tensors[name] = tensor.to(torch.float32)
+    return Weights(_without_fused(tensors, files.path), files.sha256())
+
+
+def _without_fused(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors without the copies of q, k and v that diffusers' fuse_qkv_projections adds, with a warning.
+
+    Raises `ConfigError` where a copy is not what it was made from: nobody knows which of them is meant.
+    """
+    kept = dict(tensors)
+    for name in [name for name in tensors if is_fused_projection(name)]:
+        parts = [tensors.get(name.replace(".to_qkv.", f".to_{letter}.")) for letter in "qkv"]
+        separate = [part for part in parts if part is not None]
+        if not separate:
+            continue  # an error that names what is missing follows
+        fused = kept.pop(name)
+        if len(separate) != 3 or not torch.equal(torch.cat(separate), fused.reshape(fused.shape[: separate[0].ndim])):
+            raise ConfigError(
+                f"{path}: {name} is not its to_q, to_k and to_v put together; the file was changed after "
+                "fuse_qkv_projections(). Call unfuse_qkv_projections() and save the model again, or remove the tensors "
+                "that are not meant"
+            )
+    if len(kept) < len(tensors):
+        warnings.warn(
+            f"{path} was saved after fuse_qkv_projections(): {len(tensors) - len(kept)} fused tensors are left out, "
+            "which are copies of others in it",
+            UserWarning,
+            stacklevel=2,
+        )
+    return kept
+
+
+def _opened(path: Path) -> Any:
+    """An open .safetensors file; `ConfigError` says what else it is."""
     refuse_pickle(path)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(key) for name, key in family.tensor_names(file.keys()).items()}
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        explanation = _what_it_is_instead(path)
+        explanation = what_it_is_instead(path)
         raise ConfigError(f"{path} is not a complete safetensors file: {explanation or first_line(error)}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ConfigError(f"{path}: tensor {name} is {tensor.dtype}, and weights are floating point")
-        if is_attention_projection(name):
-            tensor = tensor.reshape(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tensor
-        tensors[name] = tensor.to(torch.float32)
-    return Weights(tensors, _sha256(path))
 
 
 def build_model(family: Family, config: Any, tensors: Mapping[str, Tensor], source: Source) -> ReferenceVae:
@@ -213,8 +261,8 @@ def build_model(family: Family, config: Any, tensors: Mapping[str, Tensor], sour
         raise ConfigError(f"{source.given}: no network has the sizes in this config: {first_line(error)}") from None
     _check_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}, tensors, source.given)
     model.load_state_dict(tensors, strict=True, assign=True)
-    local = source.kind in ("directory", "file")
-    model.source = source._replace(absolute=os.path.abspath(source.given)) if local else source
+    absolute = os.path.abspath(source.given) if source.kind in ("directory", "file") else None
+    model.source = source._replace(absolute=absolute, tensors_sha256=tensors_sha256(model.state_dict()))
     return model.eval().requires_grad_(False)
 
 
@@ -226,13 +274,13 @@ def _check_weights(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str
     misshaped = [f"{n} {list(s)}, not {list(expected[n])}" for n, s in shapes.items() if s != expected[n]]
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped)):
         if names:
-            problems.append(f"{len(names)} {title}: {_listed(names)}")
+            problems.append(f"{len(names)} {title}: {shortened(names)}")
     if problems:
         raise ConfigError(f"{given}: the weights do not fit the config. " + "; ".join(problems))
     not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if not_finite:
         raise NumericsError(
-            f"{given}: NaN or infinity in {len(not_finite)} of {len(tensors)} weights: {_listed(not_finite)}"
+            f"{given}: NaN or infinity in {len(not_finite)} of {len(tensors)} weights: {shortened(not_finite)}"
         )
 
 
@@ -250,22 +298,6 @@ def refuse_pickle(path: str | Path) -> None:
             f"{path} is a pickle, and loading one runs whatever code is in it: only .safetensors is read. To convert "
             f"one that you trust: {_conversion(path)}"
         )
-
-
-def _what_it_is_instead(path: Path) -> str | None:
-    """What a file that is not safetensors is by its first bytes, and how to get the real one; None if unknown."""
-    with path.open("rb") as file:
-        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"version https://git-lfs.github.com/"):
-        return "it is a Git LFS pointer: run `git lfs pull` in its repository"
-    if start.lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "it is a web page: log in where that is needed, and download the file itself again"
-    if start.startswith((b"{", b"[")):
-        return (
-            "it is JSON: give the weights file or its directory, or, if a server answered with an "
-            "error, log in and download the file again"
-        )
-    return None
 
 
 def _conversion(path: Path) -> str:
@@ -303,31 +335,51 @@ def _complete_config_from(config: VaeConfig | Mapping[str, Any] | str | Path | N
     return VaeConfig.from_json(found)
 
 
-def _config_of_repository(hub: Hub, repo: str, filename: str) -> VaeConfig | None:
+def _config_of_repository(hub: Hub, repo: str, filename: str) -> tuple[VaeConfig, Path] | None:
     """The config beside a file on the Hub, or in the repository's vae folder, where it is one of an AutoencoderKL."""
     folder = filename.rpartition("/")[0]
     names = dict.fromkeys((f"{folder}/{CONFIG_FILE}".lstrip("/"), f"vae/{CONFIG_FILE}"))
     return _first_vae_config(hub.download(repo, name, optional=True) for name in names)
 
 
-def _config_beside(path: Path) -> VaeConfig | None:
+def _config_beside(path: Path) -> tuple[VaeConfig, Path] | None:
     """The config beside a local file, or in the vae folder there, as for a file at the root of a repository."""
     candidates = (path.parent / CONFIG_FILE, path.parent / "vae" / CONFIG_FILE)
     return _first_vae_config(candidate if candidate.is_file() else None for candidate in candidates)
 
 
-def _first_vae_config(paths: Iterable[Path | None]) -> VaeConfig | None:
+def _first_vae_config(paths: Iterable[Path | None]) -> tuple[VaeConfig, Path] | None:
+    """The first that is the config of an AutoencoderKL; a warning names one that should be and cannot be read."""
     for path in paths:
         if path is not None:
             try:
-                return VaeConfig.from_json(path)
-            except ConfigError:
-                continue  # another model's config, as at the root of many repositories
+                data = read_json(path)
+                if is_vae_config(data):
+                    return VaeConfig.from_dict(data, origin=str(path)), path
+            except ConfigError as error:
+                warnings.warn(f"the config beside the weights is left out: {error}", UserWarning, stacklevel=2)
     return None
 
 
-def _agrees(config: VaeConfig, architecture: Mapping[str, Any]) -> bool:
-    return all(getattr(config, name) == value for name, value in architecture.items())
+def _agreed(found: tuple[VaeConfig, Path] | None, architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the config beside the weights; none, and a warning, where it is not the config of these weights."""
+    if found is None:
+        return {}
+    config, path = found
+    other = [
+        f"{name} = {getattr(config, name)!r}, not {value!r}"
+        for name, value in architecture.items()
+        if getattr(config, name) != value
+    ]
+    if not other:
+        return config.to_dict()
+    warnings.warn(
+        f"{path} is not the config of these weights and is left out: {'; '.join(other)}; give the right one with "
+        "config= (--config)",
+        UserWarning,
+        stacklevel=2,
+    )
+    return {}
 
 
 # Places -----------------------------------------------------------------------------------------------------------
@@ -340,7 +392,8 @@ def is_single_file(source: str | Path) -> bool:
     )
 
 
-def _find_in_directory(directory: Path) -> tuple[Path, Path]:
+def _find_in_directory(directory: Path, variant: str | None) -> tuple[Path, WeightsFiles]:
+    """The config and the weights of a local directory."""
     if not directory.is_dir():
         raise ConfigError(f"{directory} does not exist")
     if not (directory / CONFIG_FILE).is_file():
@@ -348,20 +401,36 @@ def _find_in_directory(directory: Path) -> tuple[Path, Path]:
             "a diffusers directory holds config.json and " + WEIGHTS_FILE
         )  # fmt: skip
         raise ConfigError(f"{directory} has no {CONFIG_FILE}; {hint}")
-    for name in WEIGHTS_FILES:
-        if (directory / name).is_file():
-            return directory / CONFIG_FILE, directory / name
-    for path in sorted(directory.iterdir()):
-        if path.suffix in PICKLES:
-            refuse_pickle(path)
-    raise ConfigError(f"{directory} has no {WEIGHTS_FILE}")
+    names = [path.name for path in directory.iterdir() if path.is_file()]
+    try:
+        name = choose(names, variant, str(directory))
+    except ConfigError:
+        if not any(name.endswith(".safetensors") for name in names):
+            for pickle in sorted(directory / name for name in names if name.endswith(PICKLES)):
+                refuse_pickle(pickle)
+        raise
+    return directory / CONFIG_FILE, WeightsFiles.at(directory / name)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+def _find_in_repository(hub: Hub, repo: str, folder: str, variant: str | None, near: Path) -> WeightsFiles:
+    """The weights of a Hub repository, downloaded; `near` is a file of the same folder that was downloaded."""
+    path = next((f for n in names_of(variant) if (f := hub.download(repo, folder + n, optional=True))), None)
+    if path is None:
+        names = hub.names_in(repo, folder, near)
+        if hub.offline and not any(variant_of(name) is not None for name in names):
+            hub.download(repo, folder + names_of(variant)[0])  # raises, saying why
+        pickle = folder + PICKLED_WEIGHTS_FILE
+        if PICKLED_WEIGHTS_FILE in names and not any(name.endswith(".safetensors") for name in names):
+            raise ConfigError(
+                f"repository {repo} has no {folder}{WEIGHTS_FILE}, and only .safetensors is read. It has {pickle}; if "
+                f"you trust it: `hf download {repo} {pickle} --local-dir .`, then convert it: "
+                f"{_conversion(Path(pickle))}"
+            )
+        where = f"repository {repo}" + (f", folder {folder}" if folder else "")
+        path = hub.download(repo, folder + choose(names, variant, where))
+    assert path is not None
+    if not is_index(path.name):
+        return WeightsFiles(path, {path.name: path})
+    listed = read_index(path)
+    parts = {name: part for name in sorted(set(listed.values())) if (part := hub.download(repo, folder + name))}
+    return WeightsFiles(path, parts, listed)

@@ -14,6 +14,7 @@ from vae_export.cli.options import (
     AsJson,
     Backend,
     Device,
+    MaxPixels,
     MemoryBudget,
     Tiling,
     typed_directory,
@@ -90,6 +91,7 @@ def encode_dataset_command(
     threads: Annotated[
         Optional[int], typer.Option(min=1, help="Threads per call on the CPU.", show_default=False)
     ] = None,
+    max_pixels: MaxPixels = None,
     tiling: Tiling = None,
     memory_budget: MemoryBudget = None,
     device: Device = None,
@@ -116,6 +118,7 @@ def encode_dataset_command(
             ray=ray,
             ray_workers=ray_workers,
             ray_gpus=ray_gpus,
+            max_pixels=max_pixels,
             progress=progress,
         )
     found = summary.to_dict()

@@ -17,13 +17,16 @@ import typer
 from runtimes import VaeRuntime, open_vae
 from runtimes.errors import BundleError, ShapeError
 from runtimes.files import is_stream, written_whole
-from runtimes.images import compare_side_by_side, crop_to_multiple, load_image, picture_format, psnr, save_image
+from runtimes.image_files import load_image
+from runtimes.images import compare_side_by_side, crop_to_multiple, picture_format, psnr, save_image
+from runtimes.names import GRAPHS
 from vae_export.cli.options import (
     AsJson,
     Backend,
     BundlePath,
     Crop,
     Device,
+    MaxPixels,
     MemoryBudget,
     Pad,
     Tile,
@@ -72,6 +75,7 @@ def roundtrip(
     ] = Path("roundtrip.png"),
     crop: Crop = False,
     pad: Pad = False,
+    max_pixels: MaxPixels = None,
     tiling: Tiling = None,
     tile: Tile = None,
     memory_budget: MemoryBudget = None,
@@ -82,12 +86,14 @@ def roundtrip(
     """Encode and decode an image, and picture what that does to it."""
     console = console_beside(out_file, as_json)
     picture_format(out_file)
-    original = load_image(image)
     with _opened(bundle, device, backend, tiling, tile, memory_budget) as (vae, begin):
+        picture_format(out_file, vae.channels("decoder"))
+        # What is encoded, and what should come back: a model may give other channels than it takes.
+        given, original = (load_image(image, vae.channels(graph), max_pixels=max_pixels) for graph in GRAPHS)
         if crop:
-            original = crop_to_multiple(original, vae.latent_space.factor)
+            given, original = (crop_to_multiple(pixels, vae.latent_space.factor) for pixels in (given, original))
         begin("Encoding")
-        latents = vae.images_to_latents(original, pad=pad)
+        latents = vae.images_to_latents(given, pad=pad)
         begin("Decoding")
         restored = vae.latents_to_images(latents, size=(original.shape[0], original.shape[1]))[0]
     save_image(compare_side_by_side(original, restored), out_file)
@@ -120,6 +126,7 @@ def encode(
     ] = None,
     crop: Crop = False,
     pad: Pad = False,
+    max_pixels: MaxPixels = None,
     tiling: Tiling = None,
     tile: Tile = None,
     memory_budget: MemoryBudget = None,
@@ -128,8 +135,8 @@ def encode(
 ) -> None:
     """Turn images into latents, scaled as a diffusion model takes them."""
     console = console_beside(out_file)
-    pixels = [load_image(image) for image in images]
     with _opened(bundle, device, backend, tiling, tile, memory_budget) as (vae, begin):
+        pixels = [load_image(image, vae.channels("encoder"), max_pixels=max_pixels) for image in images]
         if crop:
             pixels = [crop_to_multiple(image, vae.latent_space.factor) for image in pixels]
         begin("Encoding")
@@ -173,6 +180,7 @@ def decode(
             raise ShapeError(f"--size {size!r} is not WIDTHxHEIGHT, such as 1000x750")
         kept = (int(match[2]), int(match[1]))
     with _opened(bundle, device, backend, tiling, tile, memory_budget) as (vae, begin):
+        picture_format(out_file, vae.channels("decoder"))
         begin("Decoding")
         decoded = vae.latents_to_images(array, size=kept)
     for number, pixels in enumerate(decoded, start=1):

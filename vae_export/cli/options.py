@@ -82,6 +82,10 @@ Pad = Annotated[
     bool,
     typer.Option("--pad", help="Pad an image with its mirror image to such multiples, and crop the result."),
 ]
+MaxPixels = Annotated[
+    Optional[int],
+    typer.Option(min=1, help="Maximum number of pixels per image file. (default: 89 million)", show_default=False),
+]
 Tiling = Annotated[
     Optional[str],
     typer.Option(

@@ -136,7 +136,7 @@ def validation_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
         psnr, steps = m["psnr_db"], m["uint8_steps"]
         table.add_row(
             m["graph"],
-            m["tiling"] or m["by"],
+            m.get("tiling") or m["by"],
             m["input"].removeprefix("photo "),
             "x".join(map(str, m["shape"])),
             f"{m['max_abs']:.1e}",
@@ -182,7 +182,10 @@ def bundle_table(path: str, manifest: Manifest) -> Table:
     table.add_column(overflow="fold")  # hashes are wrapped, not truncated
     table.add_row("target", f"{manifest.target} {manifest.precision}, by vae-export {printable(manifest.version)}")
     table.add_row("source", printable(f"{source.get('given')}{commit}"))
-    table.add_row("weights sha256", printable(source.get("weights_sha256")))
+    if source.get("changed_in_memory"):
+        table.add_row("tensors sha256", printable(f"{source.get('tensors_sha256')}, changed in memory after loading"))
+    else:
+        table.add_row("weights sha256", printable(source.get("weights_sha256")))
     if manifest.engine is not None:
         gpus = ", ".join(manifest.engine.gpus) or "all supported GPUs"
         table.add_row("engine", printable(f"{manifest.engine.flavour} {manifest.engine.version} for {gpus}"))

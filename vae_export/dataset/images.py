@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from runtimes.errors import ConfigError
-from runtimes.images import load_rgb
+from runtimes.image_files import TooManyPixels, load_pil
 from vae_export.dataset.sources import Item, Source
 
 POLICIES = ("none", "center-crop", "buckets")
@@ -46,11 +46,15 @@ class SizePolicy:
     just cover the one size of `sizes`, and cuts out the middle. "buckets" does that for the size whose width / height
     is the nearest, and leaves an image alone whose size is one of them: the rule of sd-scripts. Images are enlarged
     where they are smaller. Resizing is Pillow's LANCZOS.
+
+    Images are read with `channels`, and may have `max_pixels`: see `runtimes.image_files.load_pil`.
     """
 
     policy: str
     sizes: tuple[Size, ...]
     factor: int
+    channels: int = 3
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -92,7 +96,7 @@ class Broken(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Pixels to encode, uint8 [H, W, 3], and where they come from; sizes are (height, width), the crop (top, left)."""
+    """Pixels to encode, uint8 [H, W, C], and where they come from; sizes are (height, width), the crop (top, left)."""
 
     pixels: npt.NDArray[np.uint8]
     sha256: bytes
@@ -122,13 +126,10 @@ def prepare(source: Source, item: Item, known: bytes | None, policy: SizePolicy)
 
 
 def _prepared(data: bytes, sha256: bytes, policy: SizePolicy) -> Broken | Prepared:
-    if not data:
-        return Broken(sha256, "empty (0 bytes)")
-    with Image.open(io.BytesIO(data)) as opened:
-        most = Image.MAX_IMAGE_PIXELS
-        if most is not None and opened.width * opened.height > most:
-            return Broken(sha256, f"{opened.width}x{opened.height} pixels are more than Pillow's limit of {most}")
-        image = load_rgb(opened)
+    try:
+        image = load_pil(io.BytesIO(data), policy.channels, max_pixels=policy.max_pixels)
+    except TooManyPixels as error:
+        return Broken(None, _one_line(error))  # another limit may allow it
     width, height = image.size
     fit = policy.fit(width, height)
     if 0 in fit.size:
@@ -137,6 +138,7 @@ def _prepared(data: bytes, sha256: bytes, policy: SizePolicy) -> Broken | Prepar
         image = image.resize(fit.resized, Image.Resampling.LANCZOS)
     left, top = fit.crop
     pixels = np.asarray(image.crop((left, top, left + fit.size[0], top + fit.size[1])))
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     return Prepared(pixels, sha256, (height, width), (fit.resized[1], fit.resized[0]), (top, left))
 
 

@@ -59,6 +59,7 @@ def encode_dataset(
     ray: str | None = None,
     ray_workers: int = 1,
     ray_gpus: float = 0.0,
+    max_pixels: int | None = None,
     progress: Progress = no_progress,
 ) -> Summary:
     """Encode every image of a source into the directory `out`.
@@ -68,8 +69,9 @@ def encode_dataset(
     `policy` and `sizes` are the arguments of `SizePolicy`. `batch_size` is the number of images of one size per encoder
     call (default: 8, on a CPU limited to 256x256 pixels in total). `workers` is the number of decoder processes
     (default: one per CPU that this process may use). If `ray` is given, an address or "local", the job runs on Ray
-    with `ray_workers` runtimes and `ray_gpus` GPUs per runtime. None of these options changes the files that are
-    written, except that `batch_size` may change the rounding of latents.
+    with `ray_workers` runtimes and `ray_gpus` GPUs per runtime. `max_pixels` limits the pixels of an image
+    (default: Pillow's limit, 89 million). None of these options changes the files that are written, except that
+    `batch_size` may change the rounding of latents.
 
     Images that cannot be encoded are listed in errors.parquet.
 
@@ -82,6 +84,7 @@ def encode_dataset(
         ("batch_size", batch_size),
         ("images_per_shard", images_per_shard),
         ("ray_workers", ray_workers),
+        ("max_pixels", max_pixels),
     ):
         check_count(name, value)
     bundle = Bundle(opening.bundle)
@@ -89,7 +92,8 @@ def encode_dataset(
         batch_size or DEFAULT_BATCH_SIZE, CPU_BATCH_PIXELS if batch_size is None and opening.is_cpu(bundle) else None
     )
     storage.check(bundle.manifest.latent_space)
-    size_policy = SizePolicy(policy, sizes, storage.factor(bundle.manifest.latent_space))
+    channels, factor = bundle.manifest.graphs["encoder"].input.channels, storage.factor(bundle.manifest.latent_space)
+    size_policy = SizePolicy(policy, sizes, factor, channels, max_pixels)
     workers = available_cpus() if workers is None else workers
     contract = make_contract(bundle, opening, size_policy, storage, at_once, images_per_shard)
     summary = Summary()
@@ -194,6 +198,7 @@ def make_contract(
             "policy": policy.policy,
             "sizes": [list(size) for size in policy.sizes],
             "resample": "lanczos",
+            "colours": "sRGB",
             "flips": storage.flips,
         },
         "tiling": {"kind": opening.tiling, "memory_budget": opening.memory_budget},

@@ -9,6 +9,7 @@ from typing import Any
 
 from runtimes import Bundle, VaeRuntime, open_vae
 from runtimes.backends import BACKENDS, backend_for
+from runtimes.edge import device_name
 from runtimes.latents.shards import Array, Failure, Shard
 from runtimes.progress import Progress
 from vae_export.dataset.encode import Batch, PreparedItem
@@ -35,7 +36,7 @@ class Opening:
 
     def is_cpu(self, bundle: Bundle) -> bool:
         """Return whether the bundle runs on the CPU."""
-        return (self.device or BACKENDS[self.backend_of(bundle)].default_device) == "cpu"
+        return device_name(self.device or BACKENDS[self.backend_of(bundle)].default_device) == "cpu"
 
     def open(self) -> VaeRuntime:
         """Open the bundle with these arguments."""

@@ -109,6 +109,7 @@ class ReferenceVae(TilingSettings, nn.Module):
         source: str | Path,
         *,
         subfolder: str | None = None,
+        variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | None = None,
@@ -116,12 +117,14 @@ class ReferenceVae(TilingSettings, nn.Module):
     ) -> Model:
         """Load a diffusers directory or Hub repository: config.json and diffusion_pytorch_model.safetensors.
 
-        `subfolder="vae"` picks the VAE of a whole pipeline. Weights of any float type are held in fp32.
+        `subfolder="vae"` picks the VAE of a whole pipeline, `variant="fp16"` the weights of
+        diffusion_pytorch_model.fp16.safetensors; without it the plain file is read, or the only variant there. Weights
+        may be split into parts with an index. Weights of any float type are held in fp32.
 
         Raises `ConfigError` for anything that is not a complete checkpoint of this family.
         """
         hub = _checkpoints("hub").Hub(revision, cache_dir, token, local_files_only)
-        return cls._own(_checkpoints("load").load_pretrained(source, subfolder=subfolder, hub=hub))
+        return cls._own(_checkpoints("load").load_pretrained(source, subfolder=subfolder, variant=variant, hub=hub))
 
     @classmethod
     def from_single_file(

@@ -14,6 +14,7 @@ from torch import nn
 
 from runtimes.names import FP16_LARGEST, GRAPHS
 from runtimes.progress import Progress, no_progress
+from vae_export.edge import check_model, check_path, ordinary_torch
 from vae_export.families import family_of
 from vae_export.families.autoencoder_kl import Attention, ResnetBlock
 from vae_export.families.base import ReferenceVae, Stage
@@ -105,6 +106,7 @@ class MeasuredRanges:
         }
 
 
+@ordinary_torch()
 def measure_ranges(
     model: ReferenceVae, calibrate: str | Path | None = None, progress: Progress = no_progress
 ) -> MeasuredRanges:
@@ -112,6 +114,9 @@ def measure_ranges(
 
     `calibrate` is the directory of the photographs; the default is the embedded photographs.
     """
+    check_model(model)
+    if calibrate is not None:
+        check_path(calibrate, "calibrate")
     before = probe(model, calibration_inputs(model, calibrate, progress))
     exact, exponents = rescale_activations(model, before)
     return MeasuredRanges(before, probe(exact, calibration_inputs(model, calibrate, progress)), exponents)

@@ -66,14 +66,14 @@ class DecoderGraph(nn.Module):
 
 
 class PixelEncoderGraph(EncoderGraph):
-    """The encoder graph on pixels: sample uint8 [B, H, W, 3] -> latent_parameters [B, 2*C, H/f, W/f]."""
+    """The encoder graph on pixels: sample uint8 [B, H, W, C] -> latent_parameters [B, 2*C, H/f, W/f]."""
 
     def forward(self, sample: Tensor) -> Tensor:
         return super().forward(to_samples(sample.to(torch.float32).permute(0, 3, 1, 2)))
 
 
 class PixelDecoderGraph(DecoderGraph):
-    """The decoder graph to pixels: latent_sample [B, C, h, w] -> sample uint8 [B, f*h, f*w, 3]."""
+    """The decoder graph to pixels: latent_sample [B, C, h, w] -> sample uint8 [B, f*h, f*w, C]."""
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         levels = to_levels(super().forward(latent_sample).to(torch.float32))
