@@ -154,16 +154,16 @@ def _make_locked_directory(out: Path) -> tuple[Path, int]:
 
 def _remove_leftovers(out: Path) -> None:
     """Remove the directories that killed exports of the same bundle left: those that no process holds locked."""
-    for path in _named(out, _PARTIAL):
-        with _unless_at_work(path) as free:
+    for path in _siblings(out, _PARTIAL):
+        with _unused(path) as free:
             if free:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def _restore(out: Path) -> None:
     """Rename a bundle back that `_exchange` had moved aside when its process was killed."""
-    for aside in _named(out, _ASIDE):
-        with _unless_at_work(aside) as free, suppress(OSError):
+    for aside in _siblings(out, _ASIDE):
+        with _unused(aside) as free, suppress(OSError):
             if free and _is_bundle(aside):
                 if _is_bundle(out):  # the new bundle had already taken its place
                     shutil.rmtree(aside, ignore_errors=True)
@@ -171,7 +171,7 @@ def _restore(out: Path) -> None:
                     aside.rename(out)  # refused by the system where anything but an empty directory is
 
 
-def _named(out: Path, kind: str) -> list[Path]:
+def _siblings(out: Path, kind: str) -> list[Path]:
     """Return the directories that `_make_locked_directory` and `_exchange` name after this bundle."""
     pattern = re.compile(rf"\.{re.escape(out.name)}{re.escape(kind)}[a-z0-9_]{{8}}")
     try:
@@ -181,7 +181,7 @@ def _named(out: Path, kind: str) -> list[Path]:
 
 
 @contextmanager
-def _unless_at_work(directory: Path) -> Iterator[bool]:
+def _unused(directory: Path) -> Iterator[bool]:
     """Return a context with whether no running export holds this directory; none can take it inside the context."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

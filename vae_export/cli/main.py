@@ -44,7 +44,7 @@ def _run() -> int:
     """Run the command and return its exit code."""
     as_json = _json_asked()
     try:
-        with _heeding_signals():
+        with _signals_handled():
             # Without --json, typer prints usage errors.
             code = app(prog_name="vae-export", standalone_mode=not as_json)
             return code if isinstance(code, int) else 0
@@ -98,7 +98,7 @@ def _complain(what: str, error: Exception) -> None:
 
 
 @contextmanager
-def _heeding_signals() -> Iterator[None]:
+def _signals_handled() -> Iterator[None]:
     """Return a context in which SIGINT and SIGTERM call `_stop` and cancel running calls in native code."""
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
     reading, writing = os.pipe()  # Python writes each signal to it, whatever the main thread is doing

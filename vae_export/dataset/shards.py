@@ -178,11 +178,11 @@ class LatentDirectory:
             (path / SHARDS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BundleError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
-        self._lock = _locked(path)
+        self._lock = _acquire_lock(path)
         try:
             for leftover in (*leftovers(path), *leftovers(path / SHARDS)):
                 leftover.unlink(missing_ok=True)
-            self._agree(contract)
+            self._write_contract(contract)
         except BaseException:
             self.close()
             raise
@@ -192,7 +192,7 @@ class LatentDirectory:
         before = {self.path / SHARDS, self.path / ".lock", *leftovers(self.path, CONTRACT_FILE)}
         return (self.path / CONTRACT_FILE).exists() or set(self.path.iterdir()) <= before
 
-    def _agree(self, contract: Mapping[str, Any]) -> None:
+    def _write_contract(self, contract: Mapping[str, Any]) -> None:
         """Write the contract, or append this job's `encoded_with` to an existing one that otherwise agrees."""
         contract = dict(contract)
         now = contract["encoded_with"]
@@ -315,7 +315,7 @@ def _pairs(pyarrow: Any, values: Array) -> Any:
     return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1).astype(np.int32)), 2)
 
 
-def _locked(directory: Path) -> Any:
+def _acquire_lock(directory: Path) -> Any:
     try:
         from filelock import FileLock, Timeout
     except ModuleNotFoundError:

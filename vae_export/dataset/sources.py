@@ -101,7 +101,7 @@ class Source(ABC):
     def read(self, item: Item) -> bytes:
         """Return the bytes of an image. Any exception means that this one image cannot be read."""
 
-    def _named(self, file: Path) -> str:
+    def _relative_name(self, file: Path) -> str:
         """Return the path relative to the root, as valid Unicode."""
         return _as_text(file.relative_to(self.root).as_posix())
 
@@ -122,7 +122,7 @@ class Folder(Source):
             with _as_config_error(folder, "a folder"):
                 status = os.stat(folder)
                 if (status.st_dev, status.st_ino) in read:
-                    skip(Skipped(self._named(folder), SAME_FOLDER))
+                    skip(Skipped(self._relative_name(folder), SAME_FOLDER))
                     continue
                 read.add((status.st_dev, status.st_ino))
                 with os.scandir(folder) as entries:
@@ -130,15 +130,15 @@ class Folder(Source):
                         path = Path(entry.path)
                         kind = _kind(entry)
                         if entry.name.startswith(".") and (kind != "file" or _is_image(entry.name)):
-                            skip(Skipped(self._named(path), HIDDEN))
+                            skip(Skipped(self._relative_name(path), HIDDEN))
                         elif kind == "folder":
                             (links if entry.is_symlink() else folders).append(path)
                         elif kind == "other":
-                            skip(Skipped(self._named(path), NO_FILE))
+                            skip(Skipped(self._relative_name(path), NO_FILE))
                         elif _is_image(entry.name):
-                            yield Item(self._named(path), os.fsencode(path), 0, -1)
+                            yield Item(self._relative_name(path), os.fsencode(path), 0, -1)
                         elif kind == "broken link":
-                            skip(Skipped(self._named(path), "a broken link"))
+                            skip(Skipped(self._relative_name(path), "a broken link"))
                         else:
                             skip(_other_suffix(entry.name))
 
@@ -153,7 +153,7 @@ class Tars(Source):
         for each in self.skipped:
             skip(each)
         for path in self.files:
-            name = self._named(path.with_suffix(""))
+            name = self._relative_name(path.with_suffix(""))
             with _as_config_error(path, "an uncompressed tar"), tarfile.open(path, "r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every member in memory
@@ -198,7 +198,7 @@ class Table(Source):
         for each in self.skipped:
             skip(each)
         for file in self.files:
-            name, path, row = self._named(file), os.fsencode(file), 0
+            name, path, row = self._relative_name(file), os.fsencode(file), 0
             with _as_config_error(file, "a table"):
                 for piece in self._columns(file, self.id_column or self.image_column):
                     ids = piece.to_pylist() if self.id_column else [f"{name}:{row + i}" for i in range(len(piece))]

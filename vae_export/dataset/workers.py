@@ -63,14 +63,14 @@ class Decoders:
                 results = future.result()
             except BrokenProcessPool:
                 self._pool.shutdown()
-                results = [self._alone(task) for task in chunk]
+                results = [self._prepare_alone(task) for task in chunk]
                 self._pool = self._start(self._workers)
                 ahead = deque((after, self._pool.submit(_prepare, after)) for after, _ in ahead)
             size = sum(result.pixels.nbytes for result in results if isinstance(result, Prepared)) // len(results)
             self._chunk = min(max(CHUNK_BYTES // (size + 1), 1), MAX_CHUNK_IMAGES)
             yield from zip((item for item, _ in chunk), results, strict=True)
 
-    def _alone(self, task: Task) -> Result:
+    def _prepare_alone(self, task: Task) -> Result:
         with self._start(1) as pool:
             try:
                 return pool.submit(_prepare, [task]).result()[0]

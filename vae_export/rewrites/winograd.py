@@ -15,7 +15,7 @@ from vae_export.families.autoencoder_kl import ResnetBlock
 from vae_export.families.base import Model, ReferenceVae
 
 #: Minimum number of input and of output channels: the saving grows with their product, the cost with their sum.
-LEAST_CHANNELS = 512
+MIN_CHANNELS = 512
 
 # F(2x2, 3x3) of A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks" (2016): along an axis, two
 # outputs are `_pair` of (KERNEL @ w) * (INPUT @ x), with w three taps and x four inputs: 4 multiplications, not 6.
@@ -74,7 +74,7 @@ def use_winograd(model: Model) -> Model:
 def wide_convolutions(model: ReferenceVae) -> Iterator[tuple[ResnetBlock, str]]:
     """Yield (resnet, attribute name) of the convolutions that `use_winograd` replaces.
 
-    These have at least LEAST_CHANNELS input and output channels, and maps whose sides are even for every image: before
+    These have at least MIN_CHANNELS input and output channels, and maps whose sides are even for every image: before
     the last downsampling of the encoder and after the first upsampling of the decoder. Convolutions of fewer channels
     gain nothing: the transforms, which read each map sixteen times, cost what the products save.
     """
@@ -85,7 +85,7 @@ def wide_convolutions(model: ReferenceVae) -> Iterator[tuple[ResnetBlock, str]]:
         for resnet in cast("Iterator[ResnetBlock]", block.resnets):
             for name in ("conv1", "conv2"):
                 conv = getattr(resnet, name, None)  # `LeanResnet` has no `conv1`: it is split into parts
-                if isinstance(conv, nn.Conv2d) and min(conv.in_channels, conv.out_channels) >= LEAST_CHANNELS:
+                if isinstance(conv, nn.Conv2d) and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS:
                     yield resnet, name
 
 

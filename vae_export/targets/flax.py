@@ -68,7 +68,7 @@ def export_stablehlo(
     # Sizes are multiples of the factor, so that every division inside the graph is exact.
     batch, height, width = export.symbolic_shape("batch, latent_height, latent_width")
     shape = (batch, traced.input_shape[1], height * scale, width * scale)
-    with _nameless_sources(jax):
+    with _without_source_locations(jax):
         exported = export.export(jax.jit(function), platforms=PLATFORMS)(
             params, jax.ShapeDtypeStruct(shape, jnp.float32)
         )
@@ -99,7 +99,7 @@ def check_available(io_precision: str) -> None:
 
 
 @contextmanager
-def _nameless_sources(jax: Any) -> Iterator[None]:
+def _without_source_locations(jax: Any) -> Iterator[None]:
     """Return a context in which JAX does not record source locations, which are paths of this machine."""
     settings = {"jax_hlo_source_file_canonicalization_regex": ".*", "jax_traceback_in_locations_limit": 0}
     before = {name: jax.config.values[name] for name in settings}

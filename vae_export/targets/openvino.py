@@ -128,7 +128,7 @@ def runnable(ir: openvino.Model) -> Callable[[Array], Array]:
 def save_ir(ir: openvino.Model, path: Path, precision: str) -> None:
     """Write a graph as IR, with fp16 weights for precision "fp16", and with norm statistics marked to stay fp32."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _number_the_nameless(ir)
+    _name_unnamed(ir)
     import_openvino().save_model(ir, path, compress_to_fp16=precision == "fp16")
     exact = statistics(ir)
     if exact:
@@ -145,7 +145,7 @@ def save_ir(ir: openvino.Model, path: Path, precision: str) -> None:
         tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
-def _number_the_nameless(ir: openvino.Model) -> None:
+def _name_unnamed(ir: openvino.Model) -> None:
     """Name unnamed operations by their position: OpenVINO's default numbers depend on what the process did before."""
     for place, operation in enumerate(ir.get_ordered_ops()):
         kind = operation.get_type_name()
