@@ -1,14 +1,14 @@
-"""vae-export: checkpoint in, verified bundle out.
+"""vae-export: export the image VAE of a checkpoint to a verified bundle.
 
-The names below load on first use: the command line runs `decode` and `inspect` on machines without PyTorch.
+The public names are imported on first use, so that `decode` and `inspect` run on machines without PyTorch.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,17 +49,17 @@ __version__ = "0.1.0"
 
 
 def _check_runtimes() -> None:
-    """`ImportError` where `runtimes` is not the package beside this one, but another that comes first on the path."""
-    ours = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "runtimes")
+    """Raise `ImportError` if `runtimes` is not the package beside this one but another one earlier on the path."""
+    ours = Path(__file__).resolve().parent.parent / "runtimes"
     if "runtimes" in sys.modules:
         found = getattr(sys.modules["runtimes"], "__file__", None)
     else:
         spec = importlib.util.find_spec("runtimes")
         found = None if spec is None else spec.origin
-    if found is not None and os.path.dirname(os.path.realpath(found)) == ours:
+    if found is not None and Path(found).resolve().parent == ours:
         return
-    is_package = found is not None and os.path.basename(found).startswith("__init__.")
-    where = os.path.dirname(found) if found is not None and is_package else found
+    is_package = found is not None and Path(found).name.startswith("__init__.")
+    where = Path(found).parent if found is not None and is_package else found
     raise ImportError(
         f"vae_export needs its own package 'runtimes', in {ours}, and Python finds "
         + ("none" if where is None else f"another first: {where}. Rename that, or start Python elsewhere, or with -P"),
@@ -81,7 +81,7 @@ def __getattr__(name: str) -> Any:
 
 
 def missing_package(error: ModuleNotFoundError) -> NotInstalled:
-    """The error for a package that exporting needs and that is not installed."""
-    from runtimes.errors import NotInstalled  # not at the top: first it is checked whose `runtimes` that is
+    """Return the error for a missing package that exporting needs."""
+    from runtimes.errors import NotInstalled  # not at the top: `_check_runtimes` must run first
 
     return NotInstalled(f"exporting needs {error.name}: pip install 'vae-export[export,cpu]'")

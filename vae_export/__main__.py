@@ -1,4 +1,4 @@
-"""`python -m vae_export` is the command `vae-export`."""
+"""Entry point of `python -m vae_export`, the same as the command `vae-export`."""
 
 from vae_export.cli.main import main
 

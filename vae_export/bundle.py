@@ -1,8 +1,8 @@
-"""Writing a bundle: whole or not at all.
+"""Write a bundle atomically.
 
-Everything goes to a temporary directory beside the final one, is flushed to disk, and takes the final name last. An
-existing bundle is exchanged for the new one in a single step of the file system: at every moment there is either the
-old one or the new one, also if the process is killed. What a killed export left behind is removed by the next.
+All files go to a temporary directory beside the final one, which is flushed to disk and then renamed. An existing
+bundle is exchanged for the new one in a single file-system operation: at every moment either the old or the new bundle
+exists, even if the process is killed. The next export removes the leftovers of a killed one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from runtimes.errors import BundleError
 from runtimes.files import flush
 from runtimes.manifest import MANIFEST_FILE, FileEntry, Manifest
 
-_PARTIAL, _ASIDE = ".partial-", ".previous-"  #: .NAME.partial-XXXXXXXX, a bundle NAME in the making
+_PARTIAL, _ASIDE = ".partial-", ".previous-"  #: .NAME.partial-XXXXXXXX is an unfinished bundle NAME
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class BundleWriter:
-    """A bundle in the making: put files into `directory`, then `finish` with the manifest."""
+    """An unfinished bundle: put files into `directory`, call `write_manifest`, then `finish`."""
 
     def __init__(self, out: Path, directory: Path, overwrite: bool) -> None:
         self.out = out
@@ -38,24 +38,28 @@ class BundleWriter:
         self.finished = False
 
     def entries(self) -> dict[str, FileEntry]:
-        """Size and sha256 of every file written so far, by name relative to the bundle."""
+        """Return {name relative to the bundle: size and sha256} of every file written so far, except the manifest."""
         files = sorted(path for path in self.directory.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
         return {path.relative_to(self.directory).as_posix(): _entry(path) for path in files}
 
     def write_manifest(self, manifest: Manifest) -> None:
+        """Write the manifest."""
         (self.directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 
     def finish(self) -> Bundle:
-        """Flush everything to disk and give the bundle its name."""
-        Bundle(self.directory)  # what cannot be opened must not replace what can
+        """Flush all files to disk, rename the directory to its final name, and return the bundle.
+
+        Raises `BundleError` if the new bundle cannot be opened or its name has been taken in the meantime.
+        """
+        Bundle(self.directory)  # a bundle that cannot be opened must not replace another
         for path in (*self.directory.rglob("*"), self.directory):
             flush(path)
-        _check_free(self.out, self.overwrite)  # again: exporting takes long, and another export may have been faster
+        _check_free(self.out, self.overwrite)  # again: another export may have finished in the meantime
         if self.overwrite and self.out.exists():
             _exchange(self.directory, self.out)
-            shutil.rmtree(self.directory, ignore_errors=True)  # now the old bundle
+            shutil.rmtree(self.directory, ignore_errors=True)  # holds the old bundle now
         else:
-            os.rename(self.directory, self.out)  # refused by the system where anything but an empty directory is
+            self.directory.rename(self.out)  # refused by the system where anything but an empty directory is
         flush(self.out.parent)
         self.finished = True
         return Bundle(self.out)
@@ -63,10 +67,10 @@ class BundleWriter:
 
 @contextmanager
 def write_bundle(out: str | Path, *, overwrite: bool = False) -> Iterator[BundleWriter]:
-    """A `BundleWriter` for the directory `out`; unless `finish` is called, nothing stays behind.
+    """Return a context with a `BundleWriter` for the directory `out`. Unless `finish` is called, all files are removed.
 
-    Raises `BundleError` where `out` exists (and `overwrite` is not given, or it is no bundle), its parent is not
-    writable, or the disk is full.
+    Raises `BundleError` if `out` is a bundle and `overwrite` is false, if `out` is anything else than a bundle or an
+    empty directory, if its parent is not writable, or if the disk is full.
     """
     out = Path(os.path.abspath(out))
     _restore(out)
@@ -88,14 +92,14 @@ def write_bundle(out: str | Path, *, overwrite: bool = False) -> Iterator[Bundle
     finally:
         if not writer.finished:
             shutil.rmtree(directory, ignore_errors=True)
-            with suppress(OSError):  # not empty: someone else uses it by now
+            with suppress(OSError):  # not empty: another process uses it by now
                 for folder in new_parents:
                     folder.rmdir()
         os.close(lock)
 
 
 def check_output(out: str | Path, overwrite: bool) -> None:
-    """Raise `BundleError` at once for a place where `write_bundle` would refuse at the end of a long export."""
+    """Raise `BundleError` for an `out` that `write_bundle` would reject: a check before a long export."""
     path = Path(os.path.abspath(out))
     if path == Path.cwd():
         raise BundleError(f"{path} is the current directory, which the bundle would replace; choose another --out")
@@ -111,10 +115,10 @@ def _check_free(out: Path, overwrite: bool) -> None:
     if not out.is_dir() or out.is_symlink():
         raise BundleError(f"{out} exists and is not a directory; choose another --out")
     try:
-        names = os.listdir(out)
+        empty = not any(out.iterdir())
     except OSError as error:
         raise BundleError(f"{out} exists and cannot be read: {error.strerror}; choose another --out") from None
-    if not names:
+    if empty:
         return
     if not _is_bundle(out):
         raise BundleError(f"{out} exists and is not a bundle; it stays as it is, choose another --out")
@@ -123,7 +127,10 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _is_bundle(directory: Path) -> bool:
-    """Whether this was written here, sound or not: other programs have a manifest.json too, and are not to be lost."""
+    """Return whether vae-export wrote this directory, damaged or not.
+
+    Directories of other programs with a manifest.json must not be replaced.
+    """
     try:
         manifest = json.loads((directory / MANIFEST_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -132,10 +139,10 @@ def _is_bundle(directory: Path) -> bool:
 
 
 def _make_locked_directory(out: Path) -> tuple[Path, int]:
-    """A new directory beside `out`, and the open lock on it that tells other exports that this one is alive."""
+    """Return a new directory beside `out`, and the file descriptor of its lock, which marks this export as running."""
     while True:
         directory = Path(tempfile.mkdtemp(prefix=f".{out.name}{_PARTIAL}", dir=out.parent))
-        # Until it is locked, another export may take it for a leftover and remove it: then once more.
+        # Until the directory is locked, another export may remove it as a leftover; then try again.
         with suppress(FileNotFoundError):
             directory.chmod(0o755)  # mkdtemp's 0o700 would stay with the bundle
             lock = os.open(directory, os.O_RDONLY)
@@ -146,26 +153,26 @@ def _make_locked_directory(out: Path) -> tuple[Path, int]:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove what killed exports of the same bundle left: directories that no living process holds locked."""
-    for path in _named(out, _PARTIAL):
-        with _unless_at_work(path) as free:
+    """Remove the directories that killed exports of the same bundle left: those that no process holds locked."""
+    for path in _siblings(out, _PARTIAL):
+        with _unused(path) as free:
             if free:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def _restore(out: Path) -> None:
-    """Give a bundle its name back that an export had just moved aside when it was killed: see `_exchange`."""
-    for aside in _named(out, _ASIDE):
-        with _unless_at_work(aside) as free, suppress(OSError):
+    """Rename a bundle back that `_exchange` had moved aside when its process was killed."""
+    for aside in _siblings(out, _ASIDE):
+        with _unused(aside) as free, suppress(OSError):
             if free and _is_bundle(aside):
-                if _is_bundle(out):  # the new one had taken its place
+                if _is_bundle(out):  # the new bundle had already taken its place
                     shutil.rmtree(aside, ignore_errors=True)
                 else:
-                    os.rename(aside, out)  # refused by the system where anything but an empty directory is
+                    aside.rename(out)  # refused by the system where anything but an empty directory is
 
 
-def _named(out: Path, kind: str) -> list[Path]:
-    """What `_make_locked_directory` named for this bundle, or `_exchange` after it, and nothing that is alike."""
+def _siblings(out: Path, kind: str) -> list[Path]:
+    """Return the directories that `_make_locked_directory` and `_exchange` name after this bundle."""
     pattern = re.compile(rf"\.{re.escape(out.name)}{re.escape(kind)}[a-z0-9_]{{8}}")
     try:
         return [path for path in out.parent.iterdir() if pattern.fullmatch(path.name)]
@@ -174,8 +181,8 @@ def _named(out: Path, kind: str) -> list[Path]:
 
 
 @contextmanager
-def _unless_at_work(directory: Path) -> Iterator[bool]:
-    """Whether no living export holds this directory; while it is asked, none can."""
+def _unused(directory: Path) -> Iterator[bool]:
+    """Return a context with whether no running export holds this directory; none can take it inside the context."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -183,7 +190,7 @@ def _unless_at_work(directory: Path) -> Iterator[bool]:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # one is, or this file system has no locks
+    except OSError:  # a running export holds it, or this file system has no locks
         yield False
     else:
         yield True
@@ -192,24 +199,24 @@ def _unless_at_work(directory: Path) -> Iterator[bool]:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two directories in one step (Linux's renameat2); elsewhere in three, the old one never being removed."""
+    """Swap two directories, with one renameat2 on Linux and three renames elsewhere. The old one is never deleted."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     paths = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old))
     if renameat2 is not None and renameat2(*paths, _RENAME_EXCHANGE) == 0:
         return
-    # Should this be killed now, the next export restores it; while this lives, its lock says so.
+    # If this process is killed from here on, the next export restores the old bundle. The lock marks it as running.
     aside = new.with_name(_ASIDE.join(new.name.rsplit(_PARTIAL, 1)))
     lock = os.open(old, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        os.rename(old, aside)
+        old.rename(aside)
         try:
-            os.rename(new, old)
+            new.rename(old)
         except BaseException:
             if not old.exists():
-                os.rename(aside, old)
+                aside.rename(old)
             raise
-        os.rename(aside, new)
+        aside.rename(new)
     finally:
         os.close(lock)
 

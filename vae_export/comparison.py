@@ -1,7 +1,7 @@
-"""Graphs against the reference: numbers, thresholds, verdict.
+"""Compare the graphs of a bundle with the reference model: measurements, thresholds, verdict.
 
-What is compared is what will run: the bundle is opened through `runtimes`, and fed photographs and noise at shapes that
-the graphs were not traced with. The reference is our PyTorch model in fp32.
+The comparison uses the code that users will run: it opens the bundle through `runtimes`. Inputs are photographs and
+noise, at shapes that the graphs were not traced with. The reference is the PyTorch model in fp32.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ from vae_export.families.base import ReferenceVae
 from vae_export.photos import middle_of, photographs
 from vae_export.rewrites.ranges import SimulatedHalf
 
-Array = npt.NDArray[Any]  #: float32, or uint8 where graphs take and give pixels
-Candidate = Callable[[str, Array], Array]  #: (graph, input) -> output, as the reference computes it in fp32
+Array = npt.NDArray[Any]  #: float32; uint8 for images of graphs on pixels
+Candidate = Callable[[str, Array], Array]  #: (graph, input) -> output
 
-PHOTO_SIZE = (16, 24)  #: in latents; 128 x 192 pixels at f = 8
+PHOTO_SIZE = (16, 24)  #: (height, width) in latents; 128 x 192 pixels at f = 8
 
 
 class Thresholds(NamedTuple):
-    """What a graph must keep to. `psnr_db` is over the range of the reference's output, the rest in its units."""
+    """Limits of the deviation from the reference. PSNR is relative to the range of the reference output."""
 
-    psnr_db: float
-    uint8_steps: int  #: largest difference of a decoded pixel, in steps of 1/255
-    noise_psnr_db: float  #: of inputs that are no photographs
+    psnr_db: float  #: minimum for photographs
+    uint8_steps: int  #: maximum difference of a decoded pixel, in steps of 1/255
+    noise_psnr_db: float  #: minimum for all other inputs
 
 
-# fp32: another order of summation, nothing else: 24 bits of mantissa and some thousand terms leave over 100 dB.
-# fp16 and bf16: 11 and 8 bits of mantissa, rounded some hundred times on the way; models of real size lie some 16 dB
-# above.
-# int8: the bar for photographs is one below which the eye may see it. Ranges are calibrated on photographs: noise may
-# go beyond them, and at one latent a single value does.
+# fp32: only the order of summation differs; 24 bits of mantissa and some thousand terms leave more than 100 dB.
+# fp16 and bf16: 11 and 8 bits of mantissa, rounded some hundred times; models of real size are some 16 dB better.
+# int8: below the threshold for photographs, errors may become visible. Ranges are calibrated on photographs, so noise
+# may exceed them; at the size of one latent a single value does.
 THRESHOLDS = {
     "fp32": Thresholds(psnr_db=100.0, uint8_steps=1, noise_psnr_db=100.0),
     "fp16": Thresholds(psnr_db=50.0, uint8_steps=8, noise_psnr_db=50.0),
@@ -51,49 +50,50 @@ THRESHOLDS = {
 }
 
 
-# Pixels are rounded on either side: where a value lies between two of them, the least difference makes a step, the
-# smallest there is. 60 dB are one such pixel of fifteen; a share of 3e-4 is what differences of 1e-6 lead to.
+# Both sides round to pixels, so a tiny difference of a value halfway between two pixels becomes a full step of 1/255.
+# At 60 dB one pixel of fifteen differs by a step; differences of 1e-6 cause such a step in 3e-4 of the pixels.
 PIXELS_PSNR_DB = 60.0
 
-# What seamless tiling keeps between its steps is rounded to fp16, some 40 times on the way; no difference may be seen:
-# not one of a step beside that of rounding.
+# Seamless tiling rounds the maps between its steps to fp16, some 40 times in total. The difference must be invisible:
+# at most one step of 1/255 in addition to the one from rounding.
 SEAMLESS_PSNR_DB = 60.0
 SEAMLESS_STEPS = 2
-SEAMLESS_TILE = 8  #: in latents: photographs are cut into six
+SEAMLESS_TILE = 8  #: in latents: divides photographs into six tiles
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One graph on one input. `psnr_db` is None where the outputs are equal to the last bit."""
+    """The deviation of one graph on one input. `psnr_db` is None if the outputs are bit-identical."""
 
     graph: str
-    by: str  #: what computed it: a backend, or "simulated fp16"
+    by: str  #: name of the backend, or "simulated fp16"
     input: str
-    tiling: str | None  #: None: as a whole; else "seamless"
+    tiling: str | None  #: "seamless", or None without tiling
     shape: tuple[int, ...]
     max_abs: float
     mean_abs: float
     psnr_db: float | None
-    uint8_steps: int | None  #: of decoded images; None for latents
+    uint8_steps: int | None  #: maximum difference of decoded pixels; None for latents
     finite: bool
     passed: bool
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-serialisable dictionary."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 class Case(NamedTuple):
-    """An input, and what the reference makes of it."""
+    """An input and the output of the reference."""
 
     graph: str
-    input: str  #: what it is, for people
+    input: str  #: description for users
     array: Array
     expected: Array
-    photo: bool = False  #: a photograph, for which thresholds may be higher
+    photo: bool = False  #: whether the input is a photograph; `Thresholds` may be stricter for photographs
 
 
 class Input(NamedTuple):
-    """A `Case` before the reference has seen it."""
+    """A `Case` without the output of the reference."""
 
     graph: str
     input: str
@@ -107,9 +107,9 @@ def reference_cases(
     shapes: Sequence[tuple[int, int, int]] | None = None,
     io: str = "float",
 ) -> list[Case]:
-    """Inputs for both graphs with the outputs of the model in fp32; with `io="uint8"`, images are pixels.
+    """Return inputs for both graphs and the outputs of the model in fp32. With `io="uint8"` images are pixels.
 
-    `shapes`, batch, height and width in latents, for graphs that do not take any: see `inputs`.
+    `shapes` are (batch, height, width) in latents, for graphs that do not take every shape: see `inputs`.
     """
     given = list(inputs(model, shapes))
     reference: Candidate = partial(_reference, model)
@@ -132,10 +132,10 @@ def compare(
     *,
     tiling: str | None = None,
 ) -> list[Measurement]:
-    """Measure what computes the graphs, named `by`; `NumericsError` where it misses a threshold.
+    """Compare a candidate with the reference on all cases and return the measurements.
 
-    `tiling` names the tiling that the candidate computes with: "seamless" has thresholds of its own. The error carries
-    all measurements, the good ones too.
+    `by` names the candidate. `tiling` is the tiling it uses; "seamless" has separate thresholds. Raises
+    `NumericsError`, with all measurements, if a threshold is missed.
     """
     measurements = []
     missed = []
@@ -158,23 +158,27 @@ def compare(
 
 
 def thresholds_of(precision: str, *, pixels: bool = False, seamless: bool = False) -> Thresholds:
-    """What a graph of a precision must keep to, also where its output are pixels, or it was tiled seamlessly."""
-    bars = THRESHOLDS[precision]
-    for applies, most, steps in ((pixels, PIXELS_PSNR_DB, 0), (seamless, SEAMLESS_PSNR_DB, SEAMLESS_STEPS)):
+    """Return the thresholds of a precision, relaxed for pixel outputs and for seamless tiling."""
+    thresholds = THRESHOLDS[precision]
+    for applies, psnr, steps in ((pixels, PIXELS_PSNR_DB, 0), (seamless, SEAMLESS_PSNR_DB, SEAMLESS_STEPS)):
         if applies:
-            bars = Thresholds(min(bars.psnr_db, most), max(bars.uint8_steps, steps), min(bars.noise_psnr_db, most))
-    return bars
+            thresholds = Thresholds(
+                min(thresholds.psnr_db, psnr),
+                max(thresholds.uint8_steps, steps),
+                min(thresholds.noise_psnr_db, psnr),
+            )
+    return thresholds
 
 
 def check(
     cases: Sequence[Case], validator: Validator, precision: str, progress: Progress = no_progress
 ) -> list[Measurement]:
-    """`compare` what a target names as computing its graphs."""
+    """Compare a validator with the reference: see `compare`."""
     return compare(cases, validator.by, validator.run, precision, progress, tiling=validator.tiling)
 
 
 def through_pixels(candidate: Candidate) -> Candidate:
-    """A candidate on floats as one on pixels: uint8 [B, H, W, 3] into the encoder and out of the decoder."""
+    """Convert a candidate on floats to one whose images are pixels, uint8 [B, H, W, 3]."""
 
     def run(graph: str, array: Array) -> Array:
         return candidate(graph, to_float(array)) if graph == "encoder" else to_uint8(candidate(graph, array))
@@ -194,15 +198,18 @@ def worst_photo(cases: Sequence[Case], graph: str, precision: str) -> Callable[[
 
 
 class Validator(NamedTuple):
-    """What computes the graphs of a bundle, to be compared with the reference."""
+    """A way to compute the graphs of a bundle, to be compared with the reference."""
 
-    by: str  #: its name in tables and in the manifest
+    by: str  #: name in tables and in the manifest
     run: Candidate
-    tiling: str | None = None  #: the tiling that it computes with; "seamless" has thresholds of its own
+    tiling: str | None = None  #: the tiling it uses; "seamless" has separate thresholds
 
 
 def bundle_validators(bundle: Bundle, device: str | None = None, backend: str | None = None) -> Iterator[Validator]:
-    """The opened bundle; and its steps, on small tiles, where it has them. It is closed when the iteration ends."""
+    """Yield validators of the opened bundle and, if it is tileable, of its steps on small tiles.
+
+    The bundle is closed when the iteration ends.
+    """
     with open_vae(bundle, device=device, backend=backend) as vae:
         yield Validator(vae.backend, opened_bundle(vae))
         if bundle.manifest.tileable is not None:
@@ -213,7 +220,7 @@ def bundle_validators(bundle: Bundle, device: str | None = None, backend: str | 
 
 
 def opened_bundle(runtime: VaeRuntime) -> Candidate:
-    """A bundle as a candidate."""
+    """Return an opened bundle as a candidate."""
 
     def run(graph: str, array: Array) -> Array:
         if graph == "decoder":
@@ -225,7 +232,10 @@ def opened_bundle(runtime: VaeRuntime) -> Candidate:
 
 
 def simulated(model: ReferenceVae, precision: str) -> Candidate:
-    """The model in simulated half precision; overflow raises `NumericsError` naming the place."""
+    """Return the model in simulated half precision as a candidate.
+
+    The candidate raises `NumericsError`, which names the place, on overflow.
+    """
     half = SimulatedHalf(model, precision)
 
     def run(graph: str, array: Array) -> Array:
@@ -247,16 +257,16 @@ def _described(missed: Measurement, case: Case, thresholds: Thresholds) -> str:
     if not missed.finite:
         return f"{where}: NaN or infinity"
     return (
-        f"{where}: PSNR {missed.psnr_db:.1f} dB (at least {_psnr_bar(case, thresholds):g}), "
+        f"{where}: PSNR {missed.psnr_db:.1f} dB (at least {_minimum_psnr(case, thresholds):g}), "
         f"{missed.uint8_steps or 0} uint8 steps (at most {thresholds.uint8_steps})"
     )
 
 
 def inputs(model: ReferenceVae, shapes: Sequence[tuple[int, int, int]] | None = None) -> Iterator[Input]:
-    """Photographs, noise and one colour for both graphs.
+    """Yield photographs, noise and a single-colour image for both graphs.
 
-    Without `shapes`, noise of batch 1 and 3, non-square, and the smallest legal size; else noise of these, and
-    photographs and one colour of the first.
+    `shapes` are (batch, height, width) in latents: noise has all of them, photographs and the single colour the first.
+    Without `shapes`, noise has batches of 1 and 3, non-square sizes, and the smallest legal size.
     """
     config, factor = model.config, model.config.downscale
     rng = np.random.default_rng(0)
@@ -276,18 +286,18 @@ def inputs(model: ReferenceVae, shapes: Sequence[tuple[int, int, int]] | None = 
     for b, h, w in shapes:
         noise = rng.uniform(-1, 1, (b, config.in_channels, h * factor, w * factor))
         yield Input("encoder", "noise", noise.astype(np.float32))
-    # A picture of one colour has next to no variance in its first maps: norms that subtract squares end there.
+    # An image of a single colour has almost no variance in its first maps, where norms that subtract squares fail.
     b, h, w = flat_shape
     yield Input("encoder", "black", np.full((b, config.in_channels, h * factor, w * factor), -1, np.float32))
     for name, photo in photos.items():
         latents = _reference(model, "encoder", photo)[:, : config.latent_channels]
         yield Input("decoder", f"photo {name}", latents, photo=True)
     for b, h, w in shapes:
-        # Diffusion models work on latents of unit variance: unscaled, this is how they look.
+        # Diffusion models produce latents of unit variance, which are unscaled before decoding.
         yield Input("decoder", "noise", model.latent_space.raw_noise(rng, b, h, w).astype(np.float32))
 
 
-def _psnr_bar(case: Case, thresholds: Thresholds) -> float:
+def _minimum_psnr(case: Case, thresholds: Thresholds) -> float:
     return thresholds.psnr_db if case.photo else thresholds.noise_psnr_db
 
 
@@ -310,7 +320,8 @@ def _measure(by: str, case: Case, actual: Array, thresholds: Thresholds, tiling:
     steps = None
     if case.graph == "decoder":
         steps = int(np.abs(to_uint8(actual).astype(int) - to_uint8(expected)).max()) if finite else 255
-    near = (psnr is None or psnr >= _psnr_bar(case, thresholds)) and (steps is None or steps <= thresholds.uint8_steps)
+    close = psnr is None or psnr >= _minimum_psnr(case, thresholds)
+    close = close and (steps is None or steps <= thresholds.uint8_steps)
     return Measurement(
         graph=case.graph,
         by=by,
@@ -322,5 +333,5 @@ def _measure(by: str, case: Case, actual: Array, thresholds: Thresholds, tiling:
         psnr_db=psnr,
         uint8_steps=steps,
         finite=finite,
-        passed=finite and near,
+        passed=finite and close,
     )

@@ -1,4 +1,4 @@
-"""The edge of the functions that export and compare: the models that they take, and PyTorch in its ordinary state."""
+"""Checks at the entry of export and comparison functions: their arguments, and the global settings of PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vae_export.families.base import ReferenceVae
 
 
 def check_model(model: Any) -> None:
-    """`ConfigError` for what is not a reference model of this package with its weights in fp32 on the CPU."""
+    """Raise `ConfigError` unless `model` is a reference model of this package with fp32 weights on the CPU."""
     if not isinstance(model, ReferenceVae):
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
         what = f"{model!r} ({kind})" if model is None or isinstance(model, (str, os.PathLike)) else f"a {kind}"
@@ -38,17 +38,17 @@ def check_model(model: Any) -> None:
 
 
 def check_path(path: Any, name: str) -> None:
-    """`ConfigError` for what is not a path, before anything of it is made."""
+    """Raise `ConfigError` unless `path`, the argument called `name`, is a str or path-like object."""
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"{name} = {path!r}: a path is a str or pathlib.Path")
 
 
 @contextmanager
 def ordinary_torch() -> Iterator[None]:
-    """Work as in a fresh process: PyTorch's settings that would change what is computed are set aside meanwhile.
+    """Return a context, or decorator, in which PyTorch has the default settings that affect results.
 
-    These are the default type and device, autocast, grad and inference mode, and fp32 products in lower precision. The
-    result is also a decorator.
+    These settings are the default dtype and device, autocast, grad mode, inference mode, and the precision of fp32
+    products. They are restored at the end.
     """
     dtype, products = torch.get_default_dtype(), _product_precision()
     onednn: Any = torch.backends.mkldnn
@@ -73,7 +73,7 @@ def ordinary_torch() -> Iterator[None]:
 
 
 def _product_precision() -> str | None:
-    """The precision of fp32 matrix products; None where it was set for backends one by one, and must stay."""
+    """Return the precision of fp32 matrix products, or None if it is set per backend and must not be changed."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""What an export is asked for: the choices that `export_bundle`, `tune_bundle` and the command line share."""
+"""The options of an export, shared by `export_bundle`, `tune_bundle` and the command line."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The choices of one export; each is a keyword argument of `export_bundle` as well."""
+    """The options of an export. Each is also a keyword argument of `export_bundle`."""
 
-    #: what is built: one of `vae_export.targets.TARGETS`
+    #: the target: one of `vae_export.targets.TARGETS`
     target: str = "onnx"
-    #: fp32, fp16, bf16 or int8; None is the target's default
+    #: fp32, fp16, bf16 or int8; None means the default of the target
     precision: str | None = None
-    #: of inputs and outputs: "fp32", or "same" as the precision
+    #: precision of inputs and outputs: "fp32", or "same" for the value of `precision`
     io_precision: str = "fp32"
-    #: of images: "float" is [B, C, H, W] in [-1, 1]; "uint8" is pixels [B, H, W, C], converted inside of the graphs
+    #: format of images: "float" is [B, C, H, W] in [-1, 1]; "uint8" is pixels [B, H, W, C], converted by the graphs
     io: str = "float"
-    #: whether activations are divided by powers of two, exactly, so that half precision cannot overflow
+    #: whether activations are divided by powers of two, which is exact, so that half precision does not overflow
     rescale: bool = True
-    #: directory of the photographs that activations are measured on; None: the embedded ones
+    #: directory of the photographs on which activations are measured; None means the embedded ones
     calibrate: str | Path | None = None
-    #: graph -> the form that it is written in; None: the target's own choice
+    #: graph -> its form; None means the default of the target
     forms: Mapping[str, Form] | None = None
-    #: a record for the manifest of how `forms` were chosen
+    #: record of how `forms` were chosen, for the manifest
     tuning: Mapping[str, Any] | None = None
-    #: for which GPUs and shapes TensorRT builds, as `Target.plan` gives it; None: its default
+    #: GPUs and shapes for which TensorRT builds, from `Target.plan`; None means its default
     engine: Engine | None = None
-    #: whether the bundle also holds both graphs cut into steps, for seamless tiling; it takes twice the space
+    #: whether the bundle also contains both graphs cut into steps, for seamless tiling; this doubles its size
     tileable: bool = False
     #: whether the graphs are compared with the model before the bundle is written
     run_validation: bool = True
-    #: whether an existing bundle is replaced, in one step
+    #: whether an existing bundle is replaced, atomically
     overwrite: bool = False

@@ -1,7 +1,8 @@
-"""Signing bundles and verifying them, with `model-signing` of the OpenSSF: who made a bundle, which hashes do not tell.
+"""Sign bundles and verify signatures, with `model-signing` of the OpenSSF.
 
-The signature covers every file of the directory and lies in it as model.sig, in the format of a Sigstore bundle: other
-tools of `model-signing` read it. Keys are elliptic (P-256, P-384 or P-521), in PEM files, as OpenSSL makes them:
+Hashes detect damage; a signature also proves who made a bundle. The signature covers every other file of the directory
+and is stored in it as model.sig, in the format of a Sigstore bundle, which other tools of `model-signing` can read.
+Keys are elliptic (P-256, P-384 or P-521), in PEM files. OpenSSL generates them:
 
     openssl ecparam -name prime256v1 -genkey -noout -out private.pem
     openssl ec -in private.pem -pubout -out public.pem
@@ -25,14 +26,13 @@ from runtimes.files import leftovers, written_whole
 from runtimes.manifest import MANIFEST_FILE
 
 SIGNATURE_FILE = "model.sig"
-SIGNATURE_LIMIT = 4 << 20  #: bytes; ours have 3 KB
+SIGNATURE_LIMIT = 4 << 20  #: maximum bytes of a signature file; those of bundles have about 3 KB
 
 
 def sign_bundle(path: str | Path, key: str | Path) -> Path:
-    """Sign a bundle with a private key -> the signature, which replaces the one that was there.
+    """Sign a bundle with a private key, replace an existing signature, and return the path of the new one.
 
-    Raises `IntegrityError` for a bundle that is damaged: what is signed is what its manifest says. `ConfigError` for a
-    key that cannot be used.
+    Raises `IntegrityError` for a bundle that does not match its manifest, and `ConfigError` for an unusable key.
     """
     signing = _import("signing")
     bundle = Bundle(path)
@@ -44,7 +44,7 @@ def sign_bundle(path: str | Path, key: str | Path) -> Path:
         config = signing.Config().use_elliptic_key_signer(private_key=Path(key))
     config.set_hashing_config(_hashing())
     signature = bundle.path / SIGNATURE_FILE
-    with tempfile.TemporaryDirectory() as directory:  # elsewhere: what lies in the bundle is signed
+    with tempfile.TemporaryDirectory() as directory:  # not in the bundle, all of whose files are signed
         made = Path(directory) / SIGNATURE_FILE
         config.sign(bundle.path, made)
         with written_whole(signature) as partial:
@@ -53,9 +53,10 @@ def sign_bundle(path: str | Path, key: str | Path) -> Path:
 
 
 def verify_bundle(path: str | Path, key: str | Path) -> Bundle:
-    """Check that a bundle is, to the byte, what the owner of a public key signed, and whole.
+    """Verify that a bundle is byte-identical to the one that the owner of a public key signed, and return it.
 
-    Raises `IntegrityError` where it is not signed, or not with that key, or has other files than it had.
+    Raises `IntegrityError` if the bundle is not signed, is signed with another key, or has missing, additional or
+    changed files, and `ConfigError` for an unusable key.
     """
     verifying = _import("verifying")
     bundle = Bundle(path)
@@ -72,22 +73,22 @@ def verify_bundle(path: str | Path, key: str | Path) -> Bundle:
         config = verifying.Config().use_elliptic_key_verifier(public_key=Path(key))
     config.set_hashing_config(_hashing())
     with tempfile.TemporaryDirectory() as directory:
-        read = Path(directory) / SIGNATURE_FILE  # the bytes that are looked into below
+        read = Path(directory) / SIGNATURE_FILE  # exactly the bytes that `_signed_names` parses below
         read.write_bytes(signature)
         try:
             config.verify(bundle.path, read)
-            # It leaves out what the signature says that it leaves out: that may be anything.
+            # `verify` ignores the files that the signature lists as ignored, which may be any files.
             signed = _signed_names(signature)
             if signed != names:
                 raise ValueError(f"it does not cover {', '.join(sorted(names - signed)[:3])}")
-        except Exception as error:  # a signature of anything: of its parsers and of cryptography nothing is promised
+        except Exception as error:  # parsers of a forged signature may raise anything
             raise IntegrityError(f"{path} is not what the owner of {key} signed: {_line(error)}") from None
     return bundle
 
 
 @contextmanager
 def _key_errors(key: str | Path, what: str) -> Iterator[None]:
-    """`ConfigError` where a key file cannot be read, or is not `what`."""
+    """Return a context that raises `ConfigError` if a key file cannot be read or is not `what`."""
     try:
         yield
     except OSError as error:
@@ -97,17 +98,20 @@ def _key_errors(key: str | Path, what: str) -> Iterator[None]:
 
 
 def _hashing() -> Any:
-    """All files but the signature; what git keeps beside them too, since a bundle has none of it."""
+    """Return a hashing config for all files except the signature, including the files of git, which bundles lack."""
     return _import("hashing").Config().set_ignored_paths(paths=[SIGNATURE_FILE], ignore_git_paths=False)
 
 
 def _check_files(bundle: Bundle) -> set[str]:
-    """The names of its files but for the signature: plain files, all that the manifest lists, and none more."""
+    """Return the names of all files except the signature.
+
+    Raises `IntegrityError` unless these are plain files and exactly those that the manifest lists.
+    """
     names, found = {MANIFEST_FILE, *bundle.manifest.files}, set()
     for path in bundle.path.rglob("*"):
         name = path.relative_to(bundle.path).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            advice = "; a signature is of plain files: copy the bundle with cp -rL" if path.is_symlink() else ""
+            advice = "; only plain files can be signed: copy the bundle with cp -rL" if path.is_symlink() else ""
             raise IntegrityError(f"{name} is not a plain file of {bundle.path}{advice}")
         if path.is_file() and name != SIGNATURE_FILE:
             found.add(name)
@@ -119,7 +123,7 @@ def _check_files(bundle: Bundle) -> set[str]:
 
 
 def _signed_names(signature: bytes) -> set[str]:
-    """The files that a signature covers, of its in-toto statement."""
+    """Return the names of the files that a signature covers, from its in-toto statement."""
     statement = json.loads(base64.b64decode(json.loads(signature)["dsseEnvelope"]["payload"]))
     return {str(resource["name"]) for resource in statement["predicate"]["resources"]}
 

@@ -1,10 +1,10 @@
-"""A model repository for the Triton Inference Server from a bundle: encoder and decoder, ready to be served.
+"""Write a model repository for the Triton Inference Server from a bundle.
 
     OUT/vae_encoder/config.pbtxt    OUT/vae_encoder/1/model.onnx (or model.plan)
     OUT/vae_decoder/config.pbtxt    OUT/vae_decoder/1/model.onnx
 
-Clients send and get what the graphs do: images in [-1, 1], moments, unscaled latents. What else they need of the VAE
-(scaling_factor, shift_factor, its factor) is in the parameters of each model.
+Clients send and receive the tensors of the graphs: images in [-1, 1], moments, unscaled latents. The parameters of
+each model contain the other properties that clients need: scaling_factor, shift_factor, downscaling factor.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from runtimes.names import GRAPHS, Graph
 
 BACKENDS = {"onnx": "onnxruntime", "tensorrt": "tensorrt"}  #: target of a bundle -> Triton's backend
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
-WARM_UP_SIDE = 512  #: pixels; of graphs that take any shape
-MAX_BATCH = 8  #: of graphs that take any batch
+WARM_UP_SIDE = 512  #: side in pixels of the warm-up image, for graphs that take any shape
+MAX_BATCH = 8  #: default maximum batch, for graphs that take any batch
 
 
 def write_repository(
@@ -35,14 +35,13 @@ def write_repository(
     max_batch: int | None = None,
     queue_delay_us: int = 2000,
 ) -> dict[str, Path]:
-    """Write the repository `out` -> {model: its directory}.
+    """Write the model repository `out` and return {model name: its directory}.
 
-    `instances` of each model run at once on each GPU, or with `cpu` on the CPU (ONNX only). Requests of equal shape
-    that come within `queue_delay_us` microseconds are batched, up to `max_batch` (default: what the plan was built for,
-    or 8).
+    Each GPU runs `instances` of each model; with `cpu` the CPU does (ONNX only). Triton batches requests of equal shape
+    that arrive within `queue_delay_us` microseconds, up to `max_batch` (default: the maximum of the plan, or 8).
 
-    Raises `CompatibilityError` for a bundle that Triton has no backend for, `ConfigError` for numbers that cannot be,
-    `BundleError` where `out` exists or cannot be written.
+    Raises `CompatibilityError` for a bundle without a Triton backend, `ConfigError` for numbers out of range, and
+    `BundleError` if `out` exists or cannot be written.
     """
     bundle = Bundle(path)
     manifest = bundle.manifest
@@ -52,13 +51,13 @@ def write_repository(
         )
     if cpu and manifest.target == "tensorrt":
         raise ConfigError("TensorRT plans run on a GPU; serve an ONNX bundle on the CPU")
-    most = MAX_BATCH if manifest.engine is None else max(p.batch.max for p in manifest.engine.profiles)
-    chosen = most if max_batch is None else max_batch
+    limit = MAX_BATCH if manifest.engine is None else max(p.batch.max for p in manifest.engine.profiles)
+    chosen = limit if max_batch is None else max_batch
     for name, value in (("instances", instances), ("max_batch", chosen)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
-    if manifest.engine is not None and chosen > most:
-        raise ConfigError(f"max_batch {chosen} is more than the plans were built for: {most}")
+    if manifest.engine is not None and chosen > limit:
+        raise ConfigError(f"max_batch {chosen} is more than the plans were built for: {limit}")
     if queue_delay_us < 0:
         raise ConfigError(f"queue_delay_us must not be negative, and is {queue_delay_us}")
     out = Path(os.path.abspath(out))
@@ -78,7 +77,7 @@ def write_repository(
                 (folder / "config.pbtxt").write_text(text, encoding="utf-8")
                 models[folder.name] = out / folder.name
             partial.chmod(0o755)
-            os.rename(partial, out)
+            partial.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -89,7 +88,7 @@ def write_repository(
 def model_config(
     manifest: Manifest, graph: Graph, instances: int, cpu: bool, max_batch: int, queue_delay_us: int
 ) -> str:
-    """The config.pbtxt of one graph."""
+    """Return the text of the config.pbtxt of one graph."""
     spec = manifest.graphs[graph]
     kind = "KIND_CPU" if cpu else "KIND_GPU"
     profiles = range(len(manifest.engine.profiles)) if manifest.engine is not None else ()
@@ -101,7 +100,7 @@ def model_config(
         f"max_batch_size: {max_batch}",
         f"input [{_tensor(spec.input)}]",
         f"output [{_tensor(spec.output)}]",
-        # Requests of other shapes wait for their own batch.
+        # Triton batches only requests of equal shape.
         f"dynamic_batching {{\n  max_queue_delay_microseconds: {queue_delay_us}\n}}" if max_batch > 1 else "",
         f"instance_group [\n  {{\n    kind: {kind}\n    count: {instances}{chosen}\n  }}\n]",
         _warm_up(manifest, graph, spec),
@@ -115,25 +114,27 @@ def model_config(
 
 def _parameters(manifest: Manifest) -> Mapping[str, object]:
     config = manifest.config
-    found: dict[str, object] = {
+    parameters: dict[str, object] = {
         "precision": manifest.precision,
         "downscale": manifest.latent_space.factor,
         "scaling_factor": getattr(config, "scaling_factor", None),
         "shift_factor": getattr(config, "shift_factor", None),
     }
     if manifest.target == "tensorrt":
-        # Memory for the shapes that come, and not for the largest of all profiles from the beginning.
-        found["execution_context_allocation_strategy"] = "ON_PROFILE_CHANGE"
-    return {key: value for key, value in found.items() if value is not None}
+        # Allocate memory for the shapes of the requests, not for the largest shape of all profiles from the start.
+        parameters["execution_context_allocation_strategy"] = "ON_PROFILE_CHANGE"
+    return {key: value for key, value in parameters.items() if value is not None}
 
 
 def _tensor(spec: TensorSpec) -> str:
-    dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in spec.shape[1:])  # the batch is implied
+    dims = ", ".join(
+        str(size) if isinstance(size, int) else "-1" for size in spec.shape[1:]
+    )  # Triton adds the batch dimension
     return f"\n  {{\n    name: {_text(spec.name)}\n    data_type: {TYPES[spec.dtype]}\n    dims: [ {dims} ]\n  }}\n"
 
 
 def _warm_up(manifest: Manifest, graph: str, spec: GraphSpec) -> str:
-    """One call before the server says that it is ready: the first takes longer than all others."""
+    """Return the warm-up entry: one call before the server is ready, because the first call is the slowest."""
     if manifest.engine is not None:
         best = manifest.engine.profiles[0]
         height, width = best.height.opt, best.width.opt
@@ -151,6 +152,6 @@ def _warm_up(manifest: Manifest, graph: str, spec: GraphSpec) -> str:
 
 
 def _text(value: object) -> str:
-    """A string of the protobuf text format."""
+    """Return the value as a string literal of the protobuf text format."""
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

@@ -1,7 +1,7 @@
-"""Which form of the graphs is the fastest here: export each, time them side by side, keep the winner.
+"""Find the fastest form of the graphs on this machine: export each form, time them side by side, keep the fastest.
 
-All forms compute the same (see `rewrite.py`); which is the fastest depends on the runtime and the processor. Forms are
-timed in turn, round after round, so that a slow minute of the machine hits all of them alike.
+All forms compute the same function (see `vae_export.rewrites.form`); the fastest depends on the runtime and the
+processor. Forms are timed in turn, round after round, so that a slow phase of the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -33,23 +33,25 @@ from vae_export.rewrites.winograd import wide_convolutions
 from vae_export.targets import target_named
 from vae_export.targets.base import Target
 
-NOISE = 0.02  #: a form that is faster by less than this is not preferred
+NOISE = 0.02  #: relative speed-up below which a form is not preferred to the default
 
 
 class Trial(NamedTuple):
-    """One graph in one form with a number of threads (None: the runtime's choice), and how long its calls took."""
+    """Timed calls of one graph in one form, with a number of threads (None: the default of the runtime)."""
 
-    race: str  #: "forms", "last block", "convolutions" or "threads": what it was timed against, in turn
+    race: str  #: the group it was timed in: "forms", "last block", "convolutions" or "threads"
     graph: Graph
     form: Form
     threads: int | None
-    seconds: tuple[float, ...]
+    seconds: tuple[float, ...]  #: duration of each call
 
     @property
     def median(self) -> float:
+        """The median duration of a call, in seconds."""
         return statistics.median(self.seconds)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-serialisable dictionary."""
         seconds = [round(s, 5) for s in self.seconds]
         return {
             "race": self.race,
@@ -61,7 +63,7 @@ class Trial(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """A bundle in the winning forms, all that was tried for it, and the winner of each graph."""
+    """A bundle in the winning forms, all trials, and the winner of each graph."""
 
     bundle: Bundle
     trials: tuple[Trial, ...]
@@ -80,19 +82,19 @@ def tune_bundle(
     progress: Progress = no_progress,
     **choices: Any,
 ) -> Tuned:
-    """Time the exact forms of both graphs on this machine, and export a validated bundle in the fastest.
+    """Time the exact forms of both graphs on this machine, and export a validated bundle in the fastest forms.
 
-    TensorRT engines are timed on the GPU that is here, the others on the CPU. `choices` are the fields of
-    `ExportOptions`, by name.
+    Forms are timed on images of `height` x `width` pixels in batches of 1: TensorRT engines on the GPU of this machine,
+    all other graphs on the CPU. `choices` are fields of `ExportOptions`, by name. The manifest records all timings.
 
-    Images of `height` x `width` pixels, batch 1. The manifest records what was timed. Raises what `export_bundle`
-    raises, and `ConfigError` for a size that is not a multiple of the model's factor.
+    Raises the errors of `export_bundle`, and `ConfigError` for sizes that are not multiples of the downscaling factor
+    of the model.
     """
     options = replace(options or ExportOptions(), **choices)
     target = target_named(options.target)
     options = replace(options, precision=target.default_precision if options.precision is None else options.precision)
     check_choices(model, target, options)
-    target.choices("decoder", str(options.precision))  # raises where there is nothing to choose
+    target.choices("decoder", str(options.precision))  # raises `ConfigError` if there is nothing to choose
     check_path(out, "out")
     check_output(out, options.overwrite)
     factor = model.config.downscale
@@ -124,7 +126,7 @@ def tune_bundle(
 
 
 class _Bench:
-    """Times forms of one model at one size; `trials` is everything timed so far."""
+    """A benchmark of the forms of one model at one image size. `trials` has all timings so far."""
 
     def __init__(
         self,
@@ -148,8 +150,11 @@ class _Bench:
         }
 
     def winner(self, graph: Graph) -> Trial:
-        """The fastest: first among upsamplings and norms, then with another last block, with other convolutions, and
-        with other numbers of threads."""
+        """Return the fastest trial of a graph.
+
+        Races run one after the other, each with the winner of the one before: upsamplings and norms, last blocks,
+        convolutions, and numbers of threads.
+        """
         precision = str(self._options.precision)
         start, choices = self._target.forms[precision], self._target.choices(graph, precision)
         forms = [
@@ -171,7 +176,7 @@ class _Bench:
         return self._race("threads", graph, [(best.form, threads) for threads in counts])
 
     def _race(self, race: str, graph: Graph, entries: Sequence[tuple[Form, int | None]]) -> Trial:
-        """Time the entries in turn. The first is the one to beat, by more than what noise alone could be."""
+        """Time the entries in turn and return the fastest; the first unless another is faster by more than NOISE."""
         x = self._inputs[graph]
         seconds: list[list[float]] = [[] for _ in entries]
         with ExitStack() as stack:
@@ -184,7 +189,7 @@ class _Bench:
                 for runtime, times in zip(runtimes, seconds, strict=True):
                     self._progress(f"Timing {graph}", turn, self._rounds + 1)
                     elapsed = _timed(runtime, graph, x)
-                    if turn:  # the first warms up
+                    if turn:  # the first turn warms up
                         times.append(elapsed)
         trials = [Trial(race, graph, *entry, tuple(times)) for entry, times in zip(entries, seconds, strict=True)]
         self.trials += trials
@@ -195,21 +200,21 @@ class _Bench:
         if form not in self._bundles:
             path = self._directory / str(len(self._bundles))
             forms = {"encoder": form, "decoder": form}
-            # Rescaled or not, a graph takes the same time.
+            # Rescaling does not change the speed of a graph.
             export_bundle(self._model, path, self._options, forms=forms, rescale=False, run_validation=False)
             self._bundles[form] = path
         return self._bundles[form]
 
 
 def _first(default: Form, forms: Sequence[Form]) -> list[tuple[Form, None]]:
-    """The entries of a race, the default in front: it is the one to beat."""
+    """Return the entries of a race, with the default first: `_race` prefers it."""
     return [(form, None) for form in sorted(forms, key=lambda form: form != default)]
 
 
 def describe(form: Form) -> str:
-    """A form in a few words, for tables."""
-    said = f"upsample {form.upsample}, norm {form.norm}, last block {form.last_block}"
-    return f"{said}, convolutions {form.convolutions}"
+    """Return a short description of a form, for tables."""
+    text = f"upsample {form.upsample}, norm {form.norm}, last block {form.last_block}"
+    return f"{text}, convolutions {form.convolutions}"
 
 
 def _timed(runtime: VaeRuntime, graph: str, x: Any) -> float:

@@ -1,4 +1,4 @@
-"""Compare a bundle, as it stands on disk, with its model again."""
+"""Validate an existing bundle: compare it with its model again."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def validate_bundle(
     device: str | None = None,
     progress: Progress = no_progress,
 ) -> list[Measurement]:
-    """Compare a bundle with its model again, here and now: its graphs, and its steps where it is tileable.
+    """Compare the graphs of a bundle, and its steps if it is tileable, with its model on this machine.
 
-    The model is loaded from where the manifest says it came from, unless given; its weights must have the recorded hash
-    (`ConfigError` otherwise). Raises `NumericsError` where a threshold is missed.
+    Without `model`, the model is loaded from the source that the manifest records. Returns the measurements. Raises
+    `ConfigError` if the weights of the model do not have the recorded hash, and `NumericsError` if a threshold is
+    missed.
     """
     bundle = Bundle(path)
     bundle.verify()
@@ -47,11 +48,11 @@ def validate_bundle(
 
 
 def check_weights(model: ReferenceVae, manifest: Manifest) -> None:
-    """`ConfigError` unless these are the weights that the bundle was made from."""
+    """Raise `ConfigError` unless the model has the weights from which the bundle was made."""
     source = manifest.source
     recorded = source.get("tensors_sha256")
     has = tensors_sha256(model.state_dict())
-    if recorded is None:  # bundles of earlier versions have the hash of the file, or none
+    if recorded is None:  # bundles of earlier versions have a hash of the file, or none
         recorded, has = source.get("weights_sha256"), str(model.source.weights_sha256)
     if recorded is not None and has != recorded:
         name = "the model in memory" if model.source.kind == "memory" else model.source.given
@@ -61,7 +62,7 @@ def check_weights(model: ReferenceVae, manifest: Manifest) -> None:
 
 
 def load_recorded(manifest: Manifest) -> ReferenceVae:
-    """Load the model again from what the manifest recorded."""
+    """Load the model from the source that the manifest records. Raises `ConfigError` if it is unavailable."""
     source = manifest.source
     kind, given = source.get("kind"), source.get("given")
     if kind == "embedded":
@@ -74,7 +75,7 @@ def load_recorded(manifest: Manifest) -> ReferenceVae:
             "itself to validate_bundle, or one saved with save_pretrained to --model"
         )
     if kind in ("directory", "file"):
-        place = source.get("absolute") or given  # bundles of earlier versions have only what was given
+        place = source.get("absolute") or given  # bundles of earlier versions record only `given`
         if not Path(place).exists():
             raise ConfigError(
                 f"the bundle was made from {given}{'' if place == given else f', then {place},'} and nothing is there "

@@ -383,8 +383,8 @@ def test_weights_beyond_the_end_of_their_file_are_refused_and_nothing_crashes(bu
     offset = b'offset="64"'
     assert xml.count(offset) == 1
     paths = [bundle_copy(files={BIN: weights[:size]}) for size in (0, 1, 1000, len(weights) // 2, len(weights) - 1)]
-    for other in (b"-64", b"%d" % len(weights), b"%d" % 2**40, b"%d" % (2**63 - 1), b"%d" % (2**64 - 16)):
-        paths.append(bundle_copy(files={XML: xml.replace(offset, b'offset="%s"' % other)}))
+    others = (b"-64", b"%d" % len(weights), b"%d" % 2**40, b"%d" % (2**63 - 1), b"%d" % (2**64 - 16))
+    paths += [bundle_copy(files={XML: xml.replace(offset, b'offset="%s"' % other)}) for other in others]
     paths.append(bundle_copy(files={XML: xml.replace(b'size="64"', b'size="%d"' % 2**40, 1)}))
     program = """
 import sys, runtimes

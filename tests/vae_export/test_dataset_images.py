@@ -8,7 +8,7 @@ from dataset_samples import image_bytes
 from PIL import Image
 
 from runtimes import ConfigError
-from vae_export.dataset.encode import MOST_WAITING, BatchSize, batches
+from vae_export.dataset.encode import MAX_WAITING_PIXELS, BatchSize, batches
 from vae_export.dataset.images import SDXL_BUCKETS, Broken, Prepared, SizePolicy, Unchanged, parse_sizes, prepare
 from vae_export.dataset.sources import Item, Source
 
@@ -135,4 +135,4 @@ def test_what_waits_is_bounded():
     for batch in batches(counted(), BatchSize(8)):
         most = max(most, taken - given)
         given += len(batch)
-    assert given == 200 and most <= MOST_WAITING // side**2 + 1
+    assert given == 200 and most <= MAX_WAITING_PIXELS // side**2 + 1

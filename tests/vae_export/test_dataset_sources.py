@@ -176,7 +176,7 @@ def test_loops_of_links_end_and_are_listed(tmp_path):
     ids, skipped = listing(tmp_path / "in")
     assert ids == ["000.png", "001.png", "002.png", "circle.png", "deep/er/003.png"]
     folder = "a folder that is read under another path"
-    assert skipped == {"self": folder, "deep/up": folder, "deep/er/root": folder, "circle": "a link to nothing"}
+    assert skipped == {"self": folder, "deep/up": folder, "deep/er/root": folder, "circle": "a broken link"}
 
 
 def test_a_folder_that_several_links_lead_to_is_read_once_under_the_first(tmp_path):
@@ -220,7 +220,7 @@ def test_fifos_and_sockets_are_not_waited_for(tmp_path):
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as listening:
         listening.bind(str(tmp_path / "socket.png"))
         ids, skipped = listing(tmp_path)
-    reason = "no regular file but a FIFO, socket or device"
+    reason = "a FIFO, socket or device, not a regular file"
     assert ids == ["a.png"]
     assert skipped == dict.fromkeys(["pipe.png", "link.png", "null.png", "socket.png"], reason)
 
@@ -319,7 +319,7 @@ def test_all_that_is_skipped_is_counted_and_listed(workers, tmp_path, tiny_bundl
         ("*.txt", "not the suffix of an image", 2),
         (".hidden.png", "hidden: its name begins with a dot", 1),
         ("self", "a folder that is read under another path", 1),
-        ("x.jpg", "no regular file but a FIFO, socket or device", 1),
+        ("x.jpg", "a FIFO, socket or device, not a regular file", 1),
     ]
     (folder / "x.jpg").unlink()
     assert encode(folder, tiny_bundle, tmp_path / "out").skipped == 4

@@ -113,7 +113,7 @@ def test_weights_are_of_the_precision(openvino_bundle, graph, precision, stored)
 
 @torch.no_grad()
 def test_wide_convolutions_are_those_of_winograd_in_fp32(two_level_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 16)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 16)
     path = tmp_path / "decoder.xml"
     export_ir(two_level_model, "decoder", path, form=FORMS["openvino", "fp32"])
     kinds = [operation.get_type_name() for operation in ov.Core().read_model(path).get_ops()]

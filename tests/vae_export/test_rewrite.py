@@ -167,7 +167,7 @@ def test_a_convolution_by_winograd_is_the_same_to_twice_the_digits_of_fp32(shape
 
 @pytest.mark.parametrize("name", ["three levels", "attention in every block", "two layers, no attention", "one level"])
 def test_models_with_wide_convolutions_are_the_same_at_odd_sizes_too(monkeypatch, name):
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 24)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 24)
     model = model_of(**MODELS[name]).double()
     form = Form(last_block="lean", convolutions="winograd")
     rewritten = rewrite(model, form)

@@ -166,7 +166,7 @@ def test_rebuilding_for_this_machine_keeps_profiles_and_graphs(rtx_bundle, tmp_p
 
 
 def test_rebuilding_needs_plans(tiny_bundle, tmp_path):
-    with pytest.raises(CompatibilityError, match="no plans to build again"):
+    with pytest.raises(CompatibilityError, match="no plans to rebuild"):
         rebuild_bundle(tiny_bundle, tmp_path / "again")
 
 

@@ -68,14 +68,14 @@ def test_a_form_that_wins_by_noise_alone_is_not_preferred(tiny_model, tmp_path, 
 
 
 def test_wide_convolutions_are_raced_in_fp32_alone(two_level_model, tmp_path, race, monkeypatch):
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 16)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 16)
     monkeypatch.setattr(tune, "export_bundle", lambda *_, **__: None)
     race(lambda form, threads: 1.0 if form.convolutions == "winograd" else 2.0)
     for precision, kinds in (("fp32", {"direct", "winograd"}), ("fp16", {"direct"})):
         tuned = tune_bundle(two_level_model, tmp_path / "b", precision=precision, height=16, width=16, rounds=1)
         assert {trial.form.convolutions for trial in tuned.trials} == kinds
         assert {winner.form.convolutions for winner in tuned.winners.values()} == {max(kinds)}  # the latter, if timed
-    monkeypatch.setattr(winograd, "LEAST_CHANNELS", 512)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 512)
     tuned = tune_bundle(two_level_model, tmp_path / "b", height=16, width=16, rounds=1)
     assert "convolutions" not in {trial.race for trial in tuned.trials}, "it has none"
 

@@ -1,1 +1,1 @@
-"""The command line: each module has one group of commands; each command parses, calls the library and prints."""
+"""The command line. Each module has one group of commands; each command parses, calls the library and prints."""

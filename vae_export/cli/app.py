@@ -1,4 +1,4 @@
-"""The commands about checkpoints and bundles, and the application that all groups of commands join."""
+"""Commands for checkpoints and bundles, and the application, to which all groups of commands are added."""
 
 from __future__ import annotations
 
@@ -80,14 +80,18 @@ def export(
             help="fp32, fp16 or bf16; int8 for OpenVINO. (default: fp32; fp16 for TensorRT)", show_default=False
         ),
     ] = None,
-    io_precision: Annotated[str, typer.Option(help="Of inputs and outputs: fp32, or same as the precision.")] = "fp32",
+    io_precision: Annotated[
+        str, typer.Option(help="Precision of inputs and outputs: fp32, or same for that of --precision.")
+    ] = "fp32",
     io: Annotated[
-        str, typer.Option("--io", help="Of images: float [B, 3, H, W] in [-1, 1], or uint8 [B, H, W, 3].")
+        str, typer.Option("--io", help="Format of images: float [B, 3, H, W] in [-1, 1], or uint8 [B, H, W, 3].")
     ] = "float",
     calibrate: Calibrate = None,
     no_rescale: Annotated[
         bool,
-        typer.Option("--no-rescale", help="Half precision as it is, to compare; add --no-validate if it overflows."),
+        typer.Option(
+            "--no-rescale", help="Do not rescale activations for half precision. Add --no-validate if it overflows."
+        ),
     ] = False,
     height: Pixels = None,
     width: Pixels = None,
@@ -96,10 +100,10 @@ def export(
     profile: Profiles = None,
     gpu: Gpus = None,
     tileable: Annotated[
-        bool, typer.Option("--tileable", help="Add what seamless tiling needs; twice the size.")
+        bool, typer.Option("--tileable", help="Add the graphs of seamless tiling, which doubles the size.")
     ] = False,
     no_validate: Annotated[
-        bool, typer.Option("--no-validate", help="Do not compare with the reference; recorded.")
+        bool, typer.Option("--no-validate", help="Do not compare with the reference. The bundle records this.")
     ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -151,7 +155,7 @@ def validate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a bundle with its model again, here and now; the model is loaded from where it came from."""
+    """Compare a bundle with its model again, on this machine. The default model is that of its recorded source."""
     loading.refuse_without_model(*(field.name for field in dataclasses.fields(loading)))
     with progress_bar() as progress:
         reference = None if loading.model is None else loading.load()
@@ -179,13 +183,13 @@ def tune(
     precision: Annotated[
         Optional[str], typer.Option(help="fp32, fp16 or bf16. (default: fp32; fp16 for TensorRT)", show_default=False)
     ] = None,
-    height: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
-    width: Annotated[int, typer.Option(help="Pixels of the images that are timed.")] = 512,
+    height: Annotated[int, typer.Option(help="Height in pixels of the timed images.")] = 512,
+    width: Annotated[int, typer.Option(help="Width in pixels of the timed images.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each form.")] = 3,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time the exact forms of the graphs on this machine, and export a verified bundle in the fastest."""
+    """Time the exact forms of the graphs on this machine, and export a verified bundle in the fastest forms."""
     options = ExportOptions(
         target=to, overwrite=overwrite, precision=target_named(to).default_precision if precision is None else precision
     )
@@ -201,7 +205,7 @@ def tune(
 
 @app.command()
 def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
-    """Check a bundle's files against their hashes and show what is in it."""
+    """Check the files of a bundle against their hashes and show its contents."""
     opened = Bundle(bundle)
     opened.verify()
     print_result(json.loads(opened.manifest.to_json()), bundle_table(str(bundle), opened.manifest), as_json)
@@ -218,7 +222,7 @@ def ranges(
     calibrate: Calibrate = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how large activations get, before and after rescaling for half precision, and plot them."""
+    """Measure the largest activations before and after rescaling for half precision, and plot them."""
     console = console_beside(out_file, as_json)
     format = plot_format(out_file)
     with progress_bar() as progress:

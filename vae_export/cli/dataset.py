@@ -44,50 +44,52 @@ def encode_dataset_command(
             parser=typed_name,
         ),
     ],
-    bundle: Annotated[Path, typer.Option("--bundle", help="The VAE.", show_default=False, parser=typed_path)],
+    bundle: Annotated[
+        Path, typer.Option("--bundle", help="The bundle of the VAE.", show_default=False, parser=typed_path)
+    ],
     out_dir: Annotated[
-        Path, typer.Option("--out", help="A new directory, or that of the same job.", parser=typed_directory)
+        Path, typer.Option("--out", help="A new directory, or the directory of the same job.", parser=typed_directory)
     ],
     format: Annotated[
         Optional[str],
-        typer.Option("--format", help="folder, webdataset, parquet or datasets. (default: what is there)"),
+        typer.Option("--format", help="folder, webdataset, parquet or datasets. (default: detected)"),
     ] = None,
-    policy: Annotated[str, typer.Option(help="What to do about sizes: none, center-crop or buckets.")] = "none",
+    policy: Annotated[str, typer.Option(help="How to unify image sizes: none, center-crop or buckets.")] = "none",
     size: Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT for center-crop.", show_default=False)] = None,
     buckets: Annotated[str, typer.Option(help="sdxl, or WIDTHxHEIGHT,WIDTHxHEIGHT,...")] = "sdxl",
     stored: Annotated[
         str, typer.Option("--store", help="What to store of the posterior: moments, mean or sample.")
     ] = "mean",
     unscaled: Annotated[
-        bool, typer.Option("--unscaled", help="Raw latents, not as a diffusion model takes them.")
+        bool, typer.Option("--unscaled", help="Store raw latents instead of latents scaled for diffusion models.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp16",
     flips: Annotated[bool, typer.Option("--flips", help="Encode the mirror image of every image as well.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of samples; each image adds the hash of its content.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of samples, combined with the hash of each image.")] = 0,
     batch: Annotated[
         Optional[int],
         typer.Option(
             min=1,
-            help="Images of one size that are encoded at once. (default: 8, on a CPU as many as have 256x256 pixels)",
+            help="Images of one size per encoder call. (default: 8, on a CPU at most 256x256 pixels in total)",
         ),
     ] = None,
-    shard_images: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 2048,
+    shard_images: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 2048,
     workers: Annotated[
-        Optional[int], typer.Option(min=0, help="Processes that decode. (default: one for each CPU that may be used)")
+        Optional[int], typer.Option(min=0, help="Number of decoder processes. (default: one per available CPU)")
     ] = None,
     image_column: Annotated[
-        Optional[str], typer.Option(help="The column of a table that holds the images, if several could.")
+        Optional[str], typer.Option(help="Column of a table with the images, if several are possible.")
     ] = None,
     id_column: Annotated[
-        Optional[str], typer.Option(help="The column of a table that holds ids. (default: FILE:ROW)")
+        Optional[str], typer.Option(help="Column of a table with the ids. (default: FILE:ROW)")
     ] = None,
     ray: Annotated[
-        Optional[str], typer.Option(help="Work on this Ray cluster: its address, auto, or local.", show_default=False)
+        Optional[str], typer.Option(help="Run on this Ray cluster: its address, auto, or local.", show_default=False)
     ] = None,
     ray_workers: Annotated[int, typer.Option(min=1, help="Number of runtimes on the Ray cluster.")] = 1,
     ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs for each runtime on the Ray cluster.")] = 0,
     threads: Annotated[
-        Optional[int], typer.Option(min=1, help="Threads of one call on the CPU.", show_default=False)
+        Optional[int], typer.Option(min=1, help="Threads per call on the CPU.", show_default=False)
     ] = None,
     max_pixels: MaxPixels = None,
     tiling: Tiling = None,
@@ -96,7 +98,7 @@ def encode_dataset_command(
     backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn all images of a dataset into latents. Run again, it encodes what is missing, changed or damaged."""
+    """Encode all images of a dataset. A second run encodes only missing, changed or damaged ones."""
     if (policy == "center-crop") != (size is not None):
         raise ConfigError("--size WIDTHxHEIGHT goes with --policy center-crop")
     if dtype not in DTYPES:
@@ -125,7 +127,7 @@ def encode_dataset_command(
         f"{out_dir}: {summary.images:,} images, {summary.encoded:,} encoded at {found['images_per_second']:.1f} "
         f"images/s, {summary.unchanged:,} unchanged, {summary.removed:,} removed, "
         f"{summary.failed:,} in errors.parquet, {summary.skipped:,} other files in skipped.parquet"
-        + (f"; {summary.shards_damaged:,} damaged shards made anew" if summary.shards_damaged else ""),
+        + (f"; {summary.shards_damaged:,} damaged shards rewritten" if summary.shards_damaged else ""),
         as_json,
     )
 
@@ -135,7 +137,7 @@ def verify_latents_command(
     latents: Annotated[Path, typer.Argument(help="A directory of encode-dataset.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Read a directory of latents as a whole and compare every file with its hash."""
+    """Read every file of a directory of latents and compare it with its hash."""
     with progress_bar() as progress:
         found = verify_latents(latents, progress)
     print_result(
@@ -159,13 +161,16 @@ def export_latents_command(
     ] = None,
     skip_clashes: Annotated[
         bool,
-        typer.Option("--skip-clashes", help="Of images whose files would have one name, export the first."),
+        typer.Option(
+            "--skip-clashes", help="Export only the first of the images whose files would have the same name."
+        ),
     ] = False,
     suffix_clashes: Annotated[
-        bool, typer.Option("--suffix-clashes", help="Export the others as NAME-SUFFIX; rename their images likewise.")
+        bool,
+        typer.Option("--suffix-clashes", help="Export the others as NAME-SUFFIX; rename their images accordingly."),
     ] = False,
 ) -> None:
-    """Write stored latents in a format that trainers read."""
+    """Export stored latents to a format that trainers read."""
     if skip_clashes and suffix_clashes:
         raise ConfigError("give --skip-clashes or --suffix-clashes, not both")
     clashes = "skip" if skip_clashes else "suffix" if suffix_clashes else "refuse"

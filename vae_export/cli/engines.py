@@ -1,4 +1,4 @@
-"""The command line of TensorRT: for which shapes and GPUs to build, and what is done with engines afterwards."""
+"""Commands and options for TensorRT: shapes and GPUs of engines, rebuilding plans, Triton, the plan cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ engines = typer.Typer()
 
 _PANEL = "TensorRT"
 
-Pixels = Annotated[Optional[str], typer.Option(help="Pixels, as 1024 or 512..1024.", rich_help_panel=_PANEL)]
-Batch = Annotated[Optional[str], typer.Option(help="Images a call, as 1 or 1..4.", rich_help_panel=_PANEL)]
+Pixels = Annotated[Optional[str], typer.Option(help="Pixels, such as 1024 or 512..1024.", rich_help_panel=_PANEL)]
+Batch = Annotated[Optional[str], typer.Option(help="Images per call, such as 1 or 1..4.", rich_help_panel=_PANEL)]
 Preferred = Annotated[
     Optional[str],
     typer.Option(
-        help="BATCHxHEIGHTxWIDTH to be the fastest at. (default: smallest batch, largest image)",
+        help="BATCHxHEIGHTxWIDTH to optimise for. (default: smallest batch, largest image)",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -34,14 +34,14 @@ Preferred = Annotated[
 Profiles = Annotated[
     Optional[list[str]],
     typer.Option(
-        help="All of these in one, and more than once: 1..4x512..1024x512..1024@1x1024x1024.",
+        help="All of these options in one; repeatable: 1..4x512..1024x512..1024@1x1024x1024.",
         rich_help_panel=_PANEL,
     ),
 ]
 Gpus = Annotated[
     Optional[str],
     typer.Option(
-        help="Which GPUs, for TensorRT-RTX, as sm89,sm120. (default: the one here, or all that it takes)",
+        help="GPUs for TensorRT-RTX, such as sm89,sm120. (default: that of this machine, or all supported ones)",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -51,7 +51,7 @@ Gpus = Annotated[
 def profiles_of(
     factor: int, height: str | None, width: str | None, batch: str | None, opt: str | None, profiles: list[str]
 ) -> list[Profile]:
-    """What an engine is built for, from either way of saying it."""
+    """Return the profiles of --profile, or of --height, --width, --batch and --opt. `BadParameter` if both exist."""
     if not profiles and not any((height, width, batch, opt)):
         return []
     if not profiles:
@@ -70,11 +70,11 @@ def rebuild(
     bundle: BundlePath,
     out_dir: Annotated[
         Optional[Path],
-        typer.Option("--out", help="The new bundle. (default: in the place of the old)", parser=typed_directory),
+        typer.Option("--out", help="The new bundle. (default: replace the old one)", parser=typed_directory),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Build the plans of a TensorRT bundle again, for this machine, from the graphs in it."""
+    """Rebuild the plans of a TensorRT bundle for this machine, from the graphs in the bundle."""
     with progress_bar() as progress:
         made = rebuild_bundle(bundle, out_dir or bundle, overwrite=overwrite or out_dir is None, progress=progress)
     print_export(made.path, made, False)
@@ -86,13 +86,13 @@ def triton(
     out_dir: Annotated[Path, typer.Option("--out", help="The model repository.", parser=typed_directory)] = Path(
         "model_repository"
     ),
-    instances: Annotated[int, typer.Option(help="Of each model, on each GPU.")] = 1,
+    instances: Annotated[int, typer.Option(help="Instances of each model on each GPU.")] = 1,
     cpu: Annotated[bool, typer.Option("--cpu", help="Serve an ONNX bundle on the CPU.")] = False,
     max_batch: Annotated[
         Optional[int],
-        typer.Option(help="Images a batch. (default: 8, or what the plan was built for)", show_default=False),
+        typer.Option(help="Images per batch. (default: 8, or the maximum of the plan)", show_default=False),
     ] = None,
-    queue_delay: Annotated[int, typer.Option(help="Microseconds to wait for others of the same shape.")] = 2000,
+    queue_delay: Annotated[int, typer.Option(help="Microseconds to wait for other requests of the same shape.")] = 2000,
 ) -> None:
     """Write a model repository for the Triton Inference Server from an ONNX or TensorRT bundle."""
     models = write_repository(
@@ -110,7 +110,7 @@ CacheDirectory = Annotated[
     Optional[Path],
     typer.Option(
         "--dir",
-        help="Another cache than the default: what was given as cache_dir.",
+        help="Directory of the cache, as passed to cache_dir. (default: the user cache)",
         show_default=False,
         parser=typed_path,
     ),
@@ -119,7 +119,7 @@ CacheDirectory = Annotated[
 
 @cache.command("list")
 def cache_list(directory: CacheDirectory = None, as_json: AsJson = False) -> None:
-    """Show the plans, the last used first."""
+    """List the plans, most recently used first."""
     found = PlanCache(directory)
     entries = found.entries()
     data = {"directory": str(found.directory), "plans": [dataclasses.asdict(entry) for entry in entries]}
@@ -128,7 +128,7 @@ def cache_list(directory: CacheDirectory = None, as_json: AsJson = False) -> Non
 
 @cache.command("clear")
 def cache_clear(directory: CacheDirectory = None) -> None:
-    """Remove all plans; they are built again when they are needed."""
+    """Remove all plans. They are rebuilt when needed."""
     found = PlanCache(directory)
     count, freed = len(found.entries()), found.clear()
     say(f"{count} plans, {freed / 2**20:.0f} MiB, removed from {found.directory}")

@@ -1,9 +1,9 @@
-"""Running the command line: its exit codes, its errors, and the signals that end it.
+"""Run the command line: exit codes, errors and signals.
 
 Exit codes: 0 success, 1 a bug in this program, 2 wrong usage, 4 and up the error classes (see `runtimes.errors`),
-130 and 143 interrupted (Ctrl-C, SIGTERM), 141 a reader of standard output that has gone.
+130 and 143 interrupted (Ctrl-C, SIGTERM), 141 closed pipe at standard output.
 
-With --json, an error is printed as {"error": {"class", "message", "exit_code"}}, with "measurements" where it has some.
+With --json, an error is printed as {"error": {"class", "message", "exit_code"}}, with "measurements" if it has any.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from vae_export.cli.app import app
 from vae_export.cli.printing import err, measurements_table, print_error, say
 from vae_export.cli.streams import watched_streams
 
-_stopped_by: list[int] = []  #: signals that asked this process to end
+_stopped_by: list[int] = []  #: signals that interrupted this process
 
 
 def main() -> NoReturn:
-    """Entry point: runs the command and turns every error into one line and an exit code; into JSON with --json."""
+    """Run the command; turn every error into one line (with --json, also into JSON) and an exit code."""
     with watched_streams() as stdout:
         try:
             code = _run()
             stdout.flush()
         except Exception as error:
-            _exit_if_stopped()  # a library may have made another exception of it
+            _exit_if_stopped()  # a library may have converted the interruption to another exception
             code = 0 if stdout.failed is not None else _report_bug(error)
-        if stdout.failed is not None and code in (0, 1):  # 1: what typer makes of it
+        if stdout.failed is not None and code in (0, 1):  # 1: the exit code of typer for it
             code = _report_stdout(stdout.failed)
     sys.exit(code)
 
 
 def _run() -> int:
-    """Run the command -> its exit code."""
+    """Run the command and return its exit code."""
     as_json = _json_asked()
     try:
-        with _heeding_signals():
-            # Wrong usage: typer prints it for people.
+        with _signals_handled():
+            # Without --json, typer prints usage errors.
             code = app(prog_name="vae-export", standalone_mode=not as_json)
             return code if isinstance(code, int) else 0
     except VaeError as error:
-        _exit_if_stopped()  # a call that was ended says so
+        _exit_if_stopped()  # a cancelled call raises a `VaeError`
         if isinstance(error, NumericsError) and error.measurements:
             err.print(measurements_table(error.measurements))
         _complain("error", error)
@@ -60,7 +60,7 @@ def _run() -> int:
         _exit_if_stopped()
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except Exception as error:
-        # Wrong usage, without typer's printing. Its versions have a ClickException of their own, or that of click.
+        # A usage error that typer did not print. Versions of typer raise their own ClickException or that of click.
         if not as_json or not hasattr(error, "format_message") or not hasattr(error, "exit_code"):
             raise
         say(f"error: {error.format_message()}", err)
@@ -69,12 +69,12 @@ def _run() -> int:
 
 
 def _json_asked() -> bool:
-    """Whether errors go to standard output as well: known before the arguments are parsed, which may be what fails."""
+    """Return whether --json is given. Needed before the arguments are parsed, because parsing may fail."""
     return "--json" in sys.argv[1:]
 
 
 def _report_bug(error: Exception) -> int:
-    """What this program did not foresee."""
+    """Print an unexpected error and return exit code 1; with VAE_EXPORT_DEBUG set, raise it."""
     if os.environ.get("VAE_EXPORT_DEBUG"):
         raise error
     _complain("internal error", error)
@@ -85,7 +85,7 @@ def _report_bug(error: Exception) -> int:
 
 
 def _report_stdout(failed: OSError) -> int:
-    """The exit code where standard output takes no more; a reader that has gone wants no message."""
+    """Report a write error of standard output, silently for a closed pipe, and return the exit code."""
     if failed.errno == errno.EPIPE:
         return 128 + signal.SIGPIPE
     error = BundleError(f"cannot write to standard output: {failed.strerror or failed}")
@@ -98,20 +98,20 @@ def _complain(what: str, error: Exception) -> None:
 
 
 @contextmanager
-def _heeding_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM call `_stop`, and end what may keep it waiting: a call at work in native code."""
+def _signals_handled() -> Iterator[None]:
+    """Return a context in which SIGINT and SIGTERM call `_stop` and cancel running calls in native code."""
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
-    reading, writing = os.pipe()  # Python writes each signal to it, whatever the main thread is at
+    reading, writing = os.pipe()  # Python writes each signal to it, whatever the main thread is doing
     os.set_blocking(writing, False)
     left = threading.Event()
 
     def watch() -> None:
-        while said := os.read(reading, 1):
-            while said[0] in numbers and not left.wait(0.1):
-                cancel_calls()  # again and again: the main thread may be just about to call
+        while received := os.read(reading, 1):
+            while received[0] in numbers and not left.wait(0.1):
+                cancel_calls()  # repeatedly: the main thread may be just about to start a call
         os.close(reading)
 
-    for number in numbers:  # SIG_IGN stays, as under nohup
+    for number in numbers:  # ignored signals stay ignored, as under nohup
         signal.signal(number, _stop)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
@@ -124,9 +124,9 @@ def _heeding_signals() -> Iterator[None]:
 
 
 def _stop(number: int, _: object) -> NoReturn:
-    """On Ctrl-C and SIGTERM alike: unwind, so that nothing half-written stays behind.
+    """Unwind the stack on SIGINT or SIGTERM, so that no partial files are left behind.
 
-    SystemExit, since versions of typer differ in what they make of KeyboardInterrupt.
+    Raises SystemExit, because versions of typer differ in their handling of KeyboardInterrupt.
     """
     _stopped_by.append(number)
     raise SystemExit(128 + number)

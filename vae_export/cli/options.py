@@ -1,4 +1,4 @@
-"""Arguments and options that more than one command of the command line has."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -21,35 +21,38 @@ from runtimes.files import STDOUT
 if TYPE_CHECKING:
     from vae_export.families.base import ReferenceVae
 
-# What is typed -> paths and names ---------------------------------------------------------------------------------
+# Conversion of arguments to paths and names -----------------------------------------------------------------------
 
 
 def typed_name(text: str) -> str:
-    """A name or path, with a leading `~` expanded: shells do not in --model=~/vae, nor in files that hold commands."""
+    """Return a name or path with a leading `~` expanded, which shells do not do in --model=~/vae.
+
+    Raises `BadParameter` if it is empty.
+    """
     if not text.strip():
         raise typer.BadParameter("it is empty")
-    return os.path.expanduser(text)
+    return os.path.expanduser(text)  # noqa: PTH111  # Path.expanduser raises an error for an unknown user
 
 
 def typed_path(text: str | Path) -> Path:
-    """A file to read, or a directory. Typer hands over a default as well, which is a `Path`."""
+    """Return the path of a file to read, or of a directory. Typer also passes defaults, which are `Path`s."""
     return Path(typed_name(str(text)))
 
 
 def typed_output(text: str | Path) -> Path:
-    """A file to write; - is standard output."""
+    """Return the path of a file to write; "-" means standard output."""
     return STDOUT if str(text) == "-" else typed_path(text)
 
 
 def typed_directory(text: str | Path) -> Path:
-    """A directory to write."""
+    """Return the path of a directory to write. Raises `BadParameter` for "-"."""
     if str(text) == "-":
-        raise typer.BadParameter("a directory is written, which standard output cannot take; ./- is one of that name")
+        raise typer.BadParameter("the output is a directory, not standard output; ./- is a directory named -")
     return typed_path(text)
 
 
 def alternatives(names: Iterable[str]) -> str:
-    """ "a, b or c"."""
+    """Return the names as "a, b or c"."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
 
@@ -64,7 +67,7 @@ Device = Annotated[
         show_default=False,
     ),
 ]
-Backend = Annotated[Optional[str], typer.Option(help="Another backend than the bundle's default.")]
+Backend = Annotated[Optional[str], typer.Option(help="The backend that runs the bundle. (default: that of its target)")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table, also for an error.")]
 Calibrate = Annotated[
     Optional[Path],
@@ -74,24 +77,27 @@ Calibrate = Annotated[
         parser=typed_path,
     ),
 ]
-Crop = Annotated[bool, typer.Option("--crop", help="Cut an image's sides to multiples of the VAE's factor.")]
+Crop = Annotated[bool, typer.Option("--crop", help="Crop the sides of an image to multiples of the VAE's factor.")]
 Pad = Annotated[
     bool,
-    typer.Option("--pad", help="Continue an image by its mirror image up to such a multiple, and cut that off again."),
+    typer.Option("--pad", help="Pad an image with its mirror image to such multiples, and crop the result."),
 ]
 MaxPixels = Annotated[
     Optional[int],
-    typer.Option(min=1, help="The most pixels that an image file may have. (default: 89 million)", show_default=False),
+    typer.Option(min=1, help="Maximum number of pixels per image file. (default: 89 million)", show_default=False),
 ]
 Tiling = Annotated[
     Optional[str],
-    typer.Option(help="Work in tiles: blended as in diffusers, or seamless (--tileable bundles).", show_default=False),
+    typer.Option(
+        help="Process in tiles: blended as in diffusers, or seamless (--tileable bundles).", show_default=False
+    ),
 ]
 Tile = Annotated[Optional[int], typer.Option(help="Side of a tile in pixels. (default: the model's sample_size)")]
 MemoryBudget = Annotated[
-    Optional[str], typer.Option(help="Tile what does not fit this, as in 2GiB, in the largest tiles that do.")
+    Optional[str],
+    typer.Option(help="Limit memory, such as 2GiB: larger images are processed in the largest tiles that fit."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, in one step.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle, atomically.")]
 
 
 # Which model ------------------------------------------------------------------------------------------------------
@@ -102,7 +108,7 @@ _PANEL = "Model"
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """Which model a command is about and how to read it: the arguments of `load_model`."""
+    """The model of a command and how to load it: the arguments of `load_model`."""
 
     model: Annotated[
         Optional[str], typer.Option(help=_MODEL, show_default=False, parser=typed_name, rich_help_panel=_PANEL)
@@ -110,13 +116,15 @@ class Loading:
     subfolder: Annotated[
         Optional[str],
         typer.Option(
-            help="Where in the directory or repository the VAE is: vae.", show_default=False, rich_help_panel=_PANEL
+            help="Folder of the VAE in the directory or repository, such as vae.",
+            show_default=False,
+            rich_help_panel=_PANEL,
         ),
     ] = None
     variant: Annotated[
         Optional[str],
         typer.Option(
-            help="Of the weights, as in fp16: diffusion_pytorch_model.VARIANT.safetensors.",
+            help="Variant of the weights, such as fp16: diffusion_pytorch_model.VARIANT.safetensors.",
             show_default=False,
             rich_help_panel=_PANEL,
         ),
@@ -144,7 +152,7 @@ class Loading:
     ] = None
 
     def load(self) -> ReferenceVae:
-        """The model; the embedded one where none is named."""
+        """Load the model, or the embedded one if none is named."""
         self.refuse_without_model("subfolder", "variant", "revision", "config")
         limit_torch_threads()
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
@@ -152,23 +160,24 @@ class Loading:
         return vae_export.load_model(given.pop("model", None), hub=vae_export.Hub(revision=revision), **given)
 
     def refuse_without_model(self, *names: str) -> None:
-        """Raise `BadParameter` where one of these options is given and no model that it could be about."""
+        """Raise `BadParameter` if one of these options is given without --model."""
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
         if self.model is None and given:
-            raise typer.BadParameter(f"{' and '.join(given)} without a model: name the one that is meant")
+            raise typer.BadParameter(f"{' and '.join(given)} without a model: name the model")
 
 
 def limit_torch_threads() -> None:
-    """Let PyTorch use no more threads than this process may: its own default is the number of cores it may run on."""
-    with suppress(ModuleNotFoundError):  # what needs PyTorch says so
+    """Limit the threads of PyTorch to the CPUs that this process may use; its default ignores CPU quotas."""
+    with suppress(ModuleNotFoundError):  # commands that need PyTorch report that it is missing
         torch = importlib.import_module("torch")
         torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 def loads_model(*, positional: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command all options of `Loading` in the place of its parameter `loading`; `positional`: MODEL without --.
+    """Return a decorator that replaces the parameter `loading` of a command by all options of `Loading`.
 
-    Typer reads a function's signature: this one is put together, so that every command has the same options.
+    With `positional`, MODEL is an argument instead of an option. Typer reads the signature of a function, so the
+    decorator builds one, and every command has the same options.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -194,7 +203,7 @@ def loads_model(*, positional: bool = False) -> Callable[[Callable[..., None]], 
 
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del wrapper.__wrapped__  # get_type_hints would follow it
+        del wrapper.__wrapped__  # get_type_hints would follow it to the original signature
         return wrapper
 
     return decorate

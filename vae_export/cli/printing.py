@@ -1,4 +1,4 @@
-"""What the command line shows: tables, a progress bar, the doctor's findings. No decisions here."""
+"""Output of the command line: tables, progress bar, doctor report."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
     from vae_export.rewrites.rescale import MeasuredRanges
     from vae_export.tune import Tuned
 
-# No markup: paths, models and messages have brackets of their own. Colour is given as Text.
+# Markup is disabled, because paths, models and messages may contain brackets. `Text` objects set colours.
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str, console: Console = out, *, first: str = "") -> None:
-    """Print one line, however narrow the terminal; what it begins with, `first`, is red."""
+    """Print text as one line, without wrapping; its prefix `first` is red."""
     line = Text(printable(text))
     line.stylize("bold red", 0, len(first))
     console.print(line, soft_wrap=True)
 
 
 def console_beside(path: Path, as_json: bool = False) -> Console:
-    """Where the text of a command goes that writes data to `path`: not between the data.
+    """Return the console for the text of a command that writes data to `path`: stderr if the data go to stdout.
 
-    Raises `BundleError` at once where `path` cannot be written, or takes the JSON's place.
+    Raises `BundleError` if `path` cannot be written, or if both data and JSON would go to standard output.
     """
     check_writable(path)
     if not is_stdout(path):
@@ -58,12 +58,12 @@ def console_beside(path: Path, as_json: bool = False) -> Console:
 
 
 def printable(text: object) -> str:
-    """The text on one line, without the escape sequences that a bundle or file of a stranger could hold."""
+    """Return the text on one line, without escape sequences, which an untrusted bundle or file could contain."""
     return "".join(character if character.isprintable() else " " for character in str(text))
 
 
 def to_json(data: Any) -> str:
-    """JSON text; null for NaN and infinity, which JSON does not have."""
+    """Return the data as JSON text, with null for NaN and infinity, which JSON lacks."""
     return json.dumps(_finite(data), indent=2, allow_nan=False)
 
 
@@ -76,16 +76,16 @@ def _finite(data: Any) -> Any:
 
 
 def print_error(error: Exception, exit_code: int, message: str | None = None) -> None:
-    """An error as JSON; with the numbers of what failed, where it has some."""
+    """Print an error as JSON, with its measurements if it has any."""
     record = {"class": type(error).__name__, "message": message or str(error), "exit_code": exit_code}
     if isinstance(error, NumericsError) and error.measurements:
         record["measurements"] = error.measurements
-    with suppress(OSError):  # standard output may be what fails
+    with suppress(OSError):  # the error may be that standard output cannot be written
         print(to_json({"error": record}))
 
 
 def print_result(data: Any, table: Any, as_json: bool, console: Console = out) -> None:
-    """As JSON for programs, or as a table or line for people."""
+    """Print a result as JSON, or as a table or line of text."""
     if as_json:
         print(to_json(data))
     elif isinstance(table, str):
@@ -95,7 +95,7 @@ def print_result(data: Any, table: Any, as_json: bool, console: Console = out) -
 
 
 def print_export(path: Path, bundle: Bundle, as_json: bool) -> None:
-    """What was exported, and how far it is from the reference."""
+    """Print an exported bundle and its deviation from the reference."""
     manifest = bundle.manifest
     if as_json:
         print(to_json({"bundle": str(bundle.path), "manifest": json.loads(manifest.to_json())}))
@@ -112,21 +112,25 @@ def print_export(path: Path, bundle: Bundle, as_json: bool) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on standard error, driven by (what is being done, steps done, steps in all); cleared at the end."""
+    """Return a context with a progress callback (description, steps done, total steps) that drives a bar on stderr.
+
+    The bar is cleared at the end.
+    """
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    # Elsewhere than on a terminal it would leave nothing but an empty line.
+    # Without a terminal it would only print an empty line.
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("Starting", total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
 
 
 def validation_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of comparisons with the reference."""
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title="Against the reference", title_justify="left"
     )
     for heading in ("graph", "by", "input", "shape", "max abs", "PSNR dB", "uint8", ""):
         numbers = heading in ("max abs", "PSNR dB", "uint8")
-        # On a narrow terminal the texts are wrapped, so that no number is cut off.
+        # On a narrow terminal text columns wrap, so that numbers are not truncated.
         table.add_column(heading, no_wrap=heading not in ("by", "input"), justify="right" if numbers else "left")
     for m in measurements:
         psnr, steps = m["psnr_db"], m["uint8_steps"]
@@ -144,7 +148,7 @@ def validation_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def measurements_table(measurements: Sequence[Mapping[str, Any]]) -> Table:
-    """The numbers of a `NumericsError`: comparisons with the reference, or rows of any other kind."""
+    """Return a table of the measurements of a `NumericsError`: comparisons with the reference, or any other rows."""
     if all("psnr_db" in row for row in measurements):
         return validation_table(measurements)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Measured", title_justify="left")
@@ -165,6 +169,7 @@ def _cell(value: Any) -> str:
 
 
 def bundle_table(path: str, manifest: Manifest) -> Table:
+    """Return a table of the contents of a bundle."""
     config, source = manifest.config, manifest.source
     space = manifest.latent_space
     channels = f"{space.channels} latent channels, 1/{space.factor} of the image's size"
@@ -174,7 +179,7 @@ def bundle_table(path: str, manifest: Manifest) -> Table:
     verdict = manifest.validation.get("verdict", "unknown")
     table = Table(show_header=False, title=printable(path), title_justify="left")
     table.add_column()
-    table.add_column(overflow="fold")  # no hash is cut off
+    table.add_column(overflow="fold")  # hashes are wrapped, not truncated
     table.add_row("target", f"{manifest.target} {manifest.precision}, by vae-export {printable(manifest.version)}")
     table.add_row("source", printable(f"{source.get('given')}{commit}"))
     if source.get("changed_in_memory"):
@@ -182,7 +187,7 @@ def bundle_table(path: str, manifest: Manifest) -> Table:
     else:
         table.add_row("weights sha256", printable(source.get("weights_sha256")))
     if manifest.engine is not None:
-        gpus = ", ".join(manifest.engine.gpus) or "all GPUs that it takes"
+        gpus = ", ".join(manifest.engine.gpus) or "all supported GPUs"
         table.add_row("engine", printable(f"{manifest.engine.flavour} {manifest.engine.version} for {gpus}"))
         for profile in manifest.engine.profiles:
             table.add_row("profile", f"{profile}, batch x height x width")
@@ -199,7 +204,7 @@ def bundle_table(path: str, manifest: Manifest) -> Table:
 
 
 def rewrites_text(rewrites: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What was rescaled and by how much, in a few lines."""
+    """Yield lines of text about the rescaled activations and their factors."""
     for rewrite in rewrites:
         if rewrite["name"] != "rescale_activations":
             continue
@@ -215,7 +220,7 @@ def rewrites_text(rewrites: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def ranges_table(found: MeasuredRanges, picture: Path) -> Table:
-    """The twelve largest places."""
+    """Return a table of the twelve places with the largest activations."""
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, title=f"Largest activations, plotted in {picture}", title_justify="left"
     )
@@ -229,7 +234,7 @@ def ranges_table(found: MeasuredRanges, picture: Path) -> Table:
 
 
 def tuning_table(tuned: Tuned, path: str) -> Table:
-    """Every form that was timed, the winners marked."""
+    """Return a table of all timed forms, with the winners marked."""
     title = printable(f"Tuned: {path}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
     for heading in ("graph", "upsample", "norm", "last block", "convs", "threads", "median s", "ratio", ""):
@@ -256,7 +261,7 @@ def tuning_table(tuned: Tuned, path: str) -> Table:
 
 
 def cache_table(directory: Path, plans: Sequence[CachedPlan]) -> Table:
-    """The plans of the cache, the last used first."""
+    """Return a table of the cached plans, in the given order."""
     total = sum(plan.size for plan in plans)
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -280,7 +285,7 @@ def cache_table(directory: Path, plans: Sequence[CachedPlan]) -> Table:
 
 
 def plot_format(path: Path) -> str:
-    """The format of the plot at `path`, for `plot_ranges`; `BundleError` for an extension that matplotlib lacks."""
+    """Return the format of the plot at `path`. Raises `BundleError` if matplotlib does not support the extension."""
     formats = _pyplot().gcf().canvas.get_supported_filetypes()
     _pyplot().close()
     extension = path.suffix.lower().removeprefix(".")
@@ -303,7 +308,7 @@ def _pyplot() -> Any:
 
 
 def plot_ranges(found: MeasuredRanges, path: Path, format: str) -> None:
-    """Activation maxima along the computation, before and after rescaling, with the end of fp16 drawn in."""
+    """Plot the largest activations along the computation, before and after rescaling, and the limit of fp16."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(2, 1, figsize=(11, 7), sharey=True, layout="constrained")
     for side, axis in zip(("encoder", "decoder"), axes, strict=True):
@@ -332,7 +337,7 @@ PACKAGES = (
 
 
 def diagnose() -> dict[str, Any]:
-    """What is installed, which backends open here and why the others do not, and whether exporting works."""
+    """Return what is installed, the state of each backend on this machine, and whether exporting works."""
     from runtimes.doctor import check_backend
 
     packages: dict[str, str | None] = {}
@@ -354,6 +359,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def doctor_table(found: Mapping[str, Any]) -> Table:
+    """Return a table of the result of `diagnose`."""
     table = Table("what", "state", title=f"Python {found['python']} on {found['platform']}", title_justify="left")
     for backend, devices in found["backends"].items():
         for device, state in devices.items():

@@ -1,4 +1,4 @@
-"""Commands that sign bundles and verify their signatures."""
+"""Commands that sign bundles and verify signatures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sign(
         Path, typer.Option("--key", help="A private elliptic key, in PEM.", show_default=False, parser=typed_path)
     ],
 ) -> None:
-    """Sign a bundle: its files and its manifest, in model.sig."""
+    """Sign the files and the manifest of a bundle. Writes model.sig into it."""
     say(f"{sign_bundle(bundle, key)} signs {bundle}")
 
 
@@ -30,9 +30,9 @@ def verify(
     bundle: BundlePath,
     key: Annotated[
         Path,
-        typer.Option("--key", help="The public key of who signed it, in PEM.", show_default=False, parser=typed_path),
+        typer.Option("--key", help="The public key of the signer, in PEM.", show_default=False, parser=typed_path),
     ],
 ) -> None:
-    """Check that a bundle is what the owner of a key signed, to the byte."""
+    """Verify that a bundle is byte-identical to the one that the owner of a key signed."""
     manifest = verify_bundle(bundle, key).manifest
     say(f"{bundle}: signed by the owner of {key}, and whole ({manifest.target}, {manifest.precision})")

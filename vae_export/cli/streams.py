@@ -1,4 +1,4 @@
-"""Standard output and error while a command runs: any text can be printed, and a failure to print is remembered."""
+"""Wrappers of standard output and error that print any text and remember failures to print."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from typing import Any, TextIO, cast
 
 
 class WatchedStream:
-    """A text stream that remembers the first error of writing to it: a full disk, a reader that has gone.
+    """A text stream that remembers its first write error, such as a full disk or a closed pipe.
 
-    Only so can that be told from an error of another file. With `lossy`, the error is not raised.
+    Otherwise such an error could not be distinguished from an error of another file. With `lossy`, errors are not
+    raised.
     """
 
     def __init__(self, stream: TextIO | None, *, lossy: bool = False) -> None:
         self.failed: OSError | None = None
         self._stream, self._lossy = stream, lossy
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that its encoding lacks must not end a command
+            stream.reconfigure(errors="backslashreplace")  # an unencodable name must not end a command
 
     def write(self, text: str) -> int:
+        """Write text and return its length."""
         with self._watching():
             if self._stream is not None:
                 self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream."""
         with self._watching():
             if self._stream is not None:
                 self._stream.flush()
 
     def discard(self) -> None:
-        """Send what is left in the stream's buffer nowhere: the interpreter would try again at its end, and say so."""
+        """Redirect the stream to the null device, so that the interpreter does not fail to flush it at exit."""
         if self._stream is not None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -55,10 +58,10 @@ class WatchedStream:
 
 @contextmanager
 def watched_streams() -> Iterator[WatchedStream]:
-    """Standard output, watched; what standard error does not take is lost, since nobody could be told."""
+    """Return a context with a watched standard output. Write errors of standard error are ignored."""
     before = sys.stdout, sys.stderr
     out, err = WatchedStream(sys.stdout), WatchedStream(sys.stderr, lossy=True)
-    # A stream that was closed stays None: everything that prints knows this case.
+    # A closed stream stays None: all code that prints handles this case.
     sys.stdout = cast(TextIO, out) if before[0] is not None else before[0]
     sys.stderr = cast(TextIO, err) if before[1] is not None else before[1]
     try:

@@ -1,7 +1,7 @@
-"""From prepared images to stored latents: form batches of one size, encode, store what is wanted of the posterior.
+"""Group prepared images into batches of one size, encode them, and convert the posteriors to stored latents.
 
-Batches depend on the images and their order alone, never on timing. So the same backend writes the same shard on any
-machine with any number of workers.
+Batches depend only on the images and their order, never on timing. The same backend therefore writes the same shard on
+any machine with any number of workers.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from runtimes.posterior import DiagonalGaussianDistribution
 from vae_export.dataset.images import Broken, Prepared
 from vae_export.dataset.sources import Item
 
-MOST_WAITING = 64 << 20  #: pixels of images that wait until a batch of their size is full
-MOST_AT_ONCE = 8  #: images in a batch by default
-CACHED = 256 * 256  #: pixels in a batch on a CPU by default: larger batches exceed its caches and are slower
-Found = tuple[Item, Prepared]
-Batch = list[Found]
+MAX_WAITING_PIXELS = 64 << 20  #: maximum total pixels of the images that wait for a full batch of their size
+DEFAULT_BATCH_SIZE = 8  #: default maximum of images per batch
+CPU_BATCH_PIXELS = (
+    256 * 256
+)  #: default maximum of pixels per batch on a CPU; larger batches exceed caches and are slower
+PreparedItem = tuple[Item, Prepared]
+Batch = list[PreparedItem]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What to store of each posterior.
+    """Which values of each posterior are stored, and how.
 
-    `stored` is "moments", "mean" or "sample"; `scaled` says whether latents are scaled as a diffusion model takes them.
-    `dtype` is float32, float16 or bfloat16. With `flips` the mirror image of every image is an entry too. `seed` is the
-    seed of samples.
+    `stored` is "moments", "mean" or "sample". If `scaled`, latents are stored in the scale that diffusion models use,
+    otherwise raw. `dtype` is "float32", "float16" or "bfloat16". If `flips`, the mirror image of every image gets an
+    entry as well. `seed` is the non-negative seed of samples.
     """
 
     stored: str = "mean"
@@ -46,11 +48,11 @@ class Storage:
     seed: int = 0
 
     def factor(self, latent_space: LatentSpace) -> int:
-        """Pixels for each latent that is stored, along each side of an image."""
+        """Return the downscaling factor: pixels per stored latent along each side of an image."""
         return latent_space.normalised_factor if self.scaled else latent_space.factor
 
     def check(self, latent_space: LatentSpace) -> None:
-        """Raise `ConfigError` for unknown values, or for what this VAE cannot give."""
+        """Raise `ConfigError` for unknown values, and for values that this VAE cannot provide."""
         if self.stored not in STORED:
             raise ConfigError(f"stored {self.stored!r}; known are {', '.join(STORED)}")
         if self.dtype not in DTYPES:
@@ -70,20 +72,20 @@ class Storage:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Limits of a batch: `most` images, and `pixels` in all of them together. One image is always allowed."""
+    """Limits of a batch: at most `images` images with `pixels` pixels in total. One image is always allowed."""
 
-    most: int
+    images: int
     pixels: int | None = None
 
     def of(self, height: int, width: int) -> int:
-        """Number of images of this size in a full batch."""
-        return self.most if self.pixels is None else max(1, min(self.most, self.pixels // (height * width)))
+        """Return the number of images of this size, in pixels, in a full batch."""
+        return self.images if self.pixels is None else max(1, min(self.images, self.pixels // (height * width)))
 
 
-def batches(found: Iterable[Found], size: BatchSize) -> Iterator[Batch]:
-    """Group images by size into full batches, and the rest into smaller ones at the end.
+def batches(found: Iterable[PreparedItem], size: BatchSize) -> Iterator[Batch]:
+    """Group images by size into full batches; yield the incomplete batches at the end.
 
-    At most MOST_WAITING pixels wait: beyond that, the batch that was begun first is yielded before it is full.
+    If more than MAX_WAITING_PIXELS pixels wait, the oldest incomplete batch is yielded early.
     """
     waiting: dict[tuple[int, ...], Batch] = {}
     pixels = 0
@@ -92,7 +94,7 @@ def batches(found: Iterable[Found], size: BatchSize) -> Iterator[Batch]:
         waiting.setdefault(shape, []).append((item, image))
         pixels += shape[0] * shape[1]
         full = size.of(shape[0], shape[1])
-        while waiting and (len(waiting.get(shape, ())) == full or pixels > MOST_WAITING):
+        while waiting and (len(waiting.get(shape, ())) == full or pixels > MAX_WAITING_PIXELS):
             ready = shape if len(waiting.get(shape, ())) == full else next(iter(waiting))
             group = waiting.pop(ready)
             pixels -= len(group) * ready[0] * ready[1]
@@ -101,8 +103,10 @@ def batches(found: Iterable[Found], size: BatchSize) -> Iterator[Batch]:
 
 
 def encode_batch(vae: VaeRuntime, images: Sequence[Prepared], storage: Storage) -> list[list[Array] | Broken]:
-    """Encode a batch. The result for an image is its latents as stored, [C, h, w], and with flips those of its mirror
-    image; or the reason why there are none. If memory runs out, the batch is halved until it fits.
+    """Encode a batch of images of one size.
+
+    Returns, for each image, its latents as stored, [C, h, w], followed with flips by those of its mirror image; or
+    `Broken` with the reason why there are none. If memory runs out, the batch is halved until it fits.
     """
     results: list[list[Array] | Broken] = [[] for _ in images]
     for flipped in (False, True) if storage.flips else (False,):
@@ -120,14 +124,17 @@ def encode_batch(vae: VaeRuntime, images: Sequence[Prepared], storage: Storage) 
 
 
 def _moments(vae: VaeRuntime, images: Sequence[Prepared], flipped: bool) -> list[Array | Broken]:
-    """Mean and logvar of each image, float32 [2C, h, w], or plain latents [C, h, w]; or why there are none."""
+    """Return for each image its mean and logvar, float32 [2C, h, w], or its latents [C, h, w] if there is no posterior.
+
+    An image that cannot be encoded gives `Broken`.
+    """
     takes_pixels = vae.spec["encoder"].input.dtype == "uint8"
     try:
         pixels = np.stack([image.pixels[:, ::-1] if flipped else image.pixels for image in images])
         encoded = vae.encode(pixels if takes_pixels else to_float(pixels))[0]
         return list(on_host(encoded.parameters if vae.latent_space.posterior else encoded).astype(np.float32))
     except (OutOfMemoryError, MemoryError, ShapeError) as error:
-        # ShapeError: the batch may be larger than the profiles of a TensorRT bundle allow.
+        # ShapeError: a batch may exceed the profiles of a TensorRT bundle.
         if len(images) > 1:
             half = len(images) // 2
             return _moments(vae, images[:half], flipped) + _moments(vae, images[half:], flipped)
@@ -140,7 +147,7 @@ def _stored(vae: VaeRuntime, moments: Array, image: Prepared, flipped: bool, sto
     values: Any = moments
     if storage.stored != "moments" and vae.latent_space.posterior:
         posterior = DiagonalGaussianDistribution(moments[None])
-        # One generator for each image, seeded by its content: batch, shard and order do not matter.
+        # One generator per image, seeded by its content, so that samples do not depend on batch, shard or order.
         key = [storage.seed, int(flipped), int.from_bytes(image.sha256, "big")]
         values = (posterior.mode() if storage.stored == "mean" else posterior.sample([np.random.default_rng(key)]))[0]
     if storage.scaled:

@@ -1,4 +1,4 @@
-"""Stored latents in the formats that trainers read: sd-scripts' .npz, WebDataset tars, parquet for `datasets`."""
+"""Export stored latents to the formats that trainers read: sd-scripts .npz, WebDataset tars, parquet for `datasets`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runtimes.latents.dataset import Latent, LatentDataset, import_pyarrow
 from runtimes.latents.shards import Array
 from runtimes.progress import Progress, no_progress
 
-#: model -> (suffix of the file, whether latents are scaled there, whether keys carry the size of the latents)
+#: model -> (file suffix, whether sd-scripts expects scaled latents, whether array names contain the latent size)
 SD_SCRIPTS = {
     "sd": ("_sd.npz", False, False),
     "sdxl": ("_sdxl.npz", False, False),
@@ -30,21 +30,21 @@ SD_SCRIPTS = {
 }
 FORMATS = ("sd-scripts", "webdataset", "parquet")
 CLASHES = ("refuse", "skip", "suffix")
-PER_FILE = 10_000  #: entries of a tar or parquet file
+PER_FILE = 10_000  #: entries per tar or parquet file
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote. Without clashes both tuples are empty."""
+    """The outcome of an export. Without name clashes both tuples are empty."""
 
     entries: int
-    skipped: tuple[str, ...] = ()  #: ids that were left out
-    renamed: tuple[tuple[str, str], ...] = ()  #: (id, the image's new path without suffix)
+    skipped: tuple[str, ...] = ()  #: ids that were not exported
+    renamed: tuple[tuple[str, str], ...] = ()  #: (id, new path of the image without suffix)
 
 
 @dataclass(frozen=True)
 class Names:
-    """id -> the path of its image without suffix, for sd-scripts; and what was done about clashes."""
+    """The sd-scripts names: {id: path of the image without suffix}, and how clashes were resolved."""
 
     stems: dict[str, str]
     skipped: tuple[str, ...]
@@ -60,18 +60,22 @@ def export_latents(
     clashes: str = "refuse",
     progress: Progress = no_progress,
 ) -> Exported:
-    """Write all latents into the new directory `out`, whole or not at all.
+    """Write all latents into the new directory `out`, atomically.
 
-    `to` is one of FORMATS; sd-scripts needs the `model`, one of SD_SCRIPTS: it decides the names of the files, and
-    whether their latents are scaled; of moments sd-scripts gets the mean.
+    `to` is one of FORMATS. "sd-scripts" requires `model`, one of SD_SCRIPTS, which determines the names of the files
+    and whether their latents are scaled. If the dataset stores moments, sd-scripts files contain the mean.
 
-    sd-scripts names a cache by the path and size of its image, without the image's suffix, so a.jpg and a.png of one
-    size clash. `clashes` says what to do: "refuse" raises `ConfigError` that lists them; "skip" writes the first in the
-    order of the dataset and leaves the others out; "suffix" adds their suffix to the names of the others: a-png for
-    a.png. Images that were left out or renamed here must be removed or renamed where sd-scripts trains, since it would
-    take the first image's latents for them.
+    sd-scripts names a cache file by the path and size of the image, without the suffix of the image, so a.jpg and
+    a.png of one size clash. `clashes` decides what happens then:
 
-    Raises `ConfigError` for anything else.
+    - "refuse" raises `ConfigError`, which lists the clashing images;
+    - "skip" exports the first image in the order of the dataset and omits the others;
+    - "suffix" adds the suffix to the names of the others: a-png for a.png.
+
+    Omitted or renamed images must also be removed or renamed in the training data of sd-scripts, which would otherwise
+    use the latents of the first image for them.
+
+    Raises `ConfigError` for invalid arguments, and `BundleError` if `out` exists or cannot be written.
     """
     if to not in FORMATS:
         raise ConfigError(f"no format {to!r} to export to; known are {', '.join(FORMATS)}")
@@ -80,7 +84,7 @@ def export_latents(
     if clashes not in CLASHES:
         raise ConfigError(f"clashes {clashes!r}; known are {', '.join(CLASHES)}")
     if clashes != "refuse" and to != "sd-scripts":
-        raise ConfigError(f"clashes of names arise for sd-scripts alone, not for {to}")
+        raise ConfigError(f"names clash only in sd-scripts exports, not in {to}: omit the option")
     names = Names({}, (), ()) if model is None else _sd_scripts_names(dataset, clashes)
     with _new_directory(Path(out)) as directory:
         if model is not None:
@@ -95,8 +99,8 @@ def export_latents(
 
 
 def _sd_scripts_names(dataset: LatentDataset, clashes: str) -> Names:
-    """Name every image's file, and do as `clashes` says about names that are wanted twice."""
-    groups: dict[str, list[str]] = defaultdict(list)  # name of the file, without the model's suffix -> ids
+    """Choose the file name of every image; resolve clashes as `clashes` says."""
+    groups: dict[str, list[str]] = defaultdict(list)  # file name without the suffix of the model -> ids
     for entry in dataset.described():
         if not entry.flipped:
             groups[_sd_scripts_name(_stem(entry.id), entry)].append(entry.id)
@@ -104,7 +108,7 @@ def _sd_scripts_names(dataset: LatentDataset, clashes: str) -> Names:
     if clashing and clashes == "refuse":
         listed = "; ".join(" and ".join(ids) for ids in clashing)
         raise ConfigError(
-            "sd-scripts has one name for images that differ in their suffix alone, here "
+            "sd-scripts gives the same name to images that differ only in their suffix, here "
             f"{len(clashing)} times: {listed}. --skip-clashes exports the first of each; --suffix-clashes adds their "
             "suffix to the names of the others"
         )
@@ -137,11 +141,14 @@ def _sd_scripts_name(stem: str, entry: Latent) -> str:
 
 
 def _to_sd_scripts(dataset: LatentDataset, directory: Path, model: str, names: Names) -> Iterator[int]:
-    """Write NAME_WIDTHxHEIGHT_sdxl.npz where the image NAME.jpg would be, with what sd-scripts itself caches."""
+    """Write NAME_WIDTHxHEIGHT_sdxl.npz at the relative path of NAME.jpg, with the arrays that sd-scripts caches.
+
+    Yields the number of entries that are done.
+    """
     suffix, scaled, sized = SD_SCRIPTS[model]
     factor = int(dataset.contract["vae"]["downscale"])
     for number, entry in enumerate(dataset, start=1):
-        if entry.flipped or entry.id not in names.stems:  # the mirror image is in the file of its image
+        if entry.flipped or entry.id not in names.stems:  # latents of the mirror image go into the file of the image
             continue
         height, width = entry.original_size
         path = directory / _inside(_sd_scripts_name(names.stems[entry.id], entry) + suffix)
@@ -161,7 +168,10 @@ def _to_sd_scripts(dataset: LatentDataset, directory: Path, model: str, names: N
 
 
 def _to_webdataset(dataset: LatentDataset, directory: Path) -> Iterator[int]:
-    """00000.tar, ...: NUMBER.npy with the latents as stored (bfloat16 as float32), NUMBER.json with the rest."""
+    """Write 00000.tar, ...: NUMBER.npy with the latents as stored (bfloat16 as float32), NUMBER.json with the rest.
+
+    Yields the number of entries that are done.
+    """
     for first in range(0, len(dataset), PER_FILE):
         with tarfile.open(directory / f"{first // PER_FILE:05d}.tar", "w") as tar:
             for number in range(first, min(first + PER_FILE, len(dataset))):
@@ -177,7 +187,10 @@ def _to_webdataset(dataset: LatentDataset, directory: Path) -> Iterator[int]:
 
 
 def _to_parquet(dataset: LatentDataset, directory: Path) -> Iterator[int]:
-    """00000.parquet, ...: latents as lists [C][h][w], for `datasets.load_dataset("parquet", data_dir=...)`."""
+    """Write 00000.parquet, ...: latents as lists [C][h][w], for `datasets.load_dataset("parquet", data_dir=...)`.
+
+    Yields the number of entries that are done.
+    """
     pyarrow = import_pyarrow()
     number = pyarrow.float16() if dataset.contract["dtype"] == "float16" else pyarrow.float32()
     pair = pyarrow.list_(pyarrow.int32())
@@ -199,7 +212,7 @@ def _to_parquet(dataset: LatentDataset, directory: Path) -> Iterator[int]:
 
 
 def _latents(dataset: LatentDataset, entry: Latent, scaled: bool) -> Array:
-    """float32 [C, h, w], the mean of moments, scaled or raw as it is wanted."""
+    """Return the latents of an entry, float32 [C, h, w], scaled or raw; the mean if moments are stored."""
     latents = np.asarray(entry.latents, np.float32)
     if dataset.contract["stored"] == "moments":
         latents = latents[: len(latents) // 2]
@@ -207,14 +220,18 @@ def _latents(dataset: LatentDataset, entry: Latent, scaled: bool) -> Array:
         return latents
     affine = dataset.contract["affine"]
     if affine is None:
-        raise ConfigError("these latents are raw, and their VAE's scaling_factor is not known: not for this model")
+        raise ConfigError(
+            "these latents are raw, the model needs scaled ones, and the scaling_factor of their VAE is not known"
+        )
     multiply, add = (np.asarray(affine[name], np.float32).reshape(-1, 1, 1) for name in ("multiply", "add"))
     return (latents - add) * multiply if scaled else latents / multiply + add
 
 
 def _crop_ltrb(bucket: tuple[int, int], image: tuple[int, int]) -> tuple[float, float, float, float]:
-    """As sd-scripts' BucketManager.get_crop_ltrb has it, of (width, height): where the whole image would lie in the
-    bucket, fitted into it."""
+    """Return (left, top, right, bottom) of the whole image, fitted into the bucket. Sizes are (width, height).
+
+    Same formula as sd-scripts' `BucketManager.get_crop_ltrb`.
+    """
     if bucket[0] / bucket[1] > image[0] / image[1]:
         width, height = bucket[1] * image[0] / image[1], float(bucket[1])
     else:
@@ -224,7 +241,7 @@ def _crop_ltrb(bucket: tuple[int, int], image: tuple[int, int]) -> tuple[float, 
 
 
 def _inside(name: str) -> Path:
-    """A path below the directory: what would lead out of it is `ConfigError`."""
+    """Return the name as a relative path. Raises `ConfigError` if it would lead out of the directory."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         raise ConfigError(f"the id {name!r} leads out of the directory")
@@ -233,7 +250,7 @@ def _inside(name: str) -> Path:
 
 @contextmanager
 def _new_directory(out: Path) -> Iterator[Path]:
-    """A directory that takes the name `out` when the block ends well; otherwise nothing stays behind."""
+    """Yield a temporary directory that is renamed to `out` when the block succeeds and deleted when it fails."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BundleError(f"{out} exists; choose another --out")
     try:
@@ -244,7 +261,7 @@ def _new_directory(out: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)
-        os.rename(partial, out)
+        partial.rename(out)
     except OSError as error:
         raise BundleError(f"writing {out} failed: {error.strerror or error}; nothing was left behind") from None
     finally:

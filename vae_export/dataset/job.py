@@ -1,11 +1,15 @@
-"""Latents for a whole dataset: plan, encode, write, and resume an interrupted job.
+"""Encode a whole dataset into latents; resume an interrupted job.
 
-    list the source -> plan (which image in which shard) -> for each shard: decode in worker processes, encode in
-    batches of one size, write it whole -> index
+    list the source -> plan (assign each image to a shard) -> for each shard: decode in worker processes, encode in
+    batches of one image size, write the shard atomically -> write the index
 
-A shard depends on its own images alone. On each run it is kept if it is complete and its images are unchanged; if some
-images changed, only these are encoded again; if it is missing or damaged, all of them are. So whatever happened before,
-running the same command again ends with the same files.
+The content of a shard depends only on the images of that shard. On each run:
+
+- a complete shard whose images are unchanged is kept;
+- in a shard with some changed images, only the changed images are encoded again;
+- in a missing or damaged shard, all images are encoded again.
+
+Running the same command again therefore always ends with the same files.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from runtimes.latents.dataset import ERRORS_FILE, INDEX_FILE, import_pyarrow, ma
 from runtimes.latents.shards import SCHEMA_VERSION
 from runtimes.progress import Progress, no_progress
 from vae_export import __version__
-from vae_export.dataset.encode import CACHED, MOST_AT_ONCE, BatchSize, Storage, batches, encode_batch
+from vae_export.dataset.encode import CPU_BATCH_PIXELS, DEFAULT_BATCH_SIZE, BatchSize, Storage, batches, encode_batch
 from vae_export.dataset.images import Size, SizePolicy
 from vae_export.dataset.plan import Plan
 from vae_export.dataset.ray import RayCluster, run_on_ray
@@ -58,19 +62,23 @@ def encode_dataset(
     max_pixels: int | None = None,
     progress: Progress = no_progress,
 ) -> Summary:
-    """Encode every image of a source into the directory `out`, or what is missing, changed or damaged there.
+    """Encode every image of a source into the directory `out`.
 
-    `policy` and `sizes` are those of `SizePolicy`. `batch_size` images of one size are encoded at once (default: 8,
-    and on a CPU no more than have 256x256 pixels in all). `workers` is the number of processes that decode (default:
-    one for each CPU that this process may use). With `ray`, an address or "local", the work is done on Ray by
-    `ray_workers` runtimes, with `ray_gpus` each. `max_pixels` is the most that an image may have (default: Pillow's
-    limit, 89 million). None of this changes what is written, except that `batch_size` may
-    change the rounding.
+    Images that already have valid latents in `out` are skipped; missing, changed and damaged ones are encoded.
 
-    Images that cannot be encoded are listed in errors.parquet. Raises `ConfigError` where `out` holds other latents or
-    the source has none of its images, `BundleError` where `out` cannot be written.
+    `policy` and `sizes` are the arguments of `SizePolicy`. `batch_size` is the number of images of one size per encoder
+    call (default: 8, on a CPU limited to 256x256 pixels in total). `workers` is the number of decoder processes
+    (default: one per CPU that this process may use). If `ray` is given, an address or "local", the job runs on Ray
+    with `ray_workers` runtimes and `ray_gpus` GPUs per runtime. `max_pixels` limits the pixels of an image
+    (default: Pillow's limit, 89 million). None of these options changes the files that are written, except that
+    `batch_size` may change the rounding of latents.
+
+    Images that cannot be encoded are listed in errors.parquet.
+
+    Raises `ConfigError` if `out` holds latents of another job or the source contains none of the images of `out`, and
+    `BundleError` if `out` cannot be written.
     """
-    pyarrow = import_pyarrow()  # now, not when all is encoded
+    pyarrow = import_pyarrow()  # first, so that a missing package fails before any work
     storage = storage or Storage()
     for name, value in (
         ("batch_size", batch_size),
@@ -80,7 +88,9 @@ def encode_dataset(
     ):
         check_count(name, value)
     bundle = Bundle(opening.bundle)
-    at_once = BatchSize(batch_size or MOST_AT_ONCE, CACHED if batch_size is None and opening.is_cpu(bundle) else None)
+    at_once = BatchSize(
+        batch_size or DEFAULT_BATCH_SIZE, CPU_BATCH_PIXELS if batch_size is None and opening.is_cpu(bundle) else None
+    )
     storage.check(bundle.manifest.latent_space)
     channels, factor = bundle.manifest.graphs["encoder"].input.channels, storage.factor(bundle.manifest.latent_space)
     size_policy = SizePolicy(policy, sizes, factor, channels, max_pixels)
@@ -132,7 +142,7 @@ def _run_here(
     batch_size: BatchSize,
     report: Reporter,
 ) -> None:
-    begun: deque[ShardWork] = deque()  # shards whose images the decoders have been given
+    begun: deque[ShardWork] = deque()  # shards whose images have been submitted to the decoders
 
     def tasks() -> Iterator[Task]:
         for work in works:
@@ -160,8 +170,10 @@ def make_contract(
     batch_size: BatchSize,
     images_per_shard: int,
 ) -> dict[str, Any]:
-    """Describe the latents. A job may only resume with the same contract; only `encoded_with` may differ, the backend,
-    device and packages."""
+    """Return the contract: the JSON-serialisable description of the latents.
+
+    A job resumes only with the same contract, except for `encoded_with` (backend, device, package versions).
+    """
     manifest, space = bundle.manifest, bundle.manifest.latent_space
     packages = {"vae-export": __version__}
     for name in _PACKAGES[1:]:
@@ -195,7 +207,7 @@ def make_contract(
             {
                 "backend": opening.backend_of(bundle),
                 "device": opening.device,
-                "batch_size": batch_size.most,
+                "batch_size": batch_size.images,
                 "batch_pixels": batch_size.pixels,
                 "packages": packages,
             }

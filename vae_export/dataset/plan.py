@@ -1,8 +1,8 @@
-"""Which image belongs to which shard. The plan is on disk, so memory does not grow with the number of images.
+"""The plan of a job: a SQLite file that assigns each image to a shard.
 
-An image keeps its position for as long as it is in the source; a new one gets the next position, in the order of the
-files. Shard k holds the positions from k * n on, n being the images of a shard. So a shard depends on its own images
-alone, and what is added or removed leaves most shards as they are.
+The plan is on disk, so memory use does not grow with the number of images. An image keeps its position while it is in
+the source; new images get the next positions, in the order of the files. With n images per shard, shard k holds the
+positions from k * n to (k + 1) * n - 1. Adding or removing images therefore leaves most shards unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CREATE TEMP TABLE skipped(path TEXT, reason TEXT, count INTEGER, PRIMARY KEY(pat
 
 
 class Changes(NamedTuple):
-    """What an update found."""
+    """Numbers of images that an update of the plan added, removed and kept."""
 
     added: int
     removed: int
@@ -36,7 +36,7 @@ class Changes(NamedTuple):
 
 
 class Plan:
-    """The plan of a directory of latents, opened; it belongs to one job at a time."""
+    """An open plan of a directory of latents. Only one job may open it at a time."""
 
     def __init__(self, directory: Path, images_per_shard: int) -> None:
         self.images_per_shard = images_per_shard
@@ -47,9 +47,10 @@ class Plan:
             raise BundleError(f"{directory / PLAN_FILE} cannot be used: {error}") from None
 
     def update(self, source: Source) -> Changes:
-        """Take over what the source lists: all of it, or nothing if this is interrupted.
+        """Replace the images of the plan by those of the source, in one transaction.
 
-        Raises `ConfigError` for a source that lists nothing, an id twice, or none of the images of the plan.
+        An interrupted update leaves the plan unchanged. Raises `ConfigError` if the source is empty, contains an id
+        twice, or contains none of the images of the plan, and `BundleError` if the plan cannot be written.
         """
         run = self._database.execute
         current: Item | None = None
@@ -94,7 +95,7 @@ class Plan:
             run("ROLLBACK")
             assert current is not None
             raise ConfigError(f"the id {current.id!r} is in the source twice; ids must be unique") from None
-        except sqlite3.Error as error:  # SQLite itself has rolled back, for instance when the disk is full
+        except sqlite3.Error as error:  # SQLite has already rolled back, for instance because the disk is full
             raise BundleError(f"the plan cannot be written: {error}") from None
         except BaseException:
             run("ROLLBACK")
@@ -107,7 +108,7 @@ class Plan:
         )
 
     def skipped(self) -> Iterator[tuple[str, str, int]]:
-        """(path, reason, count) of what the last update's source held that was no image, in order."""
+        """Return (path, reason, count) of everything the last update skipped, sorted by path and reason."""
         return iter(self._database.execute("SELECT path, reason, count FROM skipped ORDER BY path, reason"))
 
     def _skipped_in_words(self) -> str:
@@ -119,7 +120,7 @@ class Plan:
         return int(self._database.execute("SELECT count(*) FROM items").fetchone()[0])
 
     def numbers(self) -> Iterator[int]:
-        """Numbers of the shards that have images, in order."""
+        """Yield the numbers of the shards that have images, in ascending order."""
         start = 0
         while True:
             query = "SELECT min(position) FROM items WHERE position >= ?"
@@ -130,7 +131,7 @@ class Plan:
             start = (number + 1) * self.images_per_shard
 
     def items(self, number: int) -> list[Item]:
-        """The images of a shard, in order."""
+        """Return the images of a shard, in order of position."""
         bounds = number * self.images_per_shard, (number + 1) * self.images_per_shard
         query = "SELECT id, file, at, size FROM items WHERE position >= ? AND position < ? ORDER BY position"
         return [Item(*row) for row in self._database.execute(query, bounds)]

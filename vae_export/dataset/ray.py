@@ -1,12 +1,12 @@
-"""Encoding a dataset on a Ray cluster: `pip install 'vae-export[ray]'`.
+"""Encode a dataset on a Ray cluster. Requires `pip install 'vae-export[ray]'`.
 
-    shard -> its images, prepared and grouped into batches (tasks)
-          -> the batches' latents (a pool of actors, each with an opened bundle)
-          -> here: the shard, written whole when all of its batches are back
+    shard -> tasks prepare its images and group them into batches
+          -> a pool of actors, each with an open bundle, encodes the batches
+          -> the driver writes the shard atomically once all of its batches have returned
 
-The code that forms batches is the same as on one machine, so the shards are the same, however many workers there are.
-Ray Data holds back tasks when the actors do not keep up, and repeats the work that was lost with a worker or a node.
-Source and bundle must be at the same paths on all nodes; `out` is needed only on the node that runs the command.
+Batches are formed by the same code as on one machine, so the shards do not depend on the number of workers. Ray Data
+throttles the tasks when the actors do not keep up, and repeats work that is lost with a worker or a node. The source
+and the bundle must be at the same paths on all nodes; `out` is needed only on the node that runs the command.
 """
 
 from __future__ import annotations
@@ -36,18 +36,24 @@ from vae_export.dataset.shard_work import Opening, Reporter, ShardWork
 from vae_export.dataset.shards import LatentDirectory
 from vae_export.dataset.sources import Item, Source
 
-TASK_CPUS = 0.25  #: CPUs of a preparing task; each actor asks for that much less, which leaves room for the tasks
+TASK_CPUS = 0.25  #: CPUs per preparing task; each actor requests this much less, which leaves CPUs for the tasks
 Row = dict[str, Any]
 
 
 class RayCluster:
-    """A connection to Ray at an address, or, for "local", a cluster of this machine alone that ends with it."""
+    """A connection to the Ray cluster at an address, or, for "local", a cluster on this machine.
+
+    A local cluster is shut down when the context exits.
+    """
 
     def __init__(self, address: str, workers: int, threads: int | None) -> None:
-        """Connect for `workers` runtimes of `threads` threads each. Raises `BackendUnavailable` where no cluster is
-        found, and `ConfigError` where "local" has too few CPUs for them."""
+        """Connect to a cluster that will run `workers` runtimes of `threads` threads each.
+
+        Raises `BackendUnavailable` if no cluster answers, and `ConfigError` if this machine has too few CPUs for a
+        "local" cluster.
+        """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray is going to have it
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the announced default of future Ray versions
         try:
             self.ray: Any = importlib.import_module("ray")
             self.data: Any = importlib.import_module("ray.data")
@@ -64,7 +70,7 @@ class RayCluster:
         if not self._ours:
             return
         job = self.ray.job_config.JobConfig()
-        job._py_driver_sys_path = _OfOurPath()
+        job._py_driver_sys_path = _SubsetOfSysPath()
         try:
             local = {"num_cpus": cores, "include_dashboard": False} if address == "local" else {}
             if address != "local":
@@ -84,10 +90,10 @@ class RayCluster:
             self.ray.shutdown()
 
 
-class _OfOurPath(list[str]):
-    """Directories that Ray puts first on the path of its workers: only those that are on the path of this process.
+class _SubsetOfSysPath(list[str]):
+    """The directories that Ray prepends to `sys.path` of its workers, restricted to `sys.path` of this process.
 
-    Ray would add the working directory, whatever lies there.
+    Without the restriction Ray would add the working directory, whatever it contains.
     """
 
     def extend(self, directories: Iterable[str]) -> None:
@@ -95,7 +101,7 @@ class _OfOurPath(list[str]):
 
 
 class Preparer:
-    """The task: a shard's row -> rows of batches, and at the end one that says how many there were."""
+    """The preparing task: turns the row of a shard into a row per batch, and a last row with the number of batches."""
 
     def __init__(self, source: Source, policy: SizePolicy, batch_size: BatchSize) -> None:
         self.source, self.policy, self.batch_size = source, policy, batch_size
@@ -122,14 +128,14 @@ class Preparer:
 
 
 class Encoder:
-    """The actor: an opened bundle, that turns the rows of batches into rows of latents."""
+    """The encoding actor: holds an open bundle and turns rows of batches into rows of latents."""
 
     def __init__(self, opening: Opening, storage: Storage, sha256: str, version: str) -> None:
         found = manifest_sha256(Bundle(opening.bundle))
         if found != sha256 or version != __version__:
             raise CompatibilityError(
-                f"this node has vae-export {__version__} and a bundle of manifest {found}, the one that runs the job "
-                f"{version} and {sha256}: give all nodes the same"
+                f"this node has vae-export {__version__} and a bundle with manifest {found}, but the node that runs "
+                f"the job has {version} and {sha256}: install the same version and bundle on all nodes"
             )
         self.vae, self.storage = opening.open(), storage
 
@@ -160,7 +166,10 @@ def run_on_ray(
     workers: int,
     gpus: float,
 ) -> None:
-    """Encode shards on a cluster, and write each as soon as all of it is back."""
+    """Encode shards on a cluster, and write each shard as soon as all of its batches have returned.
+
+    Raises `VaeError`, or the subclass that was raised on a node, if the job fails.
+    """
     context = cluster.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -196,7 +205,7 @@ def _collect(
     report: Reporter,
 ) -> None:
     begun: dict[int, tuple[ShardWork, set[int]]] = {}
-    whole: dict[int, int] = {}  # number of parts of a shard, as soon as it is known
+    whole: dict[int, int] = {}  # shard -> number of its parts, once known
     for row in rows:
         number, part = int(row["shard"]), int(row["part"])
         work, parts = begun.setdefault(number, None) or (work_of(number), set())  # type: ignore[arg-type]
@@ -215,11 +224,11 @@ def _collect(
             work.write(directory, storage.dtype)
             del begun[number], whole[number]
     if begun:
-        raise VaeError(f"Ray gave back {len(begun)} shards in part; run the same command again, it goes on")
+        raise VaeError(f"Ray returned {len(begun)} incomplete shards; run the same command again to continue")
 
 
 def _check_reachable(address: str) -> None:
-    """`ConnectionError` where nothing listens at HOST:PORT: Ray itself would wait for minutes."""
+    """Raise `ConnectionError` if nothing listens at HOST:PORT: Ray itself would wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         try:
@@ -233,11 +242,11 @@ def _row(number: int, part: int, work: Any) -> Row:
 
 
 def _as_vae_error(error: Any) -> VaeError:
-    """The `VaeError` that was raised on a node; for other errors, the last line of Ray's message."""
+    """Return the `VaeError` that was raised on a node; for other errors, one with the last line of Ray's message."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, VaeError):
             return type(cause)(str(cause))
         cause = getattr(cause, "cause", None) or cause.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return VaeError(f"Ray: {lines[-1]}; run the same command again, it goes on")
+    return VaeError(f"Ray: {lines[-1]}; run the same command again to continue")

@@ -1,5 +1,4 @@
-"""The parts of a job that runs on one machine and on Ray alike: how the bundle is opened, a shard in the making, and
-the report of what was done."""
+"""The parts of a job that local and Ray execution share: opening the bundle, collecting a shard, reporting progress."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from runtimes.backends import BACKENDS, backend_for
 from runtimes.edge import device_name
 from runtimes.latents.shards import Array, Failure, Shard
 from runtimes.progress import Progress
-from vae_export.dataset.encode import Batch, Found
+from vae_export.dataset.encode import Batch, PreparedItem
 from vae_export.dataset.images import Broken, Prepared
 from vae_export.dataset.shards import Entry, LatentDirectory, entries_of, write_shard
 from vae_export.dataset.sources import Item
@@ -22,7 +21,7 @@ from vae_export.dataset.workers import Result
 
 @dataclass(frozen=True)
 class Opening:
-    """The arguments of `open_vae` with which the bundle is opened, here or in a worker."""
+    """The arguments of `open_vae`, for this process or a worker process."""
 
     bundle: str
     backend: str | None = None
@@ -32,13 +31,15 @@ class Opening:
     threads: int | None = None
 
     def backend_of(self, bundle: Bundle) -> str:
+        """Return the name of the backend that opens the bundle."""
         return backend_for(bundle.manifest.target, self.backend)
 
     def is_cpu(self, bundle: Bundle) -> bool:
-        """Whether the bundle is run on the CPU."""
+        """Return whether the bundle runs on the CPU."""
         return device_name(self.device or BACKENDS[self.backend_of(bundle)].default_device) == "cpu"
 
     def open(self) -> VaeRuntime:
+        """Open the bundle with these arguments."""
         options: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}
         return open_vae(
             self.bundle,
@@ -52,20 +53,21 @@ class Opening:
 
 @dataclass
 class Summary:
-    """What a job did. Numbers are numbers of images unless their comment says otherwise."""
+    """The outcome of a job. Fields count images unless their comment says otherwise."""
 
     images: int = 0  #: in the source
     encoded: int = 0
     unchanged: int = 0
     removed: int = 0
     failed: int = 0  #: listed in errors.parquet
-    skipped: int = 0  #: files, folders and links of the source that are no images, listed in skipped.parquet
+    skipped: int = 0  #: files, folders and links of the source that are not images, listed in skipped.parquet
     shards_written: int = 0
-    shards_damaged: int = 0  #: shards that differed from their hash, and were made anew
-    seconds: float = 0.0  #: from the first image to the last shard
-    encoding_seconds: float = 0.0  #: the part of `seconds` that the backend took
+    shards_damaged: int = 0  #: shards that did not match their hash and were rewritten
+    seconds: float = 0.0  #: duration from the first image to the last shard
+    encoding_seconds: float = 0.0  #: time in the backend; on Ray, summed over all workers
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the rates derived from them as a JSON-serialisable dictionary."""
         busy = self.encoding_seconds / self.seconds if self.seconds else 0.0
         rate = self.encoded / self.seconds if self.seconds else 0.0
         return {**asdict(self), "images_per_second": round(rate, 3), "backend_busy": round(busy, 4)}
@@ -73,7 +75,7 @@ class Summary:
 
 @dataclass
 class ShardWork:
-    """A shard in the making: its images, the shard of an earlier job if there is one, and the results so far."""
+    """An unfinished shard: its images, the existing shard of an earlier job if there is one, and the results so far."""
 
     number: int
     items: list[Item]
@@ -83,14 +85,17 @@ class ShardWork:
     broken: dict[str, Failure] = field(default_factory=dict)
 
     def known(self) -> dict[str, bytes]:
-        """id -> sha256 of the images that an earlier job encoded or found broken; the rest must be encoded."""
+        """Return {id: sha256} of the images that an earlier job encoded or found broken.
+
+        All other images of the shard must be encoded.
+        """
         if self.old is None:
             return {}
         known = {id: sha256.tobytes() for id, sha256 in zip(self.old.ids, self.old.sha256, strict=True)}
         return known | {failure.id: failure.sha256 for failure in self.old.failures if failure.sha256 is not None}
 
-    def to_encode(self, found: Iterable[tuple[Item, Result]]) -> Iterator[Found]:
-        """Pass on the images that are to be encoded; record those that are broken or unchanged."""
+    def to_encode(self, found: Iterable[tuple[Item, Result]]) -> Iterator[PreparedItem]:
+        """Yield the images that must be encoded; record those that are broken or unchanged."""
         for item, result in found:
             if isinstance(result, Prepared):
                 yield item, result
@@ -100,6 +105,7 @@ class ShardWork:
                 self.summary.unchanged += 1
 
     def add_broken(self, item: Item, broken: Broken) -> None:
+        """Record an image that cannot be encoded."""
         self.broken[item.id] = Failure(item.id, *broken)
 
     def add_batch(self, batch: Batch, results: Sequence[list[Array] | Broken]) -> None:
@@ -113,7 +119,7 @@ class ShardWork:
             self.summary.encoded += 1
 
     def write(self, directory: LatentDirectory, dtype: str) -> None:
-        """Write the shard, unless the one that is there holds the same."""
+        """Write the shard, unless the existing one has the same content."""
         old: dict[str, list[Entry]] = {}
         for entry in entries_of(self.old) if self.old is not None else ():
             old.setdefault(entry.id, []).append(entry)
@@ -136,7 +142,7 @@ class ShardWork:
 
 
 class Reporter:
-    """Counts finished images and reports speed and remaining time, at most five times a second."""
+    """Count finished images and report speed and remaining time, at most five times a second."""
 
     def __init__(self, summary: Summary, progress: Progress) -> None:
         self.summary, self._progress = summary, progress
@@ -144,12 +150,13 @@ class Reporter:
         self._start = self._shown = time.perf_counter()
 
     def counted(self, found: Iterable[tuple[Item, Result]]) -> Iterator[tuple[Item, Result]]:
-        """Pass on prepared images, and count them."""
+        """Yield the prepared images and count each one once the consumer asks for the next."""
         for item, result in found:
             yield item, result
             self.add(1, isinstance(result, Broken))
 
     def add(self, done: int, broken: int) -> None:
+        """Count `done` finished images, of which `broken` failed, and report progress if a report is due."""
         self.done, self.broken = self.done + done, self.broken + broken
         now = time.perf_counter()
         if now - self._shown < 0.2:

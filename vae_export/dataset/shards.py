@@ -1,13 +1,15 @@
-"""Writing a directory of latents: shards, index, errors and contract, each whole or not at all.
+"""Write a directory of latents. Each file is written atomically.
 
-    contract.json       what the latents are: which VAE, what is stored, how images were prepared
-    shards/K.safetensors    see `runtimes.latents.shards`
-    index.parquet       where the latents of each id are; there exactly when the job has finished
-    errors.parquet      the images that have none, and why
-    skipped.parquet     what the source holds that was not taken for an image, and why
-    plan.sqlite         which image belongs to which shard; .lock is held by the job at work
+    contract.json           description of the latents: VAE, stored values, image preparation
+    shards/K.safetensors    the latents, see `runtimes.latents.shards`
+    index.parquet           shard and entry of each id; exists if and only if the job has finished
+    errors.parquet          images that could not be encoded, and the reasons
+    skipped.parquet         entries of the source that were not treated as images, and the reasons
+    plan.sqlite             assignment of images to shards
+    .lock                   held by the running job
 
-A file is written under another name, flushed to the disk, and renamed: after a crash it is the old one or the new one.
+A file is written under a temporary name, flushed to disk, and renamed: after a crash, either the old or the new file
+is there.
 """
 
 from __future__ import annotations
@@ -52,12 +54,12 @@ from runtimes.latents.shards import (
 )
 
 _SHARD = re.compile(r"(\d{8,})\.safetensors")
-_GO_ON = "run the same command again, it goes on"
-_ROWS = 10_000  #: rows that are written at a time
+_RESUME = "run the same command again to continue"
+_ROWS = 10_000  #: rows per write
 
 
 class Entry(NamedTuple):
-    """An entry of a shard: see `runtimes.latents.shards`."""
+    """An entry of a shard; `runtimes.latents.shards` describes the fields."""
 
     id: str
     flipped: bool
@@ -69,7 +71,7 @@ class Entry(NamedTuple):
 
 
 def entries_of(shard: Shard) -> Iterator[Entry]:
-    """What an opened shard holds, in its order."""
+    """Yield the entries of an open shard, in the order of the shard."""
     for number, id in enumerate(shard.ids):
         original, resized, crop = (
             (int(column[number, 0]), int(column[number, 1]))
@@ -80,14 +82,17 @@ def entries_of(shard: Shard) -> Iterator[Entry]:
 
 
 def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure], dtype: str) -> None:
-    """Write a shard of entries that are in the order of the source. `BundleError` where that fails."""
-    entries = sorted(entries, key=lambda entry: entry.latents.shape[1:])  # stable
+    """Write a shard. `entries` are in the order of the source; the shard groups them by latent size.
+
+    Raises `BundleError` if the file cannot be written.
+    """
+    entries = sorted(entries, key=lambda entry: entry.latents.shape[1:])  # stable: keeps the order within a size
     groups: dict[tuple[int, ...], list[Array]] = {}
     for entry in entries:
         groups.setdefault(entry.latents.shape, []).append(np.ascontiguousarray(entry.latents))
     ids = [entry.id.encode() for entry in entries]
     pair = ("I32", (len(entries), 2))
-    # The widest first, so that every tensor begins at a multiple of its size.
+    # Tensors with the widest items come first, so that each begins at a multiple of its item size.
     tensors: list[tuple[str, str, tuple[int, ...], Sequence[Any]]] = [
         ("id_ends", "I64", (len(ids),), [np.cumsum([len(id) for id in ids], dtype=np.int64)]),
         ("original_size", *pair, [np.array([entry.original_size for entry in entries], np.int32)]),
@@ -104,7 +109,9 @@ def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure
     ]
     listed = [[id, None if sha256 is None else sha256.hex(), reason] for id, sha256, reason in failures]
     metadata = {"schema_version": str(SCHEMA_VERSION), "dtype": dtype, "failures": json.dumps(listed)}
-    header: dict[str, Any] = {"__metadata__": {"file_sha256": NO_HASH, **metadata}}  # the hash first: HEADER_START
+    header: dict[str, Any] = {
+        "__metadata__": {"file_sha256": NO_HASH, **metadata}
+    }  # the hash must come first: see HEADER_START
     offset = 0
     for name, spelt, shape, parts in tensors:
         size = sum(part.nbytes if isinstance(part, np.ndarray) else len(part) for part in parts)
@@ -112,7 +119,7 @@ def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with written_whole(path, advice=_GO_ON) as partial, partial.open("wb") as file:
+    with written_whole(path, advice=_RESUME) as partial, partial.open("wb") as file:
         digest = hashlib.sha256()
         data = (part.tobytes() if isinstance(part, np.ndarray) else part for *_, parts in tensors for part in parts)
         for part in itertools.chain([len(text).to_bytes(8, "little") + text], data):
@@ -123,13 +130,13 @@ def write_shard(path: Path, entries: Sequence[Entry], failures: Sequence[Failure
 
 
 def shard_numbers(directory: Path) -> list[int]:
-    """Numbers of the shards in a directory of latents, in order."""
+    """Return the numbers of the shards in a directory of latents, in ascending order."""
     names = (_SHARD.fullmatch(entry.name) for entry in os.scandir(directory / SHARDS))
     return sorted(int(match[1]) for match in names if match is not None)
 
 
 def index_rows(number: int, shard: Shard) -> Any:
-    """Rows of index.parquet for the entries of a shard."""
+    """Return the pyarrow table of the index.parquet rows of a shard."""
     pyarrow = import_pyarrow()
     columns = {
         "id": shard.ids,
@@ -144,7 +151,7 @@ def index_rows(number: int, shard: Shard) -> Any:
 
 
 def errors_rows(failures: Sequence[Failure]) -> Any:
-    """Rows of errors.parquet for images that have no latents."""
+    """Return the pyarrow table of the errors.parquet rows of failed images."""
     pyarrow = import_pyarrow()
     columns = {
         "id": [failure.id for failure in failures],
@@ -155,38 +162,38 @@ def errors_rows(failures: Sequence[Failure]) -> Any:
 
 
 class LatentDirectory:
-    """A directory of latents that this job owns: opened, or made, and locked.
+    """A directory of latents, opened or created, and locked by this job.
 
-    Raises `ConfigError` where its contract is another one, and names what differs; `BundleError` for a directory that
-    is something else, cannot be written, or that another job is at work on.
+    Raises `ConfigError`, which lists the differences, if the directory has another contract. Raises `BundleError` if
+    the directory holds anything else than latents, cannot be written, or is locked by another job.
     """
 
     def __init__(self, path: Path, contract: Mapping[str, Any]) -> None:
         self.path = path
-        self.damaged: set[int] = set()  #: numbers of the shards that were found damaged
-        self._checked: set[int] = set()  #: numbers of the shards whose hash is right
+        self.damaged: set[int] = set()  #: numbers of the damaged shards
+        self._checked: set[int] = set()  #: numbers of the shards whose hash has been verified
         try:
             if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not self._is_mine())):
-                raise BundleError(f"{path} exists and holds no latents; it stays as it is, choose another --out")
+                raise BundleError(f"{path} exists and holds no latents; it was not changed, choose another --out")
             (path / SHARDS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BundleError(f"cannot write to {path}: {error.strerror}; choose another --out") from None
-        self._lock = _locked(path)
+        self._lock = _acquire_lock(path)
         try:
             for leftover in (*leftovers(path), *leftovers(path / SHARDS)):
                 leftover.unlink(missing_ok=True)
-            self._agree(contract)
+            self._write_contract(contract)
         except BaseException:
             self.close()
             raise
 
     def _is_mine(self) -> bool:
-        # The lock comes before the contract: a job may have been killed in between.
+        # A job takes the lock before it writes the contract, and may be killed in between.
         before = {self.path / SHARDS, self.path / ".lock", *leftovers(self.path, CONTRACT_FILE)}
         return (self.path / CONTRACT_FILE).exists() or set(self.path.iterdir()) <= before
 
-    def _agree(self, contract: Mapping[str, Any]) -> None:
-        """Write the contract, or add to the one that is there how latents are encoded now."""
+    def _write_contract(self, contract: Mapping[str, Any]) -> None:
+        """Write the contract, or append this job's `encoded_with` to an existing one that otherwise agrees."""
         contract = dict(contract)
         now = contract["encoded_with"]
         if (self.path / CONTRACT_FILE).exists():
@@ -202,17 +209,18 @@ class LatentDirectory:
             if contract["encoded_with"] == before:
                 return
         contract["sha256"] = contract_digest(contract)
-        with written_whole(self.path / CONTRACT_FILE, advice=_GO_ON) as partial:
+        with written_whole(self.path / CONTRACT_FILE, advice=_RESUME) as partial:
             partial.write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
 
     def shard_path(self, number: int) -> Path:
+        """Return the path of a shard, whether or not it exists."""
         return self.path / SHARDS / shard_name(number)
 
     def shard(self, number: int) -> Shard | None:
-        """Open a shard. None where there is none or where it is damaged: then all of its images are encoded again.
+        """Return an open shard, or None if it is missing or damaged, so that all of its images are encoded again.
 
-        The whole file is compared with its hash the first time. That costs nothing to speak of: a job that resumes
-        reads and hashes every image of the source, which has many times the bytes of its latents.
+        The first call for a shard compares the whole file with its hash. The cost is negligible: a resumed job reads
+        and hashes every image of the source, many times the bytes of the latents.
         """
         path = self.shard_path(number)
         if number in self.damaged or not path.exists():
@@ -222,32 +230,33 @@ class LatentDirectory:
                 check_hash(path)
             shard = open_shard(path)
         except (IntegrityError, CompatibilityError):
-            self.begin_changes()  # a job that is killed now must not leave latents that look finished
+            self.begin_changes()  # if this job is killed now, the latents must not look finished
             self.damaged.add(number)
             return None
         self._checked.add(number)
         return shard
 
     def numbers(self) -> list[int]:
-        """Numbers of the shards that are there, in order."""
+        """Return the numbers of the existing shards, in ascending order."""
         return shard_numbers(self.path)
 
     def begin_changes(self) -> None:
-        """From here on the index is not what it says: it goes, and comes back when all is done."""
+        """Delete the index, which is about to become stale. `write_index` writes it again at the end of the job."""
         self.remove(self.path / INDEX_FILE)
 
     def remove(self, path: Path) -> None:
+        """Delete a file if it exists, and flush its directory."""
         if path.exists():
             path.unlink()
             flush(path.parent)
 
     def write_index(self) -> None:
-        """Write index.parquet and errors.parquet of what is in the shards."""
+        """Write index.parquet and errors.parquet from the content of the shards."""
         pyarrow = import_pyarrow()
         options = {"write_page_checksum": True}
         with (
-            written_whole(self.path / INDEX_FILE, advice=_GO_ON) as partial_index,  # the last to take its name
-            written_whole(self.path / ERRORS_FILE, advice=_GO_ON) as partial_errors,
+            written_whole(self.path / INDEX_FILE, advice=_RESUME) as partial_index,  # renamed last, when all is written
+            written_whole(self.path / ERRORS_FILE, advice=_RESUME) as partial_errors,
             pyarrow.parquet.ParquetWriter(partial_errors, errors_schema(), **options) as to_errors,
             pyarrow.parquet.ParquetWriter(partial_index, index_schema(), **options) as to_index,
         ):
@@ -259,12 +268,15 @@ class LatentDirectory:
                     to_errors.write_table(errors_rows(shard.failures))
 
     def write_skipped(self, rows: Iterator[tuple[str, str, int]]) -> int:
-        """Write skipped.parquet, unless it holds these (path, reason, count) already -> the sum of the counts."""
+        """Write skipped.parquet from (path, reason, count) rows, unless its content is unchanged.
+
+        Returns the sum of the counts.
+        """
         pyarrow = import_pyarrow()
         schema = pyarrow.schema({"path": pyarrow.string(), "reason": pyarrow.string(), "count": pyarrow.int64()})
         path, total = self.path / SKIPPED_FILE, 0
         with (
-            written_whole(path, advice=_GO_ON, unless_equal=True) as partial,
+            written_whole(path, advice=_RESUME, unless_equal=True) as partial,
             pyarrow.parquet.ParquetWriter(partial, schema, write_page_checksum=True) as writer,
         ):
             while batch := list(itertools.islice(rows, _ROWS)):
@@ -274,6 +286,7 @@ class LatentDirectory:
         return total
 
     def close(self) -> None:
+        """Release the lock."""
         self._lock.release()
 
     def __enter__(self) -> LatentDirectory:
@@ -284,7 +297,7 @@ class LatentDirectory:
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What two contracts differ in, in words."""
+    """Yield one sentence for each difference between an existing contract and the current one."""
     for name in sorted(there.keys() | now.keys()):
         old, new = there.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -302,7 +315,7 @@ def _pairs(pyarrow: Any, values: Array) -> Any:
     return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1).astype(np.int32)), 2)
 
 
-def _locked(directory: Path) -> Any:
+def _acquire_lock(directory: Path) -> Any:
     try:
         from filelock import FileLock, Timeout
     except ModuleNotFoundError:

@@ -1,18 +1,20 @@
-"""Where the images of a dataset come from: a folder tree, WebDataset tars, parquet, or a datasets directory on disk.
+"""Sources of the images of a dataset: a folder tree, WebDataset tars, parquet files, or a `datasets` directory.
 
-A source lists its images without reading them, and reads the bytes of any of them in any process. It is small, and is
-sent to worker processes as it is.
+A source lists its images without reading them, and reads the bytes of any image in any process. It is small enough to
+be pickled and sent to worker processes.
 
-What is taken for an image, in folders and in tars alike; what is not is reported to the caller, with the reason:
+These rules decide which entries of folders and tars are images. Everything else is reported to the caller, with the
+reason:
 
-- A file whose suffix is that of an image format. Other files are counted by their suffix.
-- No hidden file and nothing in a hidden folder: their names begin with a dot. macOS writes such files beside images.
-- No FIFO, socket or device: reading one could wait for ever.
-- A symbolic link to a file is an image under the link's name, whatever else leads to that file. A link to nothing is an
-  image that cannot be read, and is listed as an error.
-- A symbolic link to a folder is followed, but each folder is read once: under its own path if that is below the root,
-  otherwise under the first link to it in the order of paths. So loops end.
-- In a tar, no link (its target is a member of its own) and no sparse file.
+- A file is an image if it has the suffix of an image format. Other files are counted by suffix.
+- Hidden files, and files in hidden folders, are skipped: their names begin with a dot. macOS writes such files beside
+  images.
+- FIFOs, sockets and devices are skipped: reading one could block for ever.
+- A symbolic link to a file is an image under the name of the link, even if other paths lead to the same file. A broken
+  link with the suffix of an image is an image that cannot be read, and is listed as an error.
+- A symbolic link to a folder is followed, but each folder is read only once: under its own path if that is below the
+  root, otherwise under the first link to it in the order of paths. Loops of links therefore end.
+- In a tar, links (their targets are members themselves) and sparse files are skipped.
 """
 
 from __future__ import annotations
@@ -36,42 +38,53 @@ from runtimes.errors import ConfigError
 from runtimes.latents.dataset import import_pyarrow
 
 FORMATS = ("folder", "webdataset", "parquet", "datasets")
-COLUMN_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")  #: where several could be meant
-MOST_OPEN = 4  #: parquet and Arrow files that a process keeps open
+COLUMN_NAMES = (
+    "image",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "bytes",
+    "image_bytes",
+)  #: names that decide between several columns of bytes
+MAX_OPEN_FILES = 4  #: maximum number of files of each table format that a process keeps open
 
 
 class Item(NamedTuple):
-    """An image of a source: its id there, and where its bytes are."""
+    """An image of a source: its id and the location of its bytes."""
 
     id: str
-    file: bytes  #: path, as the system spells it
-    at: int  #: offset in a tar, row in a table; 0 for a file of its own
-    size: int  #: bytes in a tar; -1 where the source knows better
+    file: bytes  #: path of the image, tar or table, encoded by `os.fsencode`
+    at: int  #: offset in a tar, row in a table, 0 in a folder
+    size: int  #: number of bytes in a tar; -1 in other sources, which do not need it
 
 
 class Skipped(NamedTuple):
-    """Something that is not taken for an image: a path below the root, or "*.txt" for all files of that suffix."""
+    """An entry that is not an image: `path` is relative to the root, or "*.txt" for all files of that suffix."""
 
     path: str
     reason: str
 
 
-Skip = Callable[[Skipped], object]  #: told of everything that a listing leaves out
+Skip = Callable[[Skipped], object]  #: called for each entry that a listing skips
 
 HIDDEN = "hidden: its name begins with a dot"
-NO_FILE = "no regular file but a FIFO, socket or device"
+NO_FILE = "a FIFO, socket or device, not a regular file"
 OTHER_SUFFIX = "not the suffix of an image"
 SAME_FOLDER = "a folder that is read under another path"
 
 
 def _ignore(skipped: Skipped) -> None:
-    """For callers who do not ask what was skipped."""
+    """Ignore a skipped entry: the default of `Source.items`."""
 
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """`root` is what ids are relative to; `files` are the tars or tables that are read, and `skipped` others beside
-    them."""
+    """A source of images.
+
+    Ids are relative to `root`. `files` are the tars or tables to read, and `skipped` the other entries beside them.
+    """
 
     root: Path
     files: tuple[Path, ...] = ()
@@ -79,20 +92,22 @@ class Source(ABC):
 
     @abstractmethod
     def items(self, skip: Skip = _ignore) -> Iterator[Item]:
-        """List all images and read none. What is left out goes to `skip`. `ConfigError` for a file that is not what the
-        source is made of."""
+        """Yield all images without reading them, and pass each skipped entry to `skip`.
+
+        Raises `ConfigError` if a file of the source is not of the expected format.
+        """
 
     @abstractmethod
     def read(self, item: Item) -> bytes:
-        """The bytes of one. Whatever it raises is about that image alone."""
+        """Return the bytes of an image. Any exception means that this one image cannot be read."""
 
-    def _named(self, file: Path) -> str:
-        """A path below the root, as valid Unicode."""
+    def _relative_name(self, file: Path) -> str:
+        """Return the path relative to the root, as valid Unicode."""
         return _as_text(file.relative_to(self.root).as_posix())
 
 
 class Folder(Source):
-    """Files with the suffix of an image, at any depth; the id is the path below the root, including the suffix."""
+    """Image files at any depth of a folder. The id is the path relative to the root, including the suffix."""
 
     def items(self, skip: Skip = _ignore) -> Iterator[Item]:
         folders: list[Path] = [self.root]
@@ -101,13 +116,13 @@ class Folder(Source):
         while folders or links:
             if folders:
                 folder = folders.pop()
-            else:  # all that can be reached without this link has been read
+            else:  # everything that is reachable without this link has been read
                 links.sort(reverse=True)
                 folder = links.pop()
             with _as_config_error(folder, "a folder"):
                 status = os.stat(folder)
                 if (status.st_dev, status.st_ino) in read:
-                    skip(Skipped(self._named(folder), SAME_FOLDER))
+                    skip(Skipped(self._relative_name(folder), SAME_FOLDER))
                     continue
                 read.add((status.st_dev, status.st_ino))
                 with os.scandir(folder) as entries:
@@ -115,15 +130,15 @@ class Folder(Source):
                         path = Path(entry.path)
                         kind = _kind(entry)
                         if entry.name.startswith(".") and (kind != "file" or _is_image(entry.name)):
-                            skip(Skipped(self._named(path), HIDDEN))
+                            skip(Skipped(self._relative_name(path), HIDDEN))
                         elif kind == "folder":
                             (links if entry.is_symlink() else folders).append(path)
                         elif kind == "other":
-                            skip(Skipped(self._named(path), NO_FILE))
+                            skip(Skipped(self._relative_name(path), NO_FILE))
                         elif _is_image(entry.name):
-                            yield Item(self._named(path), os.fsencode(path), 0, -1)
+                            yield Item(self._relative_name(path), os.fsencode(path), 0, -1)
                         elif kind == "broken link":
-                            skip(Skipped(self._named(path), "a link to nothing"))
+                            skip(Skipped(self._relative_name(path), "a broken link"))
                         else:
                             skip(_other_suffix(entry.name))
 
@@ -132,16 +147,16 @@ class Folder(Source):
 
 
 class Tars(Source):
-    """Uncompressed tars, as WebDataset has them; the id is the tar's name and the member's: shard-00/000.jpg."""
+    """Uncompressed tars in the WebDataset layout. The id joins the names of tar and member: shard-00/000.jpg."""
 
     def items(self, skip: Skip = _ignore) -> Iterator[Item]:
         for each in self.skipped:
             skip(each)
         for path in self.files:
-            name = self._named(path.with_suffix(""))
+            name = self._relative_name(path.with_suffix(""))
             with _as_config_error(path, "an uncompressed tar"), tarfile.open(path, "r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every member in memory
                     inner = _as_text(member.name)
                     if member.isdir():
                         continue
@@ -160,30 +175,30 @@ class Tars(Source):
             file.seek(item.at)
             data = file.read(item.size)
         if len(data) < item.size:
-            raise OSError(f"the tar ends in the middle of it: {len(data)} of {item.size} bytes")
+            raise OSError(f"the tar is truncated: it has {len(data)} of {item.size} bytes of this image")
         return data
 
 
 @dataclass(frozen=True)
 class Table(Source):
-    """Tables with images in a column, of bytes or of {bytes, path}; the id is in a column, or FILE:ROW."""
+    """Tables with images in a column of bytes or of {bytes, path} structs. The id is in a column, or FILE:ROW."""
 
     image_column: str = ""
     id_column: str | None = None
 
     @abstractmethod
     def _columns(self, file: Path, column: str) -> Iterator[Any]:
-        """A column of a file, in pieces."""
+        """Yield the values of a column of a file, in pieces that have a length."""
 
     @abstractmethod
     def _cell(self, item: Item) -> Any:
-        """The image column's value."""
+        """Return the value of the image column for an image."""
 
     def items(self, skip: Skip = _ignore) -> Iterator[Item]:
         for each in self.skipped:
             skip(each)
         for file in self.files:
-            name, path, row = self._named(file), os.fsencode(file), 0
+            name, path, row = self._relative_name(file), os.fsencode(file), 0
             with _as_config_error(file, "a table"):
                 for piece in self._columns(file, self.id_column or self.image_column):
                     ids = piece.to_pylist() if self.id_column else [f"{name}:{row + i}" for i in range(len(piece))]
@@ -203,14 +218,14 @@ class Table(Source):
 
 
 class Parquet(Table):
-    """Parquet files. A process keeps one row group of the column at a time in memory."""
+    """Parquet files. Each process keeps one row group of the image column in memory."""
 
     def _columns(self, file: Path, column: str) -> Iterator[Any]:
         parquet, _ = _open_parquet(os.fsencode(file))
         if self.id_column:
             for batch in parquet.iter_batches(batch_size=10_000, columns=[column]):
                 yield batch.column(0)
-        else:  # rows are counted, not read
+        else:  # count rows without reading them
             for group in range(parquet.num_row_groups):
                 yield range(parquet.metadata.row_group(group).num_rows)
 
@@ -221,7 +236,7 @@ class Parquet(Table):
 
 
 class Arrow(Table):
-    """A dataset that `datasets.save_to_disk` wrote: Arrow streams, mapped into memory."""
+    """A dataset written by `datasets.save_to_disk`: Arrow streams, mapped into memory."""
 
     def _columns(self, file: Path, column: str) -> Iterator[Any]:
         yield from _open_arrow(os.fsencode(file)).column(column).chunks
@@ -233,10 +248,10 @@ class Arrow(Table):
 def open_source(
     path: str | Path, format: str | None = None, *, image_column: str | None = None, id_column: str | None = None
 ) -> Source:
-    """Open the source at a path. Its `format`, one of FORMATS, is recognised if it is not given.
+    """Open the source at a path.
 
-    `path` is a directory, a file, or a pattern such as "data/*.tar". Raises `ConfigError` where nothing is there, or
-    files of several formats are.
+    `path` is a directory, a file, or a pattern such as "data/*.tar". `format` is one of FORMATS; without it the format
+    is detected. Raises `ConfigError` if nothing matches `path` or files of several formats do.
     """
     if format is not None and format not in FORMATS:
         raise ConfigError(f"no format {format!r} of datasets; known are {', '.join(FORMATS)}")
@@ -266,14 +281,14 @@ def open_source(
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Lower-case suffixes of the formats that Pillow reads, except those of documents."""
+    """Return the lower-case suffixes of the formats that Pillow reads, except document, video and data formats."""
     Image.init()
     readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     return frozenset(readable - {".pdf", ".ps", ".eps", ".mpg", ".mpeg", ".wmf", ".emf", ".hdf", ".h5", ".grib"})
 
 
 def _found(path: Path) -> tuple[Path, tuple[Path, ...]]:
-    """(root, files); no files for a directory."""
+    """Return (root, files) for a path or pattern; `files` is empty for a directory."""
     if path.is_dir():
         return path.absolute(), ()
     if path.is_file():
@@ -309,7 +324,7 @@ def _format_of(root: Path, files: Sequence[Path]) -> str:
 
 
 def _files_of(root: Path, suffix: str) -> tuple[tuple[Path, ...], tuple[Skipped, ...]]:
-    """The tars or parquet files in a directory, in order, and what else is there."""
+    """Return the files of a directory that have the suffix, sorted, and the other entries as skipped."""
     files, skipped = [], []
     for path in sorted(root.iterdir()):
         if not path.name.startswith(".") and path.name.endswith(suffix) and path.is_file():
@@ -321,7 +336,7 @@ def _files_of(root: Path, suffix: str) -> tuple[tuple[Path, ...], tuple[Skipped,
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """What an entry of a folder leads to: "file", "folder", "broken link" (also one to itself) or "other"."""
+    """Return the kind of an entry, following links: "file", "folder", "broken link" (also a loop) or "other"."""
     try:
         if entry.is_dir():
             return "folder"
@@ -341,12 +356,12 @@ def _other_suffix(name: str) -> Skipped:
 
 
 def _as_text(name: str) -> str:
-    """A name of the file system as valid Unicode: bytes that are not UTF-8 become \\xNN."""
+    r"""Return a file-system name as valid Unicode: bytes that are not UTF-8 become \xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _read_file(path: str | bytes) -> bytes:
-    """The bytes of a regular file. `OSError` for anything else, of which a FIFO would be waited for."""
+    """Return the bytes of a regular file. Raises `OSError` for anything else, without blocking on a FIFO."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -381,7 +396,7 @@ def _schema(file: Path, format: str) -> Any:
 
 
 def _image_column(schema: Any, wanted: str | None, file: Path) -> str:
-    """The column that is named, or the only one that could be meant."""
+    """Return the wanted column, or, without `wanted`, the only column that can hold images."""
     types = import_pyarrow().types
 
     def holds_bytes(kind: Any) -> bool:
@@ -398,12 +413,12 @@ def _image_column(schema: Any, wanted: str | None, file: Path) -> str:
         return wanted
     named = [name for name in possible if name.lower() in COLUMN_NAMES]
     if len(possible) != 1 and len(named) != 1:
-        raise ConfigError(f"{file}: which column has the images? say it with --image-column; it has {listed}")
+        raise ConfigError(f"{file}: which column has the images? give it with --image-column; it has {listed}")
     return str((possible if len(possible) == 1 else named)[0])
 
 
 def _open_parquet(file: bytes) -> tuple[Any, Any]:
-    """A parquet file, and the row with which each of its groups begins."""
+    """Return an open parquet file and the number of the first row of each row group."""
     return _opened_parquet(file, _version(file))
 
 
@@ -416,12 +431,12 @@ def _open_arrow(file: bytes) -> Any:
 
 
 def _version(file: bytes) -> tuple[int, int, int]:
-    """Inode, size and mtime of a file: what is cached of it is stale once they change."""
+    """Return inode, size and mtime (ns) of a file: once one of them changes, cached content is stale."""
     status = os.stat(file)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-@functools.lru_cache(MOST_OPEN)
+@functools.lru_cache(MAX_OPEN_FILES)
 def _opened_parquet(file: bytes, version: tuple[int, ...]) -> tuple[Any, Any]:
     parquet = import_pyarrow().parquet.ParquetFile(os.fsdecode(file))
     counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
@@ -433,14 +448,14 @@ def _read_row_group(file: bytes, version: tuple[int, ...], column: str, group: i
     return _opened_parquet(file, version)[0].read_row_group(group, columns=[column]).column(0)
 
 
-@functools.lru_cache(MOST_OPEN)
+@functools.lru_cache(MAX_OPEN_FILES)
 def _opened_arrow(file: bytes, version: tuple[int, ...]) -> Any:
     pyarrow = import_pyarrow()
     return pyarrow.ipc.open_stream(pyarrow.memory_map(os.fsdecode(file))).read_all()
 
 
 class _as_config_error:
-    """Turn errors of a listing into a `ConfigError` that names the file."""
+    """Turn errors while listing a source into a `ConfigError` that names the file."""
 
     def __init__(self, file: Path, what: str) -> None:
         self.file, self.what = file, what

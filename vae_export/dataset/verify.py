@@ -1,4 +1,4 @@
-"""Finding damage in a directory of latents: every shard against its hash, the tables against the shards."""
+"""Verify a directory of latents: compare each shard with its hash, and the tables with the shards."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ from runtimes.latents.shards import Failure, check_hash, open_shard
 from runtimes.progress import Progress, no_progress
 from vae_export.dataset.shards import errors_rows, index_rows, shard_numbers
 
-_MOST_NAMED = 10  #: damaged files that a message names
+_MAX_LISTED = 10  #: maximum number of damaged files listed in an error message
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was read and found as it was written."""
+    """Counts of what was verified and found undamaged."""
 
     shards: int
     entries: int
     failures: int  #: rows of errors.parquet
-    bytes: int  #: of the shards
+    bytes: int  #: total size of the shards
 
     def to_dict(self) -> dict[str, int]:
+        """Return the fields as a JSON-serialisable dictionary."""
         return asdict(self)
 
 
 def verify_latents(directory: str | Path, progress: Progress = no_progress) -> Verified:
-    """Read a finished directory of latents as a whole, and compare all of it with its hashes.
+    """Read every file of a finished directory of latents and compare it with its hash.
 
-    Raises `IntegrityError` that names the damaged files; `BundleError` where there are no finished latents.
+    Raises `IntegrityError`, which lists the damaged files, and `BundleError` if there are no finished latents.
     """
     directory = Path(directory)
     read_contract(directory)
-    read_index(directory)  # a job that has not finished is said before all is read
+    read_index(directory)  # fails at once for an unfinished job, before all shards are read
     damaged: list[str] = []
     numbers, size = shard_numbers(directory), 0
     for done, number in enumerate(numbers):
@@ -64,17 +65,17 @@ def verify_latents(directory: str | Path, progress: Progress = no_progress) -> V
     except (IntegrityError, CompatibilityError) as error:
         damaged.append(str(error))
     if damaged:
-        more = f", and {len(damaged) - _MOST_NAMED} more" if len(damaged) > _MOST_NAMED else ""
+        more = f", and {len(damaged) - _MAX_LISTED} more" if len(damaged) > _MAX_LISTED else ""
         raise IntegrityError(
-            f"{directory}: damaged or missing: {', '.join(damaged[:_MOST_NAMED])}{more}. Run the encode-dataset "
-            "command again: it makes them anew, and keeps the rest"
+            f"{directory}: damaged or missing: {', '.join(damaged[:_MAX_LISTED])}{more}. Run the encode-dataset "
+            "command again: it rewrites the damaged files and keeps the rest"
         )
     failures = len(read_parquet(directory / ERRORS_FILE, errors_schema()))
     return Verified(len(numbers), len(read_index(directory)), failures, size)
 
 
 def tables_are_current(directory: Path) -> bool:
-    """Whether index.parquet and errors.parquet say what the shards hold. The shards themselves are trusted."""
+    """Return whether index.parquet and errors.parquet match the shards. The shards are assumed to be undamaged."""
     try:
         return not any(_wrong_tables(directory, shard_numbers(directory)))
     except VaeError:
@@ -82,7 +83,10 @@ def tables_are_current(directory: Path) -> bool:
 
 
 def _wrong_tables(directory: Path, numbers: Sequence[int]) -> Iterator[str]:
-    """What is wrong in the tables, as names of files. `IntegrityError` where a file cannot be parsed."""
+    """Yield the names of missing shards and of tables that differ from the shards.
+
+    Raises `IntegrityError` if a file cannot be parsed.
+    """
     index, errors = read_index(directory), read_parquet(directory / ERRORS_FILE, errors_schema())
     missing = sorted(set(np.unique(index.column("shard").to_numpy()).tolist()) - set(numbers))
     yield from (f"{SHARDS}/{shard_name(number)}" for number in missing)

@@ -1,4 +1,4 @@
-"""Worker processes that read, decode and resize images before the backend needs them, in order."""
+"""Worker processes that read, decode and resize images ahead of the backend, and return them in order."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from runtimes import children
 from vae_export.dataset.images import Broken, Prepared, SizePolicy, Unchanged, prepare
 from vae_export.dataset.sources import Item, Source
 
-CHUNK_BYTES = 8 << 20  #: pixels that a process returns at a time, about
-MOST_OF_CHUNK = 64
+CHUNK_BYTES = 8 << 20  #: approximate bytes of pixels per chunk, the unit of work of a process
+MAX_CHUNK_IMAGES = 64  #: maximum number of images in a chunk
 
 Result = Unchanged | Broken | Prepared
 
 
 class Task(NamedTuple):
-    """An image to prepare; `known` is the sha256 of the file of which latents exist, if they do."""
+    """An image to prepare. `known` is the sha256 of the file for which latents already exist, or None."""
 
     item: Item
     known: bytes | None
 
 
 class Decoders:
-    """A pool of `workers` processes; with 0, images are prepared in this process.
+    """A pool of `workers` processes that prepare images. With 0 workers, this process prepares them itself.
 
-    An image whose decoding kills its process becomes `Broken`; the other images of that process are decoded again.
+    An image whose decoding kills its process becomes `Broken`; the other images of its chunk are decoded again.
     """
 
     def __init__(self, source: Source, policy: SizePolicy, workers: int) -> None:
@@ -44,7 +44,7 @@ class Decoders:
         self._chunk = 4
 
     def map(self, tasks: Iterable[Task]) -> Iterator[tuple[Item, Result]]:
-        """Yield the result of every task, in order. A bounded number of tasks is submitted ahead."""
+        """Yield (item, result) for every task, in order. At most 2 * `workers` + 2 chunks are submitted ahead."""
         if self._pool is None:
             yield from ((item, prepare(self._given[0], item, known, self._given[1])) for item, known in tasks)
             return
@@ -63,14 +63,14 @@ class Decoders:
                 results = future.result()
             except BrokenProcessPool:
                 self._pool.shutdown()
-                results = [self._alone(task) for task in chunk]
+                results = [self._prepare_alone(task) for task in chunk]
                 self._pool = self._start(self._workers)
                 ahead = deque((after, self._pool.submit(_prepare, after)) for after, _ in ahead)
             size = sum(result.pixels.nbytes for result in results if isinstance(result, Prepared)) // len(results)
-            self._chunk = min(max(CHUNK_BYTES // (size + 1), 1), MOST_OF_CHUNK)
+            self._chunk = min(max(CHUNK_BYTES // (size + 1), 1), MAX_CHUNK_IMAGES)
             yield from zip((item for item, _ in chunk), results, strict=True)
 
-    def _alone(self, task: Task) -> Result:
+    def _prepare_alone(self, task: Task) -> Result:
         with self._start(1) as pool:
             try:
                 return pool.submit(_prepare, [task]).result()[0]
@@ -78,7 +78,7 @@ class Decoders:
                 return Broken(None, "the process that decoded it died")
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
-        context = children.spawn_context()  # a backend's threads do not survive a fork
+        context = children.spawn_context()  # not fork: the threads of a backend do not survive it
         return ProcessPoolExecutor(workers, mp_context=context, initializer=_initialize, initargs=self._given)
 
     def __enter__(self) -> Decoders:
@@ -91,17 +91,17 @@ class Decoders:
             self._pool.shutdown(cancel_futures=True)
 
 
-_given: list[tuple[Source, SizePolicy]] = []  #: in a worker process
+_given: list[tuple[Source, SizePolicy]] = []  #: set by `_initialize` in each worker process
 
 
 def _initialize(source: Source, policy: SizePolicy) -> None:
     _given.append((source, policy))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End this process when the main process has been killed: nothing else would end it."""
+    """End this process when the main process ends: after a kill of the main process, nothing else would end it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

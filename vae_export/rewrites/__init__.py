@@ -1,1 +1,1 @@
-"""Exact rewrites, one module each: a model in, a model out that computes the same function."""
+"""Exact rewrites of models, one per module. Each returns a model that computes the same function as its argument."""

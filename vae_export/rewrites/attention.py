@@ -1,4 +1,4 @@
-"""Attention from MatMul and Softmax alone, in blocks of queries."""
+"""Attention computed with MatMul and Softmax only, optionally in blocks of queries."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vae_export.rewrites.operators import attend_in_blocks
 
 
 class PortableAttention(Attention):
-    """The same attention from MatMul and Softmax alone, in blocks of queries.
+    """Attention computed with MatMul and Softmax only, in `blocks` blocks of queries.
 
-    Every runtime has fast kernels for these two; the fused ONNX operator (Attention-23) is refused by TensorRT at a
-    head size of 512, and slower in ONNX Runtime on the CPU.
+    Every runtime has fast kernels for these two operators. TensorRT rejects the fused ONNX operator (Attention-23) at a
+    head size of 512, and ONNX Runtime computes it more slowly on the CPU.
     """
 
     blocks = 1
@@ -29,7 +29,7 @@ class PortableAttention(Attention):
         return cast(Tensor, attend_in_blocks(q, k, v, self.blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The norm before the flattening: on images, as all other norms, so that one form of it serves them all.
+        # Apply the norm to [B, C, H, W], before flattening, like all other norms, so that one rewrite covers them all.
         b, c, h, w = x.shape
         positions = self.group_norm(x).view(b, c, h * w).transpose(1, 2)
         out = self.to_out[0](self.attend(*self.project(positions)))
@@ -37,7 +37,10 @@ class PortableAttention(Attention):
 
 
 def use_portable_attention(model: Model, blocks: int = 1) -> Model:
-    """Replace the fused attention kernel by its definition, softmax(q k^T / sqrt(C)) v, `blocks` of queries in turn."""
+    """Return a copy of the model with attention as softmax(q k^T / sqrt(C)) v, one of `blocks` query blocks at a time.
+
+    This replaces the fused attention kernel by its definition.
+    """
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, Attention):

@@ -1,6 +1,7 @@
-"""Exact rewrites for speed and memory: a model in, a model out that computes the same in a form that suits a backend.
+"""Forms: combinations of exact rewrites that make a model fast, or small in memory, on a backend.
 
-Each says why it is exact, but for rounding. None changes the model that it is given. `Form` names a choice of them.
+Every rewrite returns a new model and leaves its argument unchanged. Its docstring explains why it is exact, except for
+rounding. `Form` selects rewrites.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CONVOLUTIONS = ("direct", "winograd")
 
 
 class Form(NamedTuple):
-    """Which of its equivalent forms a graph is written in; what is the fastest depends on the backend."""
+    """A selection of equivalent rewrites for a graph. The fastest selection depends on the backend."""
 
     upsample: str = "none"  #: one of UPSAMPLES, see `fold_upsample`
     norm: str = "group"  #: one of NORMS, see `use_row_norms`
@@ -31,7 +32,7 @@ class Form(NamedTuple):
     convolutions: str = "direct"  #: one of CONVOLUTIONS, see `winograd.use_winograd`
 
     def records(self) -> list[dict[str, Any]]:
-        """What the manifest says of the rewrites in this form."""
+        """Return the manifest records of the rewrites in this form."""
         records: list[dict[str, Any]] = []
         if self.upsample != "none":
             records.append({"name": "fold_upsample", "form": self.upsample})
@@ -46,11 +47,11 @@ class Form(NamedTuple):
         return records
 
 
-PLAIN = Form()  #: as the reference has it
+PLAIN = Form()  #: no rewrites: the form of the reference model
 
 
 def rewrite(model: Model, form: Form) -> Model:
-    """The model in the given form: the same function, but for rounding."""
+    """Return the model in the given form. It computes the same function, except for rounding."""
     if form.last_block == "lean":
         model = slim_last_block(model)
     model = fold_upsample(model, form.upsample)
@@ -62,7 +63,7 @@ def rewrite(model: Model, form: Form) -> Model:
 
 
 def fitted(form: Form, model: ReferenceVae) -> Form:
-    """The form less what is not exact for the model's family, and what changes nothing in this model."""
+    """Return the form without rewrites that the family does not allow or that do not change this model."""
     allowed = family_of(model).rewrites
     if "winograd" not in allowed or not any(wide_convolutions(model)):
         form = form._replace(convolutions="direct")

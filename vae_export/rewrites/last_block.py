@@ -1,4 +1,4 @@
-"""The decoder's last block, computed without ever holding its input twice."""
+"""The lean form of the decoder's last block, which never holds its input twice in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vae_export.families.base import Model, ReferenceVae
 
 
 class LeanUpsample(nn.Module):
-    """[B, C, H, W] -> (parts of the upsampled map, each [B, C / n, 2*H, 2*W]; the shortcut [B, Cout, 2*H, 2*W])."""
+    """Upsampling in parts: [B, C, H, W] -> (n parts [B, C / n, 2*H, 2*W], the shortcut [B, Cout, 2*H, 2*W])."""
 
     def __init__(self, conv: nn.Conv2d, shortcut: nn.Conv2d, parts: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def _conv(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
 
 
 class LeanResnet(nn.Module):
-    """A resnet that is given its input in parts, and its shortcut: what `LeanUpsample` gives -> [B, Cout, H, W]."""
+    """A resnet block that takes the output of `LeanUpsample`: (parts of its input, shortcut) -> [B, Cout, H, W]."""
 
     def __init__(self, resnet: ResnetBlock, parts: int) -> None:
         super().__init__()
@@ -65,19 +65,20 @@ class LeanResnet(nn.Module):
 
 
 def slim_last_block(model: Model) -> Model:
-    """Compute the first resnet of the decoder's last block without ever holding its input twice.
+    """Return a copy of the model whose last decoder block never holds its input twice.
 
-    The peak of a decoder's memory lies there: the upsampled map, twice as wide as what follows, is kept for the
-    shortcut while its normalised copy is convolved. Two identities, exact but for rounding, take that apart:
+    The decoder reaches its peak memory in the first resnet of the last block: the upsampled map, with twice the
+    channels of the following maps, is kept for the shortcut while its normalised copy is convolved. Two identities,
+    exact except for rounding, avoid this:
 
-    - a 1x1 convolution (the shortcut) behind a convolution (the upsampling's) is one convolution, whose weights are
-      their product. It reads the map in front of the upsampling, a quarter of the size, and the large one is freed as
-      soon as it is normalised. The price is a convolution instead of a point-wise one, 2-3% of all multiplications;
-    - groups of channels do not see each other before `conv1`, which adds up what each gives: a quarter of the channels
-      are upsampled, normalised and freed, then the next. (Halves need more: 1.75 GB where quarters need 1.49, in
-      OpenVINO in bf16 at 1024 x 1024.)
+    - A 1x1 convolution (the shortcut) after a convolution (of the upsampling) is one convolution, whose weights are
+      their product. It reads the map before the upsampling, which has a quarter of the size, so the large map is freed
+      as soon as it is normalised. The cost is a 3x3 convolution instead of a 1x1 one: 2-3% more multiplications.
+    - Channel groups are independent until `conv1`, which sums their contributions. So a quarter of the channels is
+      upsampled, normalised, convolved and freed before the next quarter. (Halves need 1.75 GB where quarters need
+      1.49 GB, in OpenVINO in bf16 at 1024 x 1024.)
 
-    A model whose last block has no such shortcut is left as it is.
+    The copy is unchanged if the last block has no such shortcut: see `has_lean_form`.
     """
     model = copy.deepcopy(model)
     if not has_lean_form(model):
@@ -91,5 +92,6 @@ def slim_last_block(model: Model) -> Model:
 
 
 def has_lean_form(model: ReferenceVae) -> bool:
+    """Return whether `slim_last_block` changes the model."""
     blocks = cast(Any, model).decoder.up_blocks
     return len(blocks) > 1 and blocks[-1].resnets[0].conv_shortcut is not None

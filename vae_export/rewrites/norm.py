@@ -1,4 +1,4 @@
-"""Group norms by rows: the same sums in an order that CPU runtimes compute without changing the layout."""
+"""GroupNorm by rows: the same sums in an order that lets CPU runtimes keep their memory layout."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from vae_export.rewrites.operators import row_norm
 
 
 class RowNorm(nn.GroupNorm):
-    """GroupNorm of [B, C, H, W] by rows: see `operators.row_norm`."""
+    """GroupNorm of [B, C, H, W], computed by `operators.row_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, row_norm(x, self.weight, self.bias, self.num_groups, self.eps))
 
 
 def use_row_norms(model: Model) -> Model:
-    """Replace every GroupNorm by `RowNorm`. Attention must already take its norm on images: `PortableAttention`."""
+    """Return a copy of the model with every GroupNorm replaced by `RowNorm`.
+
+    Attention becomes `PortableAttention`, which applies its norm to [B, C, H, W].
+    """
     model = use_portable_attention(model)
     for module in model.modules():
         if isinstance(module, nn.GroupNorm):

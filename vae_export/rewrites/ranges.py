@@ -1,8 +1,8 @@
-"""How large activations get, and what half precision makes of them.
+"""Measure the largest activations of a model, and simulate half precision.
 
-Both questions are answered by running the model and watching every single operation. The simulated half rounds the
-result of each to fp16 (or bf16), as a GPU does that keeps its tensors in that type and accumulates in fp32. ONNX
-Runtime's CPU provider cannot serve for this: it computes fp16 graphs in fp32 between nodes, and hides overflow.
+Both run the model and observe the result of every operation. The simulation rounds each result to fp16 or bf16, like a
+GPU that stores tensors in that type and accumulates in fp32. The CPU provider of ONNX Runtime is no substitute: it
+computes fp16 graphs in fp32 between nodes, which hides overflow.
 """
 
 from __future__ import annotations
@@ -26,29 +26,32 @@ from vae_export.rewrites.attention import PortableAttention, use_portable_attent
 from vae_export.rewrites.operators import attend_in_turn
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-LATENT_SIZES = ((16, 24), (32, 32))  #: statistics of the norms, and so activations, depend on the size
-SCORES = 2**24  #: attention scores computed at once while every operation is watched: 64 MiB, and some copies of them
+LATENT_SIZES = (
+    (16, 24),
+    (32, 32),
+)  #: (height, width); two sizes, because norm statistics and thus activations depend on the size
+SCORES = 2**24  #: maximum number of attention scores at a time in a watched model: 64 MiB, plus some copies
 
 
 class Ranges(NamedTuple):
     """The largest absolute activation at every place, in the order of the computation.
 
-    A place is a module's name, with the operation behind it where the module has several:
+    A place is the name of a leaf module, or the name of another module and an operation in it:
     `decoder.up_blocks.2.resnets.0.conv1`, `decoder.mid_block.attentions.0 bmm`.
     """
 
     largest: Mapping[str, float]
 
     def at(self, place: str) -> float:
-        """The largest activation that a module gives out: its own place, or any of its own operations."""
+        """Return the largest activation of a module, over its own place and its operations; 0 for an unknown place."""
         found = (v for name, v in self.largest.items() if name == place or name.startswith(place + " "))
         return max(found, default=0.0)
 
 
 class WatchedAttention(PortableAttention):
-    """Attention from operations that `Watch` sees, for some queries at a time: `SCORES` scores, at any resolution.
+    """Attention from operations that `Watch` observes, with at most about `SCORES` scores at a time.
 
-    An operator of its own, as in the graphs, would hide the scores, and with them their overflow.
+    The custom operator of exported graphs would hide the scores, and so their overflow.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ class WatchedAttention(PortableAttention):
 
 
 def watchable(model: ReferenceVae) -> ReferenceVae:
-    """A copy of the model whose attention is `WatchedAttention`."""
+    """Return a copy of the model whose attention is `WatchedAttention`."""
     model = use_portable_attention(model)
     for module in model.modules():
         if isinstance(module, PortableAttention):
@@ -66,7 +69,7 @@ def watchable(model: ReferenceVae) -> ReferenceVae:
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Record the largest absolute value that each operation gives, and, with `dtype`, round it to that type."""
+    """Record the largest absolute value of the result of each operation; round results to `dtype` if it is given."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -79,7 +82,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Follow which module is at work, and watch."""
+        """Return a context in which operations are recorded under the name of the module that runs them."""
         handles = []
         for name, module in self._model.named_modules():
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._stack.append(name)))
@@ -96,7 +99,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, tuple):  # native_group_norm: the mean and deviation beside it stay in fp32 on a GPU
+        if isinstance(result, tuple):  # native_group_norm: a GPU keeps its mean and deviation in fp32
             return (self._seen(result[0], func), *result[1:])
         return self._seen(result, func)
 
@@ -107,7 +110,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = result.to(self._dtype).to(result.dtype)
         module = self._stack[-1] if self._stack else ""
         place = module if module in self._leaves else f"{module} {func.overloadpacket.__name__}".strip()
-        # Not abs().amax(): that would copy the largest tensors there are.
+        # Not abs().amax(), which would copy the largest tensors.
         largest = max(abs(end.item()) for end in torch.aminmax(result))
         if not math.isfinite(largest) and self.first_not_finite is None:
             self.first_not_finite = place
@@ -116,10 +119,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def probe(model: ReferenceVae, inputs: Iterable[tuple[str, Tensor]]) -> Ranges:
-    """Run inputs through the model in fp32 and see how large it gets.
+    """Run inputs through the model in fp32 and return the largest activations.
 
-    ("encoder", images) are encoded, and their latents decoded; ("decoder", latents) are decoded. Raises `NumericsError`
-    where fp32 itself overflows: no scale can help then.
+    ("encoder", images) are encoded and their latents decoded; ("decoder", latents) are decoded. Raises `NumericsError`
+    if the model overflows even in fp32, which no scale can prevent.
     """
     watched = watchable(model)
     watch = Watch(watched)
@@ -136,9 +139,9 @@ def probe(model: ReferenceVae, inputs: Iterable[tuple[str, Tensor]]) -> Ranges:
 
 
 class SimulatedHalf:
-    """The model as a GPU computes it in half precision: weights, and the result of every operation, rounded.
+    """A simulation of the model on a GPU in half precision: weights and the result of every operation are rounded.
 
-    `run` gives the output in fp32; `first_not_finite` then names the place of the first overflow, if there was one.
+    `run` returns the output in fp32; afterwards `first_not_finite` is the place of the first overflow, or None.
     """
 
     def __init__(self, model: ReferenceVae, precision: str) -> None:
@@ -164,9 +167,9 @@ class SimulatedHalf:
 def calibration_inputs(
     model: ReferenceVae, directory: str | Path | None = None, progress: Progress = no_progress
 ) -> Iterator[tuple[str, Tensor]]:
-    """What `probe` should see: photographs and noise latents, at more than one size; one at a time.
+    """Yield the inputs of `probe`, one at a time: photographs and noise latents, at more than one size.
 
-    `directory` holds the user's photographs (any depth); the embedded ones are used without it.
+    `directory` holds the user's photographs, at any depth; the default is the embedded photographs.
     """
     config, factor = model.config, model.config.downscale
     photos = photographs(directory)
@@ -174,7 +177,7 @@ def calibration_inputs(
     for done, (path, (height, width)) in enumerate(zip(photos, itertools.cycle(LATENT_SIZES))):
         progress(f"Measuring activations on {path.name}", done, total)
         yield "encoder", middle_of(path, height * factor, width * factor, config.in_channels)
-    # Diffusion models work on latents of unit variance: unscaled, this is how they look.
+    # Diffusion models produce latents of unit variance, which are unscaled before decoding.
     space = model.latent_space
     generator = torch.Generator().manual_seed(0)
     for done, (height, width) in enumerate(LATENT_SIZES, start=len(photos)):

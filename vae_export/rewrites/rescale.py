@@ -1,4 +1,4 @@
-"""Activations carried divided by powers of two: the same function in fp32 to the last bit, and no overflow in half."""
+"""Rescale activations by powers of two: the fp32 output stays bit-identical, and half precision does not overflow."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ from vae_export.families.autoencoder_kl import Attention, ResnetBlock
 from vae_export.families.base import ReferenceVae, Stage
 from vae_export.rewrites.ranges import Ranges, calibration_inputs, probe
 
-HEADROOM = 2.0**4  #: between the largest activation seen and the largest fp16, for inputs not seen
+HEADROOM = 2.0**4  #: factor between the largest measured activation and the largest fp16 value, for other inputs
 TARGET = FP16_LARGEST / HEADROOM
-LOWEST = 2.0**-6  #: a place whose largest value is below this is scaled up, out of fp16's subnormals (2**-14)
+LOWEST = 2.0**-6  #: places whose largest value is smaller are scaled up, away from the subnormals of fp16 (2**-14)
 
 
 def rescale_activations(
     model: ReferenceVae, ranges: Ranges, target: float = TARGET
 ) -> tuple[ReferenceVae, dict[str, int]]:
-    """A model with the same fp32 output whose activations stay below `target`, and what was done.
+    """Return a model with the same fp32 output whose activations stay below `target`, and the exponents {place: e}.
 
-    Every activation that grows in this network is either read through GroupNorm, which does not care about the scale of
-    its input (but for eps), or flows on linearly. So the residual stream may be carried divided by s = 2**e: what feeds
-    it (conv_in, each conv2, to_out, the resampling convs) is divided by s, and eps of each norm that reads it by s**2.
-    The same holds for what lies between conv1 and norm2 inside a block, for the values of the attention, and for its
-    queries against its keys. s may differ from one resolution to the next: the resampling conv in between carries the
-    ratio. With powers of two every product and every sum keeps its mantissa, so that the fp32 result is the same to the
-    last bit.
+    The activations at a place of the new model are those of the original divided by 2**e. Places that do not need it
+    are not rescaled: the smallest sufficient scale keeps small values farthest from the subnormals.
 
-    What was done is {place: e}: the activations of that place are carried divided by 2**e. Places that need nothing are
-    left as they are: the smallest sufficient scale keeps small values the farthest from the subnormals.
+    Every activation that grows in this network is either read through GroupNorm, which is invariant to the scale of its
+    input (except for eps), or flows on linearly. So the residual stream can be divided by s = 2**e: the layers that
+    feed it (conv_in, each conv2, to_out, the resampling convs) are divided by s, and eps of each reading norm by s**2.
+    The same holds between conv1 and norm2 inside a block, for the values of the attention, and for its queries against
+    its keys. s may differ between resolutions: the resampling conv between them applies the ratio. Powers of two do not
+    change the mantissa of any product or sum, so the fp32 result is bit-identical.
     """
     walk = family_of(model).stages
     assert walk is not None, "families without stages do not name the rewrite"
@@ -62,7 +61,7 @@ def rescale_activations(
                     _rescale_resnet(cast(ResnetBlock, resnet), stream=e, inner=t)
                 for name, attention in stage.attentions.items():
                     u = note(f"{name}.to_v", _exponent(ranges.at(f"{name}.to_v"), target))
-                    # Only q k^T matters: what is taken from one is given to the other.
+                    # Only the product q k^T matters: dividing one and multiplying the other cancels out.
                     a = note(f"{name}.to_q", _balance(ranges.at(f"{name}.to_q"), ranges.at(f"{name}.to_k"), target))
                     _rescale_attention(cast(Attention, attention), stream=e, values=u, queries=a)
                 if stage.norm_out is not None:
@@ -74,9 +73,9 @@ def rescale_activations(
 def rescaled(
     model: ReferenceVae, calibrate: str | Path | None = None, progress: Progress = no_progress
 ) -> tuple[ReferenceVae, Mapping[str, Any]]:
-    """The model with its activations rescaled to what is measured on photographs, and the record for the manifest.
+    """Return the model rescaled by activations measured on photographs and noise, and the record for the manifest.
 
-    `calibrate` is the directory of the photographs; the embedded ones are used without it.
+    `calibrate` is the directory of the photographs; the default is the embedded photographs.
     """
     ranges = probe(model, calibration_inputs(model, calibrate, progress))
     exact, exponents = rescale_activations(model, ranges)
@@ -92,13 +91,14 @@ def rescaled(
 
 @dataclass(frozen=True)
 class MeasuredRanges:
-    """Activation maxima of a model before and after rescaling, and by which powers of two it was divided where."""
+    """The largest activations of a model before and after rescaling, and the exponents {place: e} of the rescaling."""
 
     before: Ranges
     after: Ranges
     exponents: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a JSON-serialisable dictionary."""
         return {
             "before": dict(self.before.largest),
             "after": dict(self.after.largest),
@@ -110,7 +110,10 @@ class MeasuredRanges:
 def measure_ranges(
     model: ReferenceVae, calibrate: str | Path | None = None, progress: Progress = no_progress
 ) -> MeasuredRanges:
-    """Probe the model on photographs and noise, rescale it, and probe it again."""
+    """Measure activations on photographs and noise, rescale the model, and measure again.
+
+    `calibrate` is the directory of the photographs; the default is the embedded photographs.
+    """
     check_model(model)
     if calibrate is not None:
         check_path(calibrate, "calibrate")
@@ -120,7 +123,7 @@ def measure_ranges(
 
 
 def _stream_maximum(stage: Stage, ranges: Ranges) -> float:
-    """The largest value on the residual stream of a stage, or about to be added to it."""
+    """Return the largest value on the residual stream of a stage or about to be added to it."""
     seen = [ranges.at(stage.entry_name)]
     for name in stage.resnets:
         seen += [ranges.at(name), ranges.at(f"{name}.conv2"), ranges.at(f"{name}.conv_shortcut")]
@@ -132,7 +135,7 @@ def _stream_maximum(stage: Stage, ranges: Ranges) -> float:
 
 
 def _exponent(largest: float, target: float) -> int:
-    """The smallest e with largest / 2**e <= target; negative, towards 1, for what is lost in small numbers."""
+    """Return the smallest e with largest / 2**e <= target; negative if `largest` is below LOWEST, to scale up to 1."""
     if not math.isfinite(largest) or largest == 0.0:
         return 0
     if largest > target:
@@ -141,7 +144,7 @@ def _exponent(largest: float, target: float) -> int:
 
 
 def _balance(queries: float, keys: float, target: float) -> int:
-    """e such that queries / 2**e and keys * 2**e are about equal, where one is over the target or below `LOWEST`."""
+    """Return e such that queries / 2**e and keys * 2**e are about equal; 0 if both are within LOWEST and `target`."""
     smaller, larger = sorted((queries, keys))
     if smaller == 0.0 or (larger <= target and smaller >= LOWEST):
         return 0
@@ -170,6 +173,6 @@ def _rescale_eps(norm: nn.GroupNorm, exponent: int) -> None:
 
 
 def _multiply(layer: Any, *, weight: int, bias: int) -> None:
-    """Multiply weight and bias by powers of two, given as exponents."""
+    """Multiply the weight of a layer by 2**weight and its bias by 2**bias, in place."""
     layer.weight.data = torch.ldexp(layer.weight.data, torch.tensor(weight))
     layer.bias.data = torch.ldexp(layer.bias.data, torch.tensor(bias))

@@ -1,7 +1,7 @@
-"""Tileable bundles: each half of the model once more, cut at its norms, for `runtimes.tiling.seamless`.
+"""Graphs of tileable bundles: encoder and decoder cut into steps at their norms, for `runtimes.tiling.seamless`.
 
-The part with the attention is traced as the other graphs are; the steps are so small, and so many, that they are
-written node by node instead. Statistics of norms come in from outside, and those of a step's result go out.
+The part with the attention is traced like the graphs of other bundles. The other steps are small and many, so they are
+written node by node. A step takes the statistics of its norms as input, and returns those of its result.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from vae_export.rewrites.form import Form, rewrite
 from vae_export.rewrites.upsample import DeconvUpsample, FourConvUpsample
 from vae_export.targets.onnx_graphs import DTYPES, OPSET, TracedGraph, trace_graph, write_graph
 
-#: The scores of one block at a time: at 2048x2048 they are 1024 x 65536, 268 MB in fp32.
+#: Attention computes the scores of one block at a time: at 2048x2048 these are 1024 x 65536, 268 MB in fp32.
 ATTENTION_BLOCKS = 64
 
-_LAST = 2**31 - 1  #: as the end of a slice: up to the last
+_LAST = 2**31 - 1  #: end of a slice that runs to the end of the axis
 _ONNX_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
 class HeadGraph(nn.Module):
-    """The decoder up to and with the last attention: latent_sample [1, C, h, w] -> stream, fp16."""
+    """The decoder up to and including the last attention: latent_sample [1, C, h, w] -> stream, fp16."""
 
     def __init__(self, model: AutoencoderKL, blocks: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class HeadGraph(nn.Module):
 
 
 class TailGraph(nn.Module):
-    """The encoder from its first attention on: stream, fp16 -> latent_parameters [1, 2 * C, h, w], fp32."""
+    """The encoder from its first attention block on: stream, fp16 -> latent_parameters [1, 2 * C, h, w], fp32."""
 
     def __init__(self, model: AutoencoderKL, first: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class TailGraph(nn.Module):
 
 
 class StepGraph:
-    """An ONNX graph in the making, for batches of 1: each method adds a node, and gives the name of its result."""
+    """A builder of an ONNX graph for batches of 1. Each method adds nodes and returns the name of the result."""
 
     def __init__(self, precision: str, act_fn: str) -> None:
         self.type, self.act_fn = _ONNX_TYPES[precision], act_fn
@@ -99,20 +99,20 @@ class StepGraph:
         return self.add("Cast", x, to=dtype)
 
     def conv(self, x: str, conv: nn.Conv2d | nn.ConvTranspose2d, **attributes: Any) -> str:
-        """A convolution of values of this graph's type; without padding, unless `attributes` say so."""
+        """Add a convolution of values of this graph's type, without padding unless `attributes` set it."""
         kind = "ConvTranspose" if isinstance(conv, nn.ConvTranspose2d) else "Conv"
         weights = [self.constant(cast(Tensor, part), self.type) for part in (conv.weight, conv.bias)]
         return self.add(kind, x, *weights, kernel_shape=list(conv.kernel_size), strides=list(conv.stride), **attributes)
 
     def normed(self, x: str, norm: nn.GroupNorm, statistics: str, inside: str) -> str:
-        """norm, activation, zeros outside of the image: of fp16 values [1, C, H, W] -> this graph's type.
+        """Add norm, activation and a mask of the positions inside the image: fp16 [1, C, H, W] -> this graph's type.
 
-        As `operators.row_norm` has it: scale and shift in fp32 on x itself, rounded once.
+        As in `operators.row_norm`, scale and shift are applied to x in fp32, and the result is rounded once.
         """
         groups, channels = norm.num_groups, norm.num_channels
         shape = self.constant([1, channels, 1, 1])
 
-        def of_channels(row: int) -> str:  # of the statistics -> [1, C, 1, 1]
+        def of_channels(row: int) -> str:  # row of the statistics [2, groups] -> [1, C, 1, 1]
             part = self.add("Gather", statistics, self.constant([row]), axis=0)
             part = self.add("Reshape", part, self.constant([groups, 1]))
             part = self.add("Expand", part, self.constant([groups, channels // groups]))
@@ -138,10 +138,10 @@ class StepGraph:
         return self.add("Mul", x, self.add("Sigmoid", x))
 
     def give_map(self, value: str, channels: int) -> None:
-        """The outputs of a step: `y`, the map in fp16, and `moments`, the mean and variance of each channel.
+        """Add the outputs of a step: `y`, the map in fp16, and `moments`, mean and variance of each channel, [2, C].
 
-        Of the rounded values, which are what the next step reads: an overflow shows in them. By rows, as
-        `operators.row_norm` sums.
+        The moments are those of the rounded values, which the next step reads, so that an overflow shows in them. They
+        are summed by rows, as in `operators.row_norm`.
         """
         y = self.cast(value, TensorProto.FLOAT16)
         exact = self.cast(y, TensorProto.FLOAT)
@@ -169,16 +169,16 @@ class StepGraph:
 
 
 class TileableExport:
-    """Writes the steps of a model, which must be rescaled: what is kept between them is fp16."""
+    """Writer of the steps of a model. The model must be rescaled, because maps between steps are stored in fp16."""
 
     def __init__(self, model: AutoencoderKL, directory: Path, precision: str, form: Form) -> None:
-        # A lean last block shares its input between two convolutions; here they are steps of their own.
+        # Not the lean last block: its two convolutions share an input, and here each of them is a separate step.
         form = form._replace(last_block="plain", convolutions="direct", attention_blocks=ATTENTION_BLOCKS)
         self.model = rewrite(model, form).to(DTYPES[precision])
         self.directory, self.precision = directory, precision
 
     def steps(self, graph: str) -> tuple[Step, ...]:
-        """Write the steps of one graph, in the order in which they run."""
+        """Write the steps of one graph and return them, in execution order."""
         return tuple(self._encoder() if graph == "encoder" else self._decoder())
 
     def _encoder(self) -> Iterator[Step]:
@@ -215,7 +215,7 @@ class TileableExport:
             if number >= whole - 1:
                 for upsample in getattr(block, "upsamplers", ()):
                     yield self._write("decoder", "up", *self._upsample(upsample))
-        graph = self._graph("silu")  # whatever the model's activation is: see `Decoder`
+        graph = self._graph("silu")  # SiLU for every model, whatever its `act_fn`: see `Decoder`
         y = self._normed_conv(graph, decoder.conv_norm_out, decoder.conv_out)
         y = graph.cast(y, TensorProto.FLOAT)
         graph.output(y, "y", TensorProto.FLOAT, 1, config.out_channels, "out_height", "out_width")
@@ -255,11 +255,13 @@ class TileableExport:
         x = graph.input("x", TensorProto.FLOAT16, 1, convs[0].in_channels, "height", "width")
         x = graph.cast(x, graph.type)
         if isinstance(upsample, DeconvUpsample):
-            y = graph.conv(x, convs[0], pads=[3, 3, 3, 3])  # its own 1, and the 2 of the pixel around the tile
+            y = graph.conv(
+                x, convs[0], pads=[3, 3, 3, 3]
+            )  # 1 of the convolution, 2 for the border pixel around the tile
         else:
             parts, axes = [], graph.constant([2, 3])
             for conv, (row, column) in zip(convs, np.ndindex(2, 2), strict=True):
-                # The even output of an axis looks one pixel back, the odd one ahead.
+                # Along an axis, even outputs read the previous pixel and odd outputs the next.
                 ends = graph.constant([_LAST if odd else -1 for odd in (row, column)])
                 parts.append(graph.conv(graph.add("Slice", x, graph.constant([row, column]), ends, axes), conv))
             y = graph.add("DepthToSpace", graph.add("Concat", *parts, axis=1), blocksize=2, mode="DCR")
@@ -270,7 +272,7 @@ class TileableExport:
         return StepGraph(self.precision, act_fn or self.model.config.act_fn)
 
     def _write(self, side: str, kind: str, channels: int, proto: onnx.ModelProto) -> Step:
-        """Write one step; files are numbered in the order in which they run."""
+        """Write one step to a file numbered in execution order."""
         folder = self.directory / f"vae_{side}_tiles"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{len(list(folder.iterdir())):02}_{kind}.onnx"

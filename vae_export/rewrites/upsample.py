@@ -15,11 +15,11 @@ from vae_export.families.base import Model
 
 
 class DeconvUpsample(nn.Module):
-    """[B, C, H, W] -> [B, C, 2*H, 2*W]: nearest x2 and its 3x3 convolution as one transposed convolution."""
+    """Nearest x2 and its 3x3 convolution as one transposed convolution: [B, C, H, W] -> [B, C, 2*H, 2*W]."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        # Along an axis: output 2i sees w0 x[i-1] + (w1 + w2) x[i], output 2i+1 sees (w0 + w1) x[i] + w2 x[i+1].
+        # Along an axis: output 2i = w0 x[i-1] + (w1 + w2) x[i], output 2i+1 = (w0 + w1) x[i] + w2 x[i+1].
         taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float64)
         kernel = torch.einsum("ak,bl,oikl->ioab", taps, taps, conv.weight.double())
         self.conv = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1)
@@ -31,11 +31,11 @@ class DeconvUpsample(nn.Module):
 
 
 class FourConvUpsample(nn.Module):
-    """[B, C, H, W] -> [B, C, 2*H, 2*W]: nearest x2 and its 3x3 convolution as four 2x2 ones, interleaved."""
+    """Nearest x2 and its 3x3 convolution as four interleaved 2x2 convolutions: [B, C, H, W] -> [B, C, 2*H, 2*W]."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        # The same sums as in DeconvUpsample, one convolution for each of the four positions in a 2x2 square.
+        # The same sums as in DeconvUpsample, with one convolution for each of the four positions in a 2x2 square.
         taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
         self.convs = nn.ModuleList()
         for row in range(2):
@@ -47,7 +47,7 @@ class FourConvUpsample(nn.Module):
                 self.convs.append(part)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The even output of an axis looks one pixel back, the odd one ahead.
+        # Along an axis, even outputs read the previous pixel and odd outputs the next.
         sides = [(1 - column, column, 1 - row, row) for row in range(2) for column in range(2)]
         parts = [conv(F.pad(x, side)) for conv, side in zip(self.convs, sides, strict=True)]
         return F.pixel_shuffle(torch.stack(parts, dim=2).flatten(1, 2), 2)
@@ -57,11 +57,13 @@ _FOLDED: dict[str, type[nn.Module]] = {"deconv": DeconvUpsample, "conv": FourCon
 
 
 def fold_upsample(model: Model, form: str) -> Model:
-    """Fold each nearest-neighbour upsampling into the convolution behind it: 4/9 of its multiplications.
+    """Return a copy of the model with each nearest-neighbour upsampling folded into the convolution after it.
 
-    Three of four taps of the convolution fall on repeated pixels; adding their weights beforehand gives the same sums,
-    exact but for rounding. `form` is "deconv" (one transposed convolution), "conv" (four small ones, interleaved) or
-    "none"; which is the fastest depends on the runtime.
+    The folded convolution needs 4/9 of the multiplications. The taps of the original convolution fall on repeated
+    pixels; adding the weights of such taps beforehand gives the same sums, except for rounding.
+
+    `form` is "deconv" (one transposed convolution), "conv" (four small interleaved convolutions) or "none". The fastest
+    depends on the runtime.
     """
     model = copy.deepcopy(model)
     if form != "none":

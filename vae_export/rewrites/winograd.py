@@ -1,4 +1,4 @@
-"""3x3 convolutions by Winograd's minimal filtering: 4/9 of the multiplications, the same sums but for rounding."""
+"""3x3 convolutions by Winograd's minimal filtering: 4/9 of the multiplications, same result except for rounding."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vae_export.families import family_of
 from vae_export.families.autoencoder_kl import ResnetBlock
 from vae_export.families.base import Model, ReferenceVae
 
-#: Of input and output, where it pays: what is saved grows with their product, what it costs with their sum.
-LEAST_CHANNELS = 512
+#: Minimum number of input and of output channels: the saving grows with their product, the cost with their sum.
+MIN_CHANNELS = 512
 
-# F(2x2, 3x3) of A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks" (2016): along an axis two
-# outputs from four inputs, `_pair` of (KERNEL @ w) * (INPUT @ x): four multiplications in the place of six.
+# F(2x2, 3x3) of A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks" (2016): along an axis, two
+# outputs are `_pair` of (KERNEL @ w) * (INPUT @ x), with w three taps and x four inputs: 4 multiplications, not 6.
 INPUT = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64)
 KERNEL = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 
 
 class WinogradConv(nn.Module):
-    """[B, C, H, W] -> [B, Cout, H, W], H and W even: a 3x3 convolution with padding 1, in squares of 2x2 outputs.
+    """A 3x3 convolution with padding 1: [B, C, H, W] -> [B, Cout, H, W], H and W even, in squares of 2x2 outputs.
 
-    Of each window of 4x4 inputs sixteen sums are taken (`windows`: convolutions of each channel alone), each is
-    multiplied by a matrix of its own (`products`: 1x1 convolutions), and four sums of those are the outputs.
+    `windows` (depthwise convolutions) compute sixteen sums of each 4x4 window of inputs. `products` (1x1 convolutions)
+    multiply each sum by its own matrix. Each of the four outputs is a sum of products.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -41,7 +41,7 @@ class WinogradConv(nn.Module):
             window.weight = _constant(kernel.expand(channels, 1, 4, 4), conv.weight.dtype)
             product = nn.Conv2d(channels, conv.out_channels, 1, bias=False)
             product.weight = _constant(matrix[:, :, None, None], conv.weight.dtype)
-            if place == 5:  # row 1, column 1: all four outputs add it
+            if place == 5:  # row 1, column 1: the only product that all four outputs add
                 product.bias = conv.bias
             self.windows.append(window)
             self.products.append(product)
@@ -55,15 +55,15 @@ class WinogradConv(nn.Module):
 
 
 def _pair(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Two outputs along an axis, of four products."""
+    """Return the two outputs along an axis from their four products."""
     return a + b + c, b - c - d
 
 
 def use_winograd(model: Model) -> Model:
-    """Compute the wide convolutions of resnets by `WinogradConv`: see `wide_convolutions`.
+    """Return a copy of the model with its `wide_convolutions` replaced by `WinogradConv`.
 
-    Exact but for rounding, and with less of that in fp32, since each product sums a ninth of the terms; in half
-    precision the sums before the products round more than that saves. Weights take 16/9 of the place.
+    Exact except for rounding. In fp32 rounding errors decrease, since each product sums a ninth of the terms; in half
+    precision they increase, because the sums before the products are rounded. The weights take 16/9 of the memory.
     """
     model = copy.deepcopy(model)
     for resnet, name in list(wide_convolutions(model)):
@@ -72,10 +72,11 @@ def use_winograd(model: Model) -> Model:
 
 
 def wide_convolutions(model: ReferenceVae) -> Iterator[tuple[ResnetBlock, str]]:
-    """What `use_winograd` replaces: convolutions of many channels, where sides are even whatever the image is.
+    """Yield (resnet, attribute name) of the convolutions that `use_winograd` replaces.
 
-    That is in front of the encoder's last downsampling and behind the decoder's first upsampling. Larger maps have
-    fewer channels, and there the transforms, which read each map sixteen times, cost what the products save.
+    These have at least MIN_CHANNELS input and output channels, and maps whose sides are even for every image: before
+    the last downsampling of the encoder and after the first upsampling of the decoder. Convolutions of fewer channels
+    gain nothing: the transforms, which read each map sixteen times, cost what the products save.
     """
     if "winograd" not in family_of(model).rewrites:
         return
@@ -83,8 +84,8 @@ def wide_convolutions(model: ReferenceVae) -> Iterator[tuple[ResnetBlock, str]]:
     for block in [*list(network.encoder.down_blocks)[:-1], *list(network.decoder.up_blocks)[1:]]:
         for resnet in cast("Iterator[ResnetBlock]", block.resnets):
             for name in ("conv1", "conv2"):
-                conv = getattr(resnet, name, None)  # `rewrite.LeanResnet` has its first in parts
-                if isinstance(conv, nn.Conv2d) and min(conv.in_channels, conv.out_channels) >= LEAST_CHANNELS:
+                conv = getattr(resnet, name, None)  # `LeanResnet` has no `conv1`: it is split into parts
+                if isinstance(conv, nn.Conv2d) and min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS:
                     yield resnet, name
 
 

@@ -1,10 +1,11 @@
-"""Targets, one module each: how the graphs of a bundle are written for one runtime.
+"""Targets, one module each. A target writes the graphs of a bundle for one runtime.
 
-To add one, write a subclass of `vae_export.targets.base.Target` and register it: a line in `TARGETS`, or from elsewhere
+To add a target, write a subclass of `vae_export.targets.base.Target` and register it, with a line in `TARGETS` or from
+another package with
 
     TARGETS.register("name", "module:Class")
 
-and say which backend opens its bundles with `runtimes.register_backend`.
+Then register the backend that opens its bundles with `runtimes.register_backend`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ TARGETS = Registry(
 
 
 def target_named(name: str) -> Target:
-    """The target of this name. `ConfigError` lists the names that are known; `BackendUnavailable` without PyTorch."""
+    """Return the target with this name.
+
+    Raises `ConfigError`, which lists the known names, for an unknown name, and `NotInstalled` if a package that the
+    target needs is missing.
+    """
     try:
         target: Target = TARGETS[name]()
     except ModuleNotFoundError as error:

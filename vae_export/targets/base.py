@@ -1,7 +1,7 @@
-"""The contract of a target: how the graphs of a bundle are written for one runtime, and checked where they were made.
+"""The interface of a target, which writes the graphs of a bundle for one runtime and validates them.
 
-A target is one class in one module, and one line in `vae_export.targets`. `export_bundle` calls its methods in the
-order in which they stand here, and knows nothing else about it.
+A target is one class in one module and one line in `vae_export.targets`. `export_bundle` uses only the members of
+`Target`, and calls the methods in the order of their definition.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Export:
-    """An export at work: what a target is given to write.
+    """The state of a running export, from which a target writes its graphs.
 
-    `options` are complete: precision and forms are chosen. `exact` is `model`, rescaled where the precision needs it.
-    `cases` are inputs with the outputs of the reference; empty where nothing is to be validated.
+    `options` are complete: precision and forms are set. `exact` is `model`, rescaled if the precision needs it. `cases`
+    are inputs with the outputs of the reference; empty if the export is not validated.
     """
 
     model: ReferenceVae
@@ -41,21 +41,23 @@ class Export:
     exact: ReferenceVae
     cases: Sequence[Case]
     progress: Progress
-    #: what a target computes once and needs for both graphs
+    #: values that a target computes once and uses for both graphs
     memo: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def precision(self) -> str:
+        """The precision of the bundle."""
         assert self.options.precision is not None
         return self.options.precision
 
     def form(self, graph: str) -> Form:
+        """Return the form in which a graph is written."""
         assert self.options.forms is not None
         return self.options.forms[graph]
 
 
 class Written(NamedTuple):
-    """A graph as it was written: its file, input and output, and what the manifest is to say of how it was made."""
+    """A written graph: its file, input and output, and manifest records of how it was made."""
 
     spec: GraphSpec
     records: tuple[Mapping[str, Any], ...] = ()
@@ -71,29 +73,30 @@ class FormChoices(NamedTuple):
 
 
 class Target(ABC):
-    """How bundles of one kind are written."""
+    """The writer of bundles for one runtime."""
 
     name: ClassVar[str]
-    graph_file: ClassVar[str]  #: the file that `write` is given, in the folder of each graph
-    forms: ClassVar[Mapping[str, Form]]  #: precision -> the form of its graphs, where `forms=` says nothing else
+    graph_file: ClassVar[str]  #: name of the file that `write` creates in the folder of each graph
+    forms: ClassVar[Mapping[str, Form]]  #: precision -> default form of both graphs
     default_precision: ClassVar[str] = "fp32"
     io_precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     ios: ClassVar[tuple[str, ...]] = ("float", "uint8")
     rescales: ClassVar[bool] = True  #: whether half precision needs rescaled activations
-    tileable: ClassVar[bool] = False  #: whether its bundles can hold the steps of seamless tiling
-    families: ClassVar[tuple[str, ...] | None] = None  #: the families that it can write; None: all
-    takes_threads: ClassVar[bool] = True  #: whether its backend has a number of threads for `tune` to choose
+    tileable: ClassVar[bool] = False  #: whether its bundles can contain the steps of seamless tiling
+    families: ClassVar[tuple[str, ...] | None] = None  #: supported families; None means all
+    takes_threads: ClassVar[bool] = True  #: whether its backend has a thread count that `tune` can choose
 
     def check(self, model: ReferenceVae, options: ExportOptions) -> None:  # noqa: B027  # optional
-        """Raise `ConfigError` for options that this target cannot serve, `BackendUnavailable` for a missing tool.
+        """Raise `ConfigError` for unsupported options, and `BackendUnavailable` for a missing tool.
 
-        Called before any work. What the attributes above exclude has been refused already.
+        Called before any work, and after options that the attributes above exclude have been rejected.
         """
 
     def plan(self, profiles: Sequence[Profile] = (), gpus: Sequence[str] = ()) -> Engine | None:
-        """What an engine is built for: None for targets without engines, which take any shape on any device.
+        """Return the description of the engines to build, or None for a target without engines.
 
-        Raises `ConfigError` where `profiles` or `gpus` are given to such a target.
+        Bundles without engines take any shape on any device. Raises `ConfigError` if `profiles` or `gpus` are given to
+        such a target.
         """
         if profiles or gpus:
             raise ConfigError(f"profiles and GPUs are for TensorRT, and {self.name} bundles take any shape")
@@ -105,50 +108,58 @@ class Target(ABC):
 
     @abstractmethod
     def write(self, export: Export, graph: Graph, path: Path) -> Written:
-        """Write `graph`, "encoder" or "decoder", to `path` and any files beside it; the spec's `file` is its name."""
+        """Write `graph` ("encoder" or "decoder") to `path`, and any further files into the same folder.
+
+        The `file` of the returned spec is the file name, without the folder.
+        """
 
     def write_steps(self, export: Export, divided: ReferenceVae, directory: Path) -> Mapping[str, tuple[Step, ...]]:
-        """Write both graphs cut into steps, for seamless tiling; called for targets that are `tileable` alone.
+        """Write both graphs, cut into steps for seamless tiling. Called only if the target is `tileable`.
 
-        `divided` is the model with rescaled activations: what lies between two steps is kept in fp16.
+        `divided` is the model with rescaled activations, because maps between steps are stored in fp16.
         """
         raise NotImplementedError
 
     def finish(self, export: Export, writer: BundleWriter) -> None:  # noqa: B027  # optional
-        """Write what belongs to both graphs into `writer.directory`."""
+        """Write files that both graphs share into `writer.directory`."""
 
     def reason_not_run(self, precision: str) -> str | None:
-        """Why a bundle cannot be run on this machine, as the manifest is to say it; None where it can."""
+        """Return why a bundle cannot run on this machine, for the manifest, or None if it can."""
         return None
 
     def stand_ins(self, bundle: Bundle) -> Iterator[Validator]:
-        """What computes the same graphs where the bundle itself may not run; compared before the bundle is."""
+        """Yield validators that compute the same graphs on machines where the bundle itself may not run.
+
+        They are compared with the reference before the bundle is.
+        """
         yield from ()
 
     def validators(self, bundle: Bundle, device: str | None = None) -> Iterator[Validator]:
-        """What computes the graphs of a bundle, one after the other, to be compared with the reference.
+        """Yield the validators that compute the graphs of a bundle, to be compared with the reference.
 
-        Shared by `export_bundle` and `validate_bundle`: the opened bundle, and its steps where it is tileable.
+        These are the open bundle and, if it is tileable, its steps. `export_bundle` and `validate_bundle` use them.
         """
         yield from bundle_validators(bundle, device)
 
     def tool_versions(self, options: ExportOptions) -> Mapping[str, str]:
-        """Name and version of the tools that wrote the graphs, beside Python, PyTorch and onnx."""
+        """Return {name: version} of the tools that wrote the graphs, in addition to Python, PyTorch and onnx."""
         return {}
 
     # For `tune` -----------------------------------------------------------------------------------------------------
 
     def plan_for_size(self, height: int, width: int, factor: int) -> Engine | None:
-        """What an engine is built for that is timed at one size in pixels; None for targets without engines."""
+        """Return the description of an engine for a single size in pixels, or None for a target without engines."""
         return None
 
     def with_common_sizes(self, engine: Engine | None, height: int, width: int) -> Engine | None:
-        """The engine of the tuned bundle, which also takes the sizes that `plan` has by default."""
+        """Return the engine of the tuned bundle, which also takes the default sizes of `plan`."""
         return engine
 
     def choices(self, graph: Graph, precision: str) -> FormChoices:
-        """The forms of a graph that are worth timing. `ConfigError` where there is one form alone."""
-        convolutions = CONVOLUTIONS if precision == "fp32" else ("direct",)  # it loses digits in half precision
+        """Return the alternatives of a graph that are worth timing. Raises `ConfigError` if there is only one form."""
+        convolutions = (
+            CONVOLUTIONS if precision == "fp32" else ("direct",)
+        )  # Winograd is less accurate in half precision
         if graph == "encoder":
             form = self.forms[precision]
             return FormChoices((form.upsample,), NORMS, (form.last_block,), convolutions)

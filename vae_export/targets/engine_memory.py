@@ -1,4 +1,4 @@
-"""How much device memory an engine needs: an estimate from the config, made before anything is built."""
+"""Estimate the device memory of an engine from the config, before it is built."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from runtimes.tensorrt.profiles import Profile
 if TYPE_CHECKING:
     from vae_export.rewrites.form import Form
 
-#: (config, graph, batch, height, width, form) -> elements that are alive, place by place
+#: (config, graph, batch, height, width, form) -> number of live tensor elements at each place of the computation
 Places = Callable[..., Iterator[int]]
 ITEM_SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 class Estimate(NamedTuple):
-    """Device memory for the activations of one graph at the largest shape of a profile."""
+    """Estimated bytes of device memory for the activations of one graph at the largest shape of a profile."""
 
     graph: str
     profile: Profile
@@ -29,7 +29,10 @@ class Estimate(NamedTuple):
 
 
 def estimate_memory(engine: Engine, config: Any, places: Places, form: Form, precision: str) -> list[Estimate]:
-    """Device memory of every graph and profile, at the largest shape. `places` is the family's `activation_places`."""
+    """Estimate the device memory of every graph and profile, at the largest shape of the profile.
+
+    `places` is the `activation_places` of the family.
+    """
     estimates = []
     for profile in engine.profiles:
         sizes = profile.batch.max, profile.height.max, profile.width.max
@@ -42,16 +45,17 @@ def estimate_memory(engine: Engine, config: Any, places: Places, form: Form, pre
 def check_memory(
     estimates: Sequence[Estimate], largest_fitting: Callable[[Profile, int], Profile | None], gpu: Cuda | None
 ) -> None:
-    """`OutOfMemoryError` for a profile that cannot fit the GPU present, with the largest that would."""
+    """Raise `OutOfMemoryError` for a profile that does not fit the memory of `gpu`.
+
+    The message gives the largest profile of the same proportions that fits. Without a GPU nothing is checked.
+    """
     if gpu is None:
         return
     _, total = gpu.free_memory()
     for estimate in estimates:
         if estimate.bytes > total:
             fitting = largest_fitting(estimate.profile, total)
-            advice = (
-                f"the largest of its kind that would: {fitting}" if fitting else "not even its smallest shape would"
-            )
+            advice = f"the largest profile that fits: {fitting}" if fitting else "not even its smallest shape fits"
             raise OutOfMemoryError(
                 f"the {estimate.graph} at the largest shape of the profile {estimate.profile} needs about "
                 f"{estimate.bytes / 2**30:.1f} GiB, and cuda:{gpu.index} has {total / 2**30:.1f}; {advice}"
@@ -61,7 +65,10 @@ def check_memory(
 def largest_fitting(
     config: Any, places: Places, form: Form, precision: str
 ) -> Callable[[Profile, int], Profile | None]:
-    """(profile, bytes) -> the same with the largest height and width, in its proportions, whose work fits."""
+    """Return a function (profile, bytes) -> the profile with the largest height and width that fit, or None.
+
+    The function scales the maxima of height and width by the same ratio.
+    """
 
     def search(profile: Profile, available: int) -> Profile | None:
         factor = config.downscale
@@ -103,10 +110,10 @@ def activation_bytes(
     form: Form,
     precision: str,
 ) -> int:
-    """Device memory for the activations of a graph on images of height x width pixels, about.
+    """Estimate the bytes of device memory for the activations of a graph on images of height x width pixels.
 
-    The most that is alive at once, as the graph is written: a runtime that fuses operations needs less, never much
-    more. `places` says what is alive where: it is the family's `activation_places`.
+    The estimate is the maximum of the tensors that are alive at once in the graph as written: a runtime that fuses
+    operations needs less, and none needs much more. `places` is the `activation_places` of the family.
     """
     item = ITEM_SIZES[precision]
     inner = max(places(config, graph, batch, height, width, form))
@@ -116,7 +123,7 @@ def activation_bytes(
 
 
 def memory_lines(estimates: Sequence[Estimate]) -> list[str]:
-    """For people: what each engine will need when it runs."""
+    """Return one line of text per estimate, for users."""
     return [
         f"{estimate.graph} at {estimate.profile.batch.max} x {estimate.profile.height.max} x "
         f"{estimate.profile.width.max}: about {estimate.bytes / 2**30:.2f} GiB of device memory for activations"

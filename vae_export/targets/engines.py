@@ -1,6 +1,6 @@
-"""ONNX graphs -> TensorRT plans: for which GPU and shapes they are built, and how they are built again.
+"""Build TensorRT plans from ONNX graphs, and rebuild the plans of a bundle.
 
-Works without PyTorch: plans are rebuilt where they run.
+Works without PyTorch, because plans are rebuilt on the machines that run them.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from runtimes.tensorrt.runtime import job_of
 from vae_export.bundle import check_output, write_bundle
 
 PLAN_FILE = "model.plan"
-ONNX_FILE = "model.onnx"  #: the typed graph beside it, from which it can be built again elsewhere
+ONNX_FILE = "model.onnx"  #: the typed graph beside the plan, from which the plan can be rebuilt on another machine
 NO_GPU = "no NVIDIA GPU is here to run the plan; run `vae-export validate` where there is one"
 
 
 def present_gpu() -> Cuda | None:
-    """The GPU here, or None."""
+    """Return the first GPU of this machine, or None."""
     with suppress(BackendUnavailable):
         return Cuda(0)
     return None
 
 
 def plan_engine(target: str, profiles: Sequence[Profile] = (), gpus: Sequence[str] = ()) -> Engine:
-    """What will be built: with which TensorRT, for which GPUs and shapes.
+    """Return the description of the engines to build: TensorRT version, GPUs and shapes.
 
-    Without `gpus` it is the GPU that is here; with TensorRT-RTX where there is none, all that it takes. Raises
-    `BackendUnavailable` where TensorRT, or the GPU that it needs, is missing.
+    The default of `gpus` is the GPU of this machine; for TensorRT-RTX on a machine without GPU, all supported ones.
+
+    Raises `BackendUnavailable` if TensorRT, or a GPU that it needs, is missing, and `ConfigError` if `gpus` cannot be
+    built for.
     """
     flavour = load_flavour(target)
     present = present_gpu()
@@ -59,7 +61,7 @@ def plan_engine(target: str, profiles: Sequence[Profile] = (), gpus: Sequence[st
 def build_graph(
     engine: Engine, graph: Graph, spec: GraphSpec, onnx: Path, factor: int, progress: Progress = no_progress
 ) -> GraphSpec:
-    """Build the plan of a graph beside its ONNX file -> the spec with the plan in its place."""
+    """Build the plan of a graph beside its ONNX file. Returns the spec with the plan as its file."""
     plan = build_plan(onnx.read_bytes(), job_of(engine, graph, spec, factor), graph, progress)
     (onnx.parent / PLAN_FILE).write_bytes(plan)
     return replace(spec, file=PLAN_FILE)
@@ -68,15 +70,15 @@ def build_graph(
 def rebuild_bundle(
     path: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = no_progress
 ) -> Bundle:
-    """Build the plans of a TensorRT bundle anew, for this machine, from the ONNX graphs in it.
+    """Rebuild the plans of a TensorRT bundle for this machine, from the ONNX graphs in the bundle.
 
-    `out` may be the bundle itself, with `overwrite`. Profiles stay; the record of the validation does not, since it is
-    of other plans. Raises `CompatibilityError` for a bundle without plans, and as `export_bundle` does.
+    With `overwrite`, `out` may be the bundle itself. The profiles are kept. The validation record is dropped, because
+    it describes other plans. Raises `CompatibilityError` for a bundle without plans, and the errors of `export_bundle`.
     """
     source = Bundle(path)
     manifest = source.manifest
     if manifest.engine is None:
-        raise CompatibilityError(f"{path} is a bundle of {manifest.target}, which has no plans to build again")
+        raise CompatibilityError(f"{path} is a bundle of {manifest.target}, which has no plans to rebuild")
     check_output(out, overwrite)
     engine = plan_engine(manifest.target, manifest.engine.profiles)
     with write_bundle(out, overwrite=overwrite) as writer:
@@ -105,4 +107,5 @@ def rebuild_bundle(
 
 
 def tool_versions(engine: Engine) -> dict[str, str]:
+    """Return {name: version} of the TensorRT that builds the engine."""
     return {engine.flavour: engine.version}

@@ -1,7 +1,7 @@
-"""Model -> StableHLO of `runtimes.flax.model`, a graph each for encoder and decoder, and one file of parameters.
+"""The target `flax`: StableHLO graphs of encoder and decoder, from `runtimes.flax.model`, and one file of parameters.
 
-The parameters are an argument of the graphs: they are in the bundle once, in the file that diffusers' Flax class wrote
-and read. Batch and sizes are free, and a graph is written for all platforms at once.
+The graphs take the parameters as an argument, so that the bundle contains them once, in the file format of diffusers'
+Flax class. Batch and image size are symbolic, and each graph is written for all platforms.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from vae_export.targets.onnx_graphs import DTYPES as ONNX_DTYPES
 from vae_export.targets.onnx_graphs import traced_graphs
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-FORM = Form(upsample="conv")  #: the one in which flax_model is written; its attention goes by blocks of a fixed size
-#: precision -> type of parameters and activations, and JAX's precision of products: its own choice for fp32 is less on
-#: TPUs and GPUs, and what is computed is to be what the bundle says.
+FORM = Form(upsample="conv")  #: the form of `runtimes.flax.model`, whose attention uses blocks of a fixed size
+#: precision -> (dtype of parameters and activations, JAX's precision of products). In fp32 JAX's default is lower on
+#: TPUs and GPUs than the precision that the bundle declares.
 DTYPES = {"fp32": ("float32", "highest"), "bf16": ("bfloat16", "default")}
 
 
@@ -39,9 +39,11 @@ def export_stablehlo(
     io_precision: str = "fp32",
     form: Form = FORM,
 ) -> GraphSpec:
-    """Write one graph (`encoder` or `decoder`): (parameters, float32 [B, C, H, W]) -> float32, as jax.export has it.
+    """Write a graph, "encoder" or "decoder", in jax.export's format: (parameters, float32 [B, C, H, W]) -> float32.
 
-    Of the parameters it takes those that it uses. Names and shapes are those of the ONNX graphs.
+    The graph takes only the parameters that it uses. Names and shapes are those of the ONNX graphs.
+
+    Raises `ConfigError` for unsupported options.
     """
     check_available(io_precision)
     if form != FORM:
@@ -63,10 +65,10 @@ def export_stablehlo(
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), used)
     traced = traced_graphs(model, ONNX_DTYPES["fp32"], "float")[graph]
     scale = model.config.downscale if graph == "encoder" else 1  #: pixels of the input per latent
-    # Said as multiples of the factor, so that every division on the way comes out even.
+    # Sizes are multiples of the factor, so that every division inside the graph is exact.
     batch, height, width = export.symbolic_shape("batch, latent_height, latent_width")
     shape = (batch, traced.input_shape[1], height * scale, width * scale)
-    with _nameless_sources(jax):
+    with _without_source_locations(jax):
         exported = export.export(jax.jit(function), platforms=PLATFORMS)(
             params, jax.ShapeDtypeStruct(shape, jnp.float32)
         )
@@ -80,7 +82,7 @@ def export_stablehlo(
 
 
 def write_params(model: ReferenceVae, directory: Path, precision: str) -> None:
-    """The parameters of both graphs, rounded to the precision, in one file."""
+    """Write the parameters of both graphs, rounded to the precision, to one file in the directory."""
     _import_jax()
     flax_params = importlib.import_module("runtimes.flax.params")
     dtype = getattr(flax_params.jnp, DTYPES[precision][0])
@@ -90,15 +92,15 @@ def write_params(model: ReferenceVae, directory: Path, precision: str) -> None:
 
 
 def check_available(io_precision: str) -> None:
-    """`ConfigError` for what no flax bundle has, `BackendUnavailable` where JAX or Flax is missing."""
+    """Raise `ConfigError` for an unsupported `io_precision`, `BackendUnavailable` if JAX or Flax is missing."""
     if io_precision != "fp32":
         raise ConfigError(f"flax bundles take and give float32 (--io-precision fp32), not {io_precision!r}")
     _import_jax()
 
 
 @contextmanager
-def _nameless_sources(jax: Any) -> Iterator[None]:
-    """JAX notes beside each operation the file and line that it comes from: paths of this machine."""
+def _without_source_locations(jax: Any) -> Iterator[None]:
+    """Return a context in which JAX does not record source locations, which are paths of this machine."""
     settings = {"jax_hlo_source_file_canonicalization_regex": ".*", "jax_traceback_in_locations_limit": 0}
     before = {name: jax.config.values[name] for name in settings}
     try:
@@ -111,7 +113,7 @@ def _nameless_sources(jax: Any) -> Iterator[None]:
 
 
 def _import_jax() -> tuple[Any, Any]:
-    """JAX, and the model; this and the runtime say what to install where it is missing."""
+    """Return the modules `jax` and `runtimes.flax.model`. Raises `NotInstalled` if a package is missing."""
     importlib.import_module("runtimes.flax.runtime")
     flax_model = importlib.import_module("runtimes.flax.model")
     return importlib.import_module("jax"), flax_model
@@ -124,8 +126,8 @@ class FlaxTarget(Target):
     graph_file = "model.stablehlo"
     forms: ClassVar = {"fp32": FORM, "bf16": FORM}
     ios = ("float",)
-    families = ("AutoencoderKL",)  # whose network is written in JAX
-    rescales = False  # bf16 has the range of fp32, and the parameters stay those of the checkpoint, for JAX to train on
+    families = ("AutoencoderKL",)  # the families whose networks are implemented in JAX
+    rescales = False  # bf16 has the range of fp32; unchanged parameters can be trained further in JAX
 
     def check(self, model: ReferenceVae, options: ExportOptions) -> None:
         check_available(options.io_precision)

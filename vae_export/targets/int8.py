@@ -1,17 +1,18 @@
-"""An OpenVINO graph with its large convolutions in int8, calibrated on arrays that it will see.
+"""Quantize the large convolutions of an OpenVINO graph to int8, calibrated on representative arrays.
 
-What is quantized, and why only that (PSNR of the embedded model's decoder on photographs that calibration did not see):
+These are the quantized operations and the reasons. Decibels are the PSNR of the decoder of the embedded model on
+photographs outside of the calibration set.
 
-- The spatial convolutions between conv_in and conv_out do nearly all multiplications, and most of them sit behind SiLU,
-  where rounding the input costs little: it is one branch of a residual block, and the stream beside it stays exact.
-- Statistics of the norms, residual sums, attention and 1x1 shortcuts stay as they are. Left to itself NNCF quantizes in
-  front of the reductions too: that rounds the stream itself, for little gain in time, and inserts layout conversions.
-- Activations are symmetric. OpenVINO's CPU plugin leaves a transposed convolution with a zero point in bf16, and its
-  kernels for convolutions without one are faster. It costs 6 dB of about 58.
-- A transposed convolution gets its output quantized as well: its int8 kernel writes int8 or float32, never bf16, and
-  float32 costs a conversion of the largest tensors there are. It costs 3 dB of about 48.
-- Ranges are the smallest and largest value seen in any calibration array. Means and quantiles over arrays clip what
-  other photographs have; correcting biases made no difference.
+- The spatial convolutions between conv_in and conv_out are quantized. They do nearly all multiplications, and most of
+  them follow SiLU in a branch of a residual block, where rounding the input costs little: the stream stays exact.
+- Norm statistics, residual sums, attention and 1x1 shortcuts are not quantized. By default NNCF also quantizes before
+  the reductions, which rounds the stream itself, saves little time, and inserts layout conversions.
+- Activations are quantized symmetrically. OpenVINO's CPU plugin computes a transposed convolution with a zero point in
+  bf16, and its kernels for convolutions without a zero point are faster. This costs 6 dB of about 58.
+- The output of a transposed convolution is quantized as well: its int8 kernel writes int8 or float32, never bf16, and
+  float32 requires a conversion of the largest tensors. This costs 3 dB of about 48.
+- Ranges are the smallest and largest values in any calibration array. Means and quantiles over arrays clip values of
+  other photographs. Bias correction made no difference.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,23 +33,23 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-# Where more layers than this have to be kept, int8 is hardly faster than bf16, and not worth its error.
-MOST_KEPT = 0.75
+#: Maximum fraction of layers kept in higher precision. Beyond it int8 is hardly faster than bf16, not worth its error.
+MAX_KEPT_FRACTION = 0.75
 
-_NO_TELEMETRY = "NNCF_CI"  # the variable with which NNCF tells its own test machines, which report nothing
+_NO_TELEMETRY = "NNCF_CI"  # NNCF sends no telemetry if this variable, which marks its own test machines, is set
 
 
 def quantize_ir(model: ov.Model, calibration: Sequence[Array], *, keep: Sequence[str] = ()) -> ov.Model:
-    """The graph with the convolutions of `quantizable_layers` in int8, but for those named in `keep`.
+    """Return a copy of the graph with the convolutions of `quantizable_layers` in int8, except those in `keep`.
 
-    `calibration`: inputs of the graph, float32 [B, C, H, W]; sizes may differ as far as the graph's shape is free.
-    Weights become int8 with a scale for each output channel, activations with one scale a tensor. Inputs and outputs
-    keep their types. The model given is not changed.
+    `calibration` are inputs of the graph, float32 [B, C, H, W]; sizes may differ in dynamic dimensions. Weights become
+    int8 with one scale per output channel, activations with one scale per tensor. Inputs and outputs keep their types.
 
-    Run the result with `INFERENCE_PRECISION_HINT` bf16 where the CPU has it: that is for the part that is not int8.
+    Run the result with `INFERENCE_PRECISION_HINT` bf16 if the CPU supports it; the hint applies to the operations that
+    are not int8.
 
-    Raises `ConfigError` for a name in `keep` that is no quantizable layer and for an empty calibration,
-    `BackendUnavailable` without NNCF.
+    Raises `ConfigError` if `keep` contains anything but quantizable layers or the calibration is empty, and
+    `BackendUnavailable` if NNCF is missing.
     """
     layers = quantizable_layers(model)
     unknown = sorted(set(keep) - set(layers))
@@ -73,7 +75,7 @@ def quantize_ir(model: ov.Model, calibration: Sequence[Array], *, keep: Sequence
             subset_size=len(calibration),
             ignored_scope=nncf.IgnoredScope(names=others, validate=False),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
-                # Halving the range of weights is for CPUs without VNNI, whose 16-bit sums saturate.
+                # Only CPUs without VNNI, whose 16-bit sums saturate, need weights of half the range.
                 overflow_fix=nncf.OverflowFix.DISABLE,
                 disable_bias_correction=True,
                 activations_range_estimator_params=seen,
@@ -89,14 +91,15 @@ def quantize_ir(model: ov.Model, calibration: Sequence[Array], *, keep: Sequence
 def quantize_until(
     model: ov.Model, calibration: Sequence[Array], measure: Callable[[ov.Model], float], bar: float
 ) -> tuple[ov.Model, list[str], float]:
-    """Quantize as much as the bar allows: (graph, names of the layers kept in higher precision, what it measured).
+    """Quantize as many layers as possible with a quality of at least `bar`.
 
-    `measure` gives the quality of a graph, larger is better (PSNR in dB on photographs that are not in `calibration`).
-    Where all layers in int8 miss `bar`, each is measured alone in int8, and the worst are kept, as few as will do. That
-    takes one call of `measure` for each layer, and a handful more.
+    Returns the graph, the names of the layers kept in higher precision, and the measured quality. `measure` returns the
+    quality of a graph; larger is better (PSNR in dB on photographs that are not in `calibration`). If the graph with
+    all layers in int8 misses `bar`, each layer is measured alone in int8, and as few as possible of the worst layers
+    are kept in higher precision. That takes one call of `measure` per layer, and a handful more.
 
-    Raises `NumericsError` with the numbers where even `MOST_KEPT` of the layers do not suffice, and what `quantize_ir`
-    raises.
+    Raises `NumericsError`, with the measurements, if keeping MAX_KEPT_FRACTION of the layers does not suffice, and the
+    errors of `quantize_ir`.
     """
     quantized = quantize_ir(model, calibration)
     reached = measure(quantized)
@@ -112,7 +115,7 @@ def quantize_until(
         candidate = _restored(quantized, model, worst_first[:count])
         return candidate, worst_first[:count], measure(candidate)
 
-    too_few, enough = 0, int(MOST_KEPT * len(layers))
+    too_few, enough = 0, int(MAX_KEPT_FRACTION * len(layers))
     found = keeping(enough)
     if not found[2] >= bar:
         measurements = [{"kept": [], "measured": reached}, {"kept": found[1], "measured": found[2]}]
@@ -132,9 +135,9 @@ def quantize_until(
 
 
 def quantizable_layers(model: ov.Model) -> list[str]:
-    """Names of the convolutions with a kernel above 1x1, in the order of the computation, without conv_in and conv_out.
+    """Return the names of the convolutions with kernels larger than 1x1, except conv_in and conv_out, in graph order.
 
-    These two are cheap, having few channels on one side, and their error goes straight into everything, or the output.
+    conv_in and conv_out are cheap, since one side has few channels, and their errors reach all layers or the output.
     """
     spatial = [
         name
@@ -145,27 +148,27 @@ def quantizable_layers(model: ov.Model) -> list[str]:
 
 
 def _by_name(model: ov.Model) -> dict[str, ov.Node]:
-    """The operations by name, each behind its inputs."""
+    """Return {name: operation} in topological order, without parameters, constants and results."""
     skipped = ("Parameter", "Constant", "Result")
     return {n.get_friendly_name(): n for n in model.get_ordered_ops() if n.get_type_name() not in skipped}
 
 
 def _folded(node: ov.Node) -> bool:
-    """An upsampling folded into its convolution (`rewrite.DeconvUpsample`)."""
+    """Return whether the node is an upsampling folded into its convolution (`DeconvUpsample`)."""
     return bool(node.get_type_name() == "ConvolutionBackpropData")
 
 
 def _biased(layer: ov.Node) -> ov.Output:
-    """The output of a convolution with its bias."""
+    """Return the output of a convolution after its bias, if it has one."""
     readers = [port.get_node() for port in layer.output(0).get_target_inputs()]
     adds = [node for node in readers if node.get_type_name() == "Add"]
     return adds[0].output(0) if len(adds) == 1 else layer.output(0)
 
 
 def _mark_output(model: ov.Model, name: str) -> str:
-    """Put an operation that does nothing, and that NNCF quantizes the input of, behind a layer; gives its name.
+    """Insert an identity operation, whose input NNCF quantizes, after a layer. Returns its name.
 
-    NNCF quantizes inputs alone, and the readers of this output are to stay as they are.
+    NNCF quantizes only inputs, and the readers of the layer's output must stay unquantized.
     """
     from openvino import opset13
 
@@ -179,9 +182,12 @@ def _mark_output(model: ov.Model, name: str) -> str:
 
 
 def _restored(quantized: ov.Model, model: ov.Model, keep: Sequence[str]) -> ov.Model:
-    """What `quantize_ir` gives with `keep`, without calibrating again: no range depends on what else is quantized."""
+    """Return the result of `quantize_ir` with `keep`, without a new calibration.
+
+    This is equivalent, because no range depends on which other layers are quantized.
+    """
     restored = quantized.clone()
-    nodes, originals = _by_name(restored), _by_name(model.clone())  # a copy: its weights are taken out of it
+    nodes, originals = _by_name(restored), _by_name(model.clone())  # a clone, because its weights are moved out of it
     for name in keep:
         layer = nodes[name]
         quantizers = [layer.input_value(0).get_node()]
@@ -196,7 +202,10 @@ def _restored(quantized: ov.Model, model: ov.Model, keep: Sequence[str]) -> ov.M
 
 
 def import_nncf() -> Any:
-    """NNCF, without its reports to Google Analytics: it reads the variable once, when it is imported."""
+    """Return the `nncf` module, imported without telemetry. Raises `NotInstalled` if it is missing.
+
+    NNCF reads the variable that disables its reports to Google Analytics once, at import.
+    """
     before = os.environ.get(_NO_TELEMETRY)
     os.environ[_NO_TELEMETRY] = "1"
     try:
@@ -214,12 +223,12 @@ def import_nncf() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """NNCF lists every operation that it was told to ignore, and draws progress bars on stdout."""
+    """Return a context without the output of NNCF, which lists every ignored operation and draws progress bars."""
     logger = logging.getLogger("nncf")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             yield
     finally:
         logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""The target `onnx`: an ONNX file for each graph, and for each step of seamless tiling."""
+"""The target `onnx`: one ONNX file per graph, and per step of seamless tiling."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vae_export.targets.onnx_graphs import export_onnx
 
 
 class OnnxTarget(Target):
-    """ONNX graphs, for ONNX Runtime and whatever else reads them."""
+    """ONNX graphs, for ONNX Runtime and every other program that reads ONNX."""
 
     name = "onnx"
     graph_file = "model.onnx"
-    # The fastest on the CPU that they were measured on: see docs/speed.md. Norms are by rows also in half precision:
-    # ONNX Runtime's GroupNormalization subtracts squares, and gives NaN for a picture of one colour in fp16.
+    # The fastest forms on the CPU of the measurements in docs/speed.md. Half precision also uses norms by rows, because
+    # ONNX Runtime's GroupNormalization subtracts squares and returns NaN in fp16 for an image of a single colour.
     forms: ClassVar = {
         "fp32": Form(upsample="conv", norm="rows", last_block="lean", attention_blocks=16),
         "fp16": Form(upsample="conv", norm="rows", attention_blocks=16),

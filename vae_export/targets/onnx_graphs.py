@@ -1,7 +1,7 @@
-"""Reference model -> two ONNX graphs, encoder and decoder, with free batch, height and width.
+"""Export the reference model to two ONNX graphs, encoder and decoder, with dynamic batch, height and width.
 
-The graphs are deterministic: no sampling, no scaling factor. Inputs and outputs are named as Optimum and OpenVINO GenAI
-name them.
+The graphs are deterministic: they neither sample nor apply the scaling factor. Inputs and outputs have the names that
+Optimum and OpenVINO GenAI use.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from vae_export.families.base import ReferenceVae
 from vae_export.rewrites.form import PLAIN, Form, rewrite
 from vae_export.rewrites.operators import TRANSLATIONS
 
-# The first with GroupNormalization as the exporter writes it; ONNX Runtime, OpenVINO and TensorRT all take it.
+# The first opset with GroupNormalization as the exporter writes it. ONNX Runtime, OpenVINO and TensorRT support it.
 OPSET = 22
-LARGEST = 2**31 - (64 << 20)  #: bytes of weights in one protobuf file, with room for the graph itself
+LARGEST = 2**31 - (64 << 20)  #: maximum bytes of weights in one protobuf file, with a margin for the graph itself
 
-# Not a shape that validation uses, so that a graph frozen to it is found out. Batch 2: tracing specialises on 1.
+# No shape of the validation, so that validation detects a graph frozen to it. Batch 2: tracing specialises on 1.
 TRACE_BATCH, TRACE_HEIGHT, TRACE_WIDTH = 2, 6, 10  #: in latents
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,7 +40,7 @@ NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._
 
 
 class EncoderGraph(nn.Module):
-    """sample [B, 3, H, W] -> latent_parameters [B, 2*C, H/f, W/f]."""
+    """The encoder graph: sample [B, 3, H, W] -> latent_parameters [B, 2*C, H/f, W/f]."""
 
     def __init__(self, model: ReferenceVae, io_dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class EncoderGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """latent_sample [B, C, h, w] -> sample [B, 3, f*h, f*w]."""
+    """The decoder graph: latent_sample [B, C, h, w] -> sample [B, 3, f*h, f*w]."""
 
     def __init__(self, model: ReferenceVae, io_dtype: torch.dtype) -> None:
         super().__init__()
@@ -61,19 +61,19 @@ class DecoderGraph(nn.Module):
         return self.model.decode_latents(latent_sample.to(self.model.dtype)).to(self.io_dtype)
 
 
-# Pixels are converted in fp32. TensorRT has uint8 at its inputs and outputs alone, and there a cast must touch it: a
-# transposition of uint8 does not build.
+# Pixels are converted in fp32. TensorRT supports uint8 only for inputs and outputs, and only if a cast follows or
+# precedes directly: a transposition of uint8 does not build.
 
 
 class PixelEncoderGraph(EncoderGraph):
-    """sample uint8 [B, H, W, C] -> latent_parameters [B, 2*C, H/f, W/f]."""
+    """The encoder graph on pixels: sample uint8 [B, H, W, C] -> latent_parameters [B, 2*C, H/f, W/f]."""
 
     def forward(self, sample: Tensor) -> Tensor:
         return super().forward(to_samples(sample.to(torch.float32).permute(0, 3, 1, 2)))
 
 
 class PixelDecoderGraph(DecoderGraph):
-    """latent_sample [B, C, h, w] -> sample uint8 [B, f*h, f*w, C]."""
+    """The decoder graph to pixels: latent_sample [B, C, h, w] -> sample uint8 [B, f*h, f*w, C]."""
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         levels = to_levels(super().forward(latent_sample).to(torch.float32))
@@ -81,7 +81,7 @@ class PixelDecoderGraph(DecoderGraph):
 
 
 class TracedGraph(NamedTuple):
-    """A graph to trace: module, names, types and shapes of its input and output (a text is a free dimension)."""
+    """A graph to trace: module, and name, dtype and shape of its input and output (a string is a dynamic dimension)."""
 
     module: nn.Module
     input_name: str
@@ -93,6 +93,7 @@ class TracedGraph(NamedTuple):
 
 
 def traced_graphs(model: ReferenceVae, io_dtype: torch.dtype, io: str) -> dict[str, TracedGraph]:
+    """Return {"encoder": ..., "decoder": ...} to trace. Images are `io_dtype`, or pixels if `io` is "uint8"."""
     config = model.config
     latent = ("batch", config.latent_channels, "latent_height", "latent_width")
     moments = ("batch", model.latent_space.encoder_channels, "latent_height", "latent_width")
@@ -119,13 +120,13 @@ def export_onnx(
     io: str = "float",
     form: Form = PLAIN,
 ) -> GraphSpec:
-    """Write one graph (`encoder` or `decoder`) of the model as a single ONNX file, checked by onnx.checker.
+    """Write one graph of the model, "encoder" or "decoder", as a single ONNX file, checked by onnx.checker.
 
-    `form` says which of its equivalent forms the graph is written in. Weights and activations are of `precision`; input
-    and output are float32, or with `io_precision="same"` of `precision` too. With `io="uint8"` images are pixels, uint8
-    [B, H, W, 3], and the conversion is a part of the graph.
+    `form` selects among the equivalent forms of the graph. Weights and activations have the dtype of `precision`. Input
+    and output are float32, or, with `io_precision="same"`, have the dtype of `precision` as well. With `io="uint8"`
+    images are pixels, uint8 [B, H, W, 3], and the graph contains the conversion.
 
-    Raises `ConfigError` where the weights do not fit a protobuf file (2 GB).
+    Raises `ConfigError` if the weights exceed the limit of a protobuf file, 2 GiB.
     """
     rewritten = rewrite(model, form).to(DTYPES[precision])
     io_dtype = DTYPES[precision if io_precision == "same" else "fp32"]
@@ -145,13 +146,14 @@ def export_onnx(
 
 
 def trace_graph(traced: TracedGraph, name: str, factor: int) -> onnx.ModelProto:
-    """A graph as ONNX, with the free dimensions that its shapes name; `factor` is the model's spatial ratio."""
+    """Return the graph as ONNX, with its dynamic dimensions named. `factor` is the downscaling factor of the model."""
     proto = _trace(traced, factor)
     _tidy(proto, name, traced)
     return proto
 
 
 def write_graph(proto: onnx.ModelProto, path: Path) -> None:
+    """Check a graph with onnx.checker and write it, deterministically; create the folder if needed."""
     onnx.checker.check_model(proto, full_check=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(proto.SerializeToString(deterministic=True))
@@ -181,7 +183,7 @@ def _trace(traced: TracedGraph, factor: int) -> onnx.ModelProto:
 
 
 def _tidy(proto: onnx.ModelProto, name: str, traced: TracedGraph) -> None:
-    """Name graph and free dimensions; drop what tracing noted about this machine (source paths, stack traces)."""
+    """Name the graph and its dynamic dimensions; drop source paths and stack traces, which reveal this machine."""
     proto.graph.name = name
     proto.producer_name = "vae-export"
     proto.producer_version = ""
@@ -191,7 +193,7 @@ def _tidy(proto: onnx.ModelProto, name: str, traced: TracedGraph) -> None:
         del holder.metadata_props[:]
     for node in proto.graph.node:
         node.doc_string = ""
-    del proto.graph.value_info[:]  # shapes in symbols of the trace; runtimes infer their own
+    del proto.graph.value_info[:]  # shapes in symbols of the trace; runtimes infer shapes themselves
     sides = ((proto.graph.input[0], traced.input_shape), (proto.graph.output[0], traced.output_shape))
     for value, shape in sides:
         for dimension, size in zip(value.type.tensor_type.shape.dim, shape, strict=True):
@@ -203,10 +205,13 @@ def _tidy(proto: onnx.ModelProto, name: str, traced: TracedGraph) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports every step and warns of torchvision and its own deprecations; none of it helps a user."""
+    """Return a context without the output of the exporter.
+
+    It reports every step and warns about torchvision and its own deprecations, which does not help a user.
+    """
     loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -218,4 +223,5 @@ def _quiet() -> Iterator[None]:
 
 
 def tool_versions() -> dict[str, str]:
+    """Return {name: version} of PyTorch, onnx and the opset."""
     return {"torch": torch.__version__, "onnx": onnx.__version__, "opset": str(OPSET)}

@@ -1,4 +1,4 @@
-"""Model -> OpenVINO IR, through its ONNX graphs: openvino_model.xml and openvino_model.bin."""
+"""The target `openvino`: OpenVINO IR (openvino_model.xml, openvino_model.bin), converted from the ONNX graphs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-# Of the ONNX graph that is read. fp16 is stored: OpenVINO computes with what the device is best at. bf16 is typed,
-# so that which values are rounded to bf16 and which stay fp32 (the statistics of the norms) is said by the graph.
+#: precision -> precision of the ONNX graph that is converted. For fp16 only the weights are stored in fp16: OpenVINO
+#: computes in the type that suits the device. For bf16 the graph is typed, so that it determines which values are
+#: rounded to bf16 and which stay fp32 (the statistics of the norms).
 TYPED_AS = {"fp32": "fp32", "fp16": "fp32", "bf16": "bf16", "int8": "fp32"}
 
 
@@ -47,9 +48,10 @@ def export_ir(
     io: str = "float",
     form: Form = PLAIN,
 ) -> GraphSpec:
-    """Write one graph (`encoder` or `decoder`) as IR: `path` (.xml), and the weights beside it (.bin).
+    """Write one graph, "encoder" or "decoder", as IR: `path` (.xml) and the weights beside it (.bin).
 
-    Names, shapes and types of input and output are those of the ONNX graphs, float32 (or pixels) at any precision.
+    Names and shapes of input and output are those of the ONNX graphs; dtypes are float32, or uint8 for pixels, at every
+    precision. Raises `ConfigError` for unsupported options.
     """
     check_available(precision, io_precision)
     ir, spec = read_graph(model, graph, precision, form, io)
@@ -67,10 +69,11 @@ def export_int8(
     measure: Callable[[Callable[[Array], Array]], float] | None,
     bar: float,
 ) -> tuple[GraphSpec, list[str]]:
-    """Write one graph with its convolutions in int8; layers kept in higher precision, as few as will do, are named.
+    """Write one graph with its convolutions in int8. Returns its spec and the layers kept in higher precision.
 
-    `measure` is given the graph as a function and gives its quality, which must reach `bar`; without it, all is
-    quantized unmeasured. Raises `NumericsError` with the numbers where the bar cannot be reached.
+    `measure` maps the graph, as a function, to its quality, which must be at least `bar`; as few layers as possible are
+    kept in higher precision to reach it. Without `measure` all layers are quantized. Raises `NumericsError`, with the
+    measurements, if the quality cannot be reached.
     """
     ir, spec = read_graph(model, graph, "int8", form)
     kept: list[str] = []
@@ -83,7 +86,7 @@ def export_int8(
 
 
 def check_available(precision: str, io_precision: str) -> None:
-    """`ConfigError` for what no OpenVINO bundle has, `BackendUnavailable` where a tool is missing."""
+    """Raise `ConfigError` for an unsupported `io_precision`, `BackendUnavailable` if a tool is missing."""
     if io_precision != "fp32":
         raise ConfigError(f"OpenVINO bundles take and give float32 (--io-precision fp32), not {io_precision!r}")
     import_openvino()
@@ -94,18 +97,18 @@ def check_available(precision: str, io_precision: str) -> None:
 def read_graph(
     model: ReferenceVae, graph: str, precision: str, form: Form, io: str = "float"
 ) -> tuple[openvino.Model, GraphSpec]:
-    """A graph as an OpenVINO model in memory, and its input and output."""
+    """Return a graph as an OpenVINO model in memory, and the spec of its input and output."""
     core = _runtime_module().shared_core()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
         spec = export_onnx(model, graph, path, precision=TYPED_AS[precision], io=io, form=form)
-        # Not openvino.convert_model: it does the same for a file, and reports each use to its makers.
+        # Not openvino.convert_model: it does the same for a file, but sends telemetry.
         ir = core.read_model(path.read_bytes())
     return ir, spec
 
 
 def runnable(ir: openvino.Model) -> Callable[[Array], Array]:
-    """A graph in int8 as a function, computed on this CPU as `runtimes.openvino` does."""
+    """Return an int8 graph as a function, computed on this CPU with the same settings as in `runtimes.openvino`."""
     module = _runtime_module()
     core = module.shared_core()
     hint = module.precision_hint(core, "CPU", "int8")
@@ -123,13 +126,14 @@ def runnable(ir: openvino.Model) -> Callable[[Array], Array]:
 
 
 def save_ir(ir: openvino.Model, path: Path, precision: str) -> None:
+    """Write a graph as IR, with fp16 weights for precision "fp16", and with norm statistics marked to stay fp32."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _number_the_nameless(ir)
+    _name_unnamed(ir)
     import_openvino().save_model(ir, path, compress_to_fp16=precision == "fp16")
     exact = statistics(ir)
     if exact:
-        # On CPUs with AMX OpenVINO's own choice for fp32 graphs is bf16. An attribute keeps these in fp32, whoever
-        # opens the graph; the Python API cannot set it.
+        # On CPUs with AMX, OpenVINO computes fp32 graphs in bf16 by default. The attribute `precise` keeps these
+        # operations in fp32 whichever program opens the graph. The Python API cannot set it.
         tree = ElementTree.parse(path)
         for layer in tree.iterfind("layers/layer"):
             if layer.get("name") in exact:
@@ -141,8 +145,8 @@ def save_ir(ir: openvino.Model, path: Path, precision: str) -> None:
         tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
-def _number_the_nameless(ir: openvino.Model) -> None:
-    """Name operations without a name by their place: OpenVINO counts them over the whole life of the process."""
+def _name_unnamed(ir: openvino.Model) -> None:
+    """Name unnamed operations by their position: OpenVINO's default numbers depend on what the process did before."""
     for place, operation in enumerate(ir.get_ordered_ops()):
         kind = operation.get_type_name()
         if re.fullmatch(rf"{kind}_\d+", operation.get_friendly_name()):
@@ -150,10 +154,10 @@ def _number_the_nameless(ir: openvino.Model) -> None:
 
 
 def statistics(ir: openvino.Model) -> set[str]:
-    """Names of the operations on the statistics of `operators.row_norm`, from behind the rows to scale and shift.
+    """Return the names of the operations on the statistics of `operators.row_norm`, after the row reductions.
 
-    They subtract squares: in bf16 nothing would be left of a variance much smaller than the mean. What follows from
-    nothing but row statistics, constants and sizes is one of them.
+    They subtract squares, so a variance much smaller than the mean would be lost in bf16. An operation belongs to them
+    if all of its inputs depend only on row statistics, constants and sizes.
     """
     rows: set[str] = set()
     found: set[str] = set()
@@ -172,7 +176,7 @@ def statistics(ir: openvino.Model) -> set[str]:
 
 
 def import_openvino() -> Any:
-    """OpenVINO as `runtimes.openvino` imports it: without reports of its use, or with `BackendUnavailable`."""
+    """Return the `openvino` module, imported without telemetry. Raises `BackendUnavailable` if it is missing."""
     return _runtime_module().ov
 
 
@@ -181,12 +185,11 @@ def _runtime_module() -> Any:
 
 
 class OpenVinoTarget(Target):
-    """OpenVINO's intermediate representation, for CPUs and for Intel's GPUs and NPUs."""
+    """OpenVINO IR, for CPUs and for Intel GPUs and NPUs."""
 
     name = "openvino"
     graph_file = "openvino_model.xml"
-    # The fastest on the CPU that they were measured on: see docs/speed.md. OpenVINO computes attention in blocks of its
-    # own.
+    # The fastest forms on the CPU of the measurements in docs/speed.md. OpenVINO divides attention into blocks itself.
     forms: ClassVar = {
         "fp32": Form(upsample="deconv", norm="rows", last_block="lean", convolutions="winograd"),
         "fp16": Form(upsample="deconv"),
@@ -223,16 +226,17 @@ class OpenVinoTarget(Target):
         return {"openvino": import_openvino().__version__}
 
 
-INT8_SIDE, INT8_COUNT = 256, 15  #: pixels a side, and number, of the squares that int8 is calibrated on
+INT8_SIDE, INT8_COUNT = 256, 15  #: side in pixels, and number, of the square crops for int8 calibration
 
 
 @torch.no_grad()
 def int8_calibration(
     model: ReferenceVae, calibrate: str | Path | None, progress: Progress
 ) -> Mapping[str, list[Array]]:
-    """{graph: inputs to calibrate int8 on}: squares from photographs, and their latents.
+    """Return {graph: inputs for int8 calibration}: square crops of photographs, and their latents.
 
-    From the user's photographs, or from the embedded ones but for the one that is held out to measure the result.
+    The crops come from the user's photographs in `calibrate`, or from the embedded ones except HELD_OUT, on which the
+    result is measured.
     """
     paths = [path for path in photographs(calibrate) if calibrate is not None or path.stem != HELD_OUT]
     side = INT8_SIDE - INT8_SIDE % model.config.downscale

@@ -1,4 +1,4 @@
-"""The targets `tensorrt` and `tensorrt-rtx`: typed ONNX graphs, and the engines that TensorRT builds from them."""
+"""The targets `tensorrt` and `tensorrt-rtx`: typed ONNX graphs and the engines that TensorRT builds from them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from vae_export.targets.onnx_graphs import export_onnx
 
 
 class EngineTarget(Target):
-    """Engines that TensorRT builds from typed ONNX graphs, which stay beside the plans."""
+    """Engines that TensorRT builds from typed ONNX graphs. The bundle contains the graphs as well."""
 
     graph_file = ONNX_FILE
-    # Not timed, for want of a GPU: four convolutions of a quarter each build in all precisions, and norms by rows say
-    # which digits they keep, whatever runs them; `tune` on a GPU finds out what is the fastest there.
+    # These forms have not been timed on a GPU; `tune` finds the fastest ones there. Upsampling by four convolutions
+    # builds in every precision, and norms by rows have the same accuracy in every runtime.
     forms: ClassVar = dict.fromkeys(("fp16", "fp32", "bf16"), Form(upsample="conv", norm="rows", attention_blocks=16))
     default_precision = "fp16"
     io_precisions = ("fp32", "same")
@@ -41,7 +41,10 @@ class EngineTarget(Target):
         self.estimates(model, options)
 
     def estimates(self, model: ReferenceVae, options: ExportOptions) -> list[Estimate]:
-        """Device memory for each graph and profile; `OutOfMemoryError` for one that cannot fit the GPU present."""
+        """Estimate the device memory of each graph and profile.
+
+        Raises `OutOfMemoryError` if a profile does not fit the GPU of this machine.
+        """
         engine, precision = options.engine or self.plan(), str(options.precision)
         for profile in engine.profiles:
             checked(profile, model.config.downscale)
@@ -73,7 +76,7 @@ class EngineTarget(Target):
         return NO_GPU if present_gpu() is None else None
 
     def stand_ins(self, bundle: Bundle) -> Iterator[Validator]:
-        """The graphs that the plans are made of, in a runtime that needs no GPU (and has no bf16)."""
+        """Yield the ONNX graphs of the plans, opened in ONNX Runtime, which needs no GPU but does not support bf16."""
         if bundle.manifest.precision != "bf16":
             files = {graph: f"{Path(spec.file).parent}/{ONNX_FILE}" for graph, spec in bundle.manifest.graphs.items()}
             graphs = {graph: replace(spec, file=files[graph]) for graph, spec in bundle.manifest.graphs.items()}
@@ -96,7 +99,9 @@ class EngineTarget(Target):
         return replace(engine, profiles=(DEFAULT, *tuned))
 
     def choices(self, graph: Graph, precision: str) -> FormChoices:
-        upsamples = tuple(kind for kind in UPSAMPLES if (kind, precision) != ("deconv", "bf16"))  # it does not build
+        upsamples = tuple(
+            kind for kind in UPSAMPLES if (kind, precision) != ("deconv", "bf16")
+        )  # deconv in bf16 does not build
         return (
             super()
             .choices(graph, precision)
