@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtimes.bundle import Bundle
 from runtimes.errors import IntegrityError, VaeError
 from runtimes.manifest import Manifest
-
-if TYPE_CHECKING:
-    from runtimes.base import VaeRuntime
 
 #: attributes that a user may have set since the bundle was opened
 STATE = (
@@ -24,7 +21,7 @@ STATE = (
 )
 
 
-def reduced(runtime: VaeRuntime, bundle: Bundle, options: Mapping[str, Any]) -> tuple[Any, ...]:
+def reduced(runtime: Any, bundle: Bundle, options: Mapping[str, Any]) -> tuple[Any, ...]:
     """What `__reduce__` of a runtime returns. Callbacks (`progress`, `on_tile`) belong to the original alone.
 
     Raises `VaeError` for a runtime that was closed.
@@ -38,13 +35,13 @@ def reduced(runtime: VaeRuntime, bundle: Bundle, options: Mapping[str, Any]) -> 
 
 
 def _reopen(
-    kind: type[VaeRuntime],
+    kind: type[Any],
     path: str,
     allow_links: str | None,
     fingerprint: str,
     options: Mapping[str, Any],
     state: Mapping[str, Any],
-) -> VaeRuntime:
+) -> Any:
     bundle = Bundle(path, allow_links=allow_links)
     if _fingerprint(bundle.manifest) != fingerprint:
         raise IntegrityError(

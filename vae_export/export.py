@@ -34,7 +34,8 @@ from vae_export.edge import check_path, ordinary_torch
 from vae_export.families import family_of
 from vae_export.families.base import ReferenceVae
 from vae_export.options import ExportOptions
-from vae_export.rewrites.form import Form, fitted, rewrite
+from vae_export.rewrites.apply import fitted, rewrite
+from vae_export.rewrites.form import Form
 from vae_export.rewrites.ranges import HALVES
 from vae_export.rewrites.rescale import rescaled
 from vae_export.targets import TARGETS, target_named

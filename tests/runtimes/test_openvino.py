@@ -41,7 +41,7 @@ from runtimes import (
     open_vae,
 )
 from vae_export.comparison import THRESHOLDS, Case, compare, opened_bundle
-from vae_export.rewrites.form import rewrite
+from vae_export.rewrites.apply import rewrite
 
 backend = pytest.importorskip("runtimes.openvino", exc_type=BackendUnavailable)
 ov = backend.ov

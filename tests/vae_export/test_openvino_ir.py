@@ -17,7 +17,7 @@ from runtimes.names import GRAPHS
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
 from vae_export.comparison import THRESHOLDS
 from vae_export.rewrites import winograd
-from vae_export.rewrites.form import fitted
+from vae_export.rewrites.apply import fitted
 from vae_export.targets import openvino as openvino_ir
 from vae_export.targets.openvino import export_ir
 

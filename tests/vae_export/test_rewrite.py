@@ -18,8 +18,9 @@ from vae_export.checkpoints.load import load_model
 from vae_export.comparison import Case, compare
 from vae_export.families.autoencoder_kl import Attention, Upsample
 from vae_export.rewrites import winograd
+from vae_export.rewrites.apply import fitted, rewrite
 from vae_export.rewrites.attention import use_portable_attention
-from vae_export.rewrites.form import LAST_BLOCKS, NORMS, PLAIN, UPSAMPLES, Form, fitted, rewrite
+from vae_export.rewrites.form import LAST_BLOCKS, NORMS, PLAIN, UPSAMPLES, Form
 from vae_export.rewrites.last_block import slim_last_block
 from vae_export.rewrites.norm import RowNorm, use_row_norms
 from vae_export.rewrites.operators import TRANSLATIONS, attend_in_blocks, row_norm

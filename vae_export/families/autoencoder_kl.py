@@ -10,7 +10,7 @@ The architecture is that of Rombach et al., "High-Resolution Image Synthesis wit
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,7 @@ from runtimes.names import Graph
 from vae_export.checkpoints.architecture import infer_architecture
 from vae_export.checkpoints.keys import tensor_names
 from vae_export.families.base import Family, ReferenceVae, Stage
-
-if TYPE_CHECKING:
-    from vae_export.rewrites.form import Form
+from vae_export.rewrites.form import Form
 
 NORM_EPS = 1e-6
 ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from runtimes.manifest import Step
 from vae_export.families.autoencoder_kl import AutoencoderKL, Block, ResnetBlock, Upsample
-from vae_export.rewrites.form import Form, rewrite
+from vae_export.rewrites.apply import rewrite
+from vae_export.rewrites.form import Form
 from vae_export.rewrites.upsample import DeconvUpsample, FourConvUpsample
 from vae_export.targets.onnx_graphs import DTYPES, OPSET, TracedGraph, trace_graph, write_graph
 

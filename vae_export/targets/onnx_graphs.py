@@ -22,7 +22,8 @@ from runtimes.errors import ConfigError
 from runtimes.manifest import GraphSpec, TensorSpec
 from runtimes.pixels import to_levels, to_samples
 from vae_export.families.base import ReferenceVae
-from vae_export.rewrites.form import PLAIN, Form, rewrite
+from vae_export.rewrites.apply import rewrite
+from vae_export.rewrites.form import PLAIN, Form
 from vae_export.rewrites.operators import TRANSLATIONS
 
 # The first opset with GroupNormalization as the exporter writes it. ONNX Runtime, OpenVINO and TensorRT support it.
