@@ -6,23 +6,17 @@ runs whatever code its author put into it.
 
 from __future__ import annotations
 
-import math
-import os
-import shlex
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from runtimes.config import VaeConfig, is_vae_config, read_json
-from runtimes.errors import BundleError, ConfigError, NumericsError
-from runtimes.files import what_it_is_instead, written_whole
+from runtimes.errors import BundleError, ConfigError
+from runtimes.files import written_whole
 from vae_export.checkpoints.architecture import complete_config, find_public_vae, infer_architecture, with_factors
 from vae_export.checkpoints.files import (
     WEIGHTS_FILE,
@@ -31,12 +25,11 @@ from vae_export.checkpoints.files import (
     is_index,
     names_of,
     read_index,
-    shortened,
     variant_of,
 )
-from vae_export.checkpoints.hub import Hub, check_repository, commit_of, first_line, parse_hub_url
-from vae_export.checkpoints.keys import is_attention_projection, is_fused_projection
-from vae_export.checkpoints.source import Source, tensors_sha256
+from vae_export.checkpoints.hub import Hub, check_repository, commit_of, parse_hub_url
+from vae_export.checkpoints.source import Source
+from vae_export.checkpoints.weights import PICKLES, build_model, conversion, read_weights, refuse_pickle
 from vae_export.families import DEFAULT, FAMILIES, family_named
 
 if TYPE_CHECKING:
@@ -45,12 +38,6 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 CONFIG_FILE = "config.json"
 PICKLED_WEIGHTS_FILE = "diffusion_pytorch_model.bin"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
-
-class Weights(NamedTuple):
-    tensors: dict[str, Tensor]  #: fp32, diffusers names
-    sha256: str  #: as `WeightsFiles.sha256` has it
 
 
 # Entry points -----------------------------------------------------------------------------------------------------
@@ -175,147 +162,6 @@ def read_config(path: Path) -> tuple[Family, Any]:
     return family, family.config_class.from_dict(data, origin=str(path))
 
 
-# Weights ----------------------------------------------------------------------------------------------------------
-
-
-def read_weights(source: Path | WeightsFiles, family: Family) -> Weights:
-    """The VAE's tensors of a .safetensors file, or of parts with an index, in fp32 under diffusers names.
-
-    Other tensors are not even read.
-    """
-    refuse_pickle(source if isinstance(source, Path) else source.path)
-    files = WeightsFiles.at(source) if isinstance(source, Path) else source
-    with ExitStack() as stack:
-        opened = {name: stack.enter_context(_opened(path)) for name, path in files.parts.items()}
-        held = {name: list(part.keys()) for name, part in opened.items()}
-        files.check(held)
-        part_of = {key: part for part, keys in held.items() for key in keys}
-        try:
-            names = family.tensor_names(part_of)
-        except ConfigError as error:
-            raise ConfigError(f"{files.path}: {error}") from None
-        try:
-            tensors = {name: opened[part_of[key]].get_tensor(key) for name, key in names.items()}
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{files.path} could not be read: {first_line(error)}") from None
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ConfigError(f"{files.path}: tensor {name} is {tensor.dtype}, and weights are floating point")
-        if is_attention_projection(name):
-            tensor = tensor.reshape(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tensor
-        tensors[name] = tensor.to(torch.float32)
-    return Weights(_without_fused(tensors, files.path), files.sha256())
-
-
-def _without_fused(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors without the copies of q, k and v that diffusers' fuse_qkv_projections adds, with a warning.
-
-    Raises `ConfigError` where a copy is not what it was made from: nobody knows which of them is meant.
-    """
-    kept = dict(tensors)
-    for name in [name for name in tensors if is_fused_projection(name)]:
-        parts = [tensors.get(name.replace(".to_qkv.", f".to_{letter}.")) for letter in "qkv"]
-        separate = [part for part in parts if part is not None]
-        if not separate:
-            continue  # an error that names what is missing follows
-        fused = kept.pop(name)
-        if len(separate) != 3 or not torch.equal(torch.cat(separate), fused.reshape(fused.shape[: separate[0].ndim])):
-            raise ConfigError(
-                f"{path}: {name} is not its to_q, to_k and to_v put together; the file was changed after "
-                "fuse_qkv_projections(). Call unfuse_qkv_projections() and save the model again, or remove the tensors "
-                "that are not meant"
-            )
-    if len(kept) < len(tensors):
-        warnings.warn(
-            f"{path} was saved after fuse_qkv_projections(): {len(tensors) - len(kept)} fused tensors are left out, "
-            "which are copies of others in it",
-            UserWarning,
-            stacklevel=2,
-        )
-    return kept
-
-
-def _opened(path: Path) -> Any:
-    """An open .safetensors file; `ConfigError` says what else it is."""
-    refuse_pickle(path)
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        explanation = what_it_is_instead(path)
-        raise ConfigError(f"{path} is not a complete safetensors file: {explanation or first_line(error)}") from None
-
-
-def build_model(family: Family, config: Any, tensors: Mapping[str, Tensor], source: Source) -> ReferenceVae:
-    """The reference model with these weights, in eval mode. Strict: `ConfigError` or `NumericsError` otherwise."""
-    layers = getattr(config, "layers_per_block", 1)
-    if layers > len(tensors):  # checked here since a network of a billion layers would take for ever to make
-        raise ConfigError(
-            f"{source.given}: layers_per_block = {layers}, and the file has {len(tensors)} tensors in all"
-        )
-    try:
-        with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
-            model = family.network(config)
-    except (RuntimeError, TypeError) as error:  # what torch raises for sizes beyond 64 bits
-        raise ConfigError(f"{source.given}: no network has the sizes in this config: {first_line(error)}") from None
-    _check_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}, tensors, source.given)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    absolute = os.path.abspath(source.given) if source.kind in ("directory", "file") else None
-    model.source = source._replace(absolute=absolute, tensors_sha256=tensors_sha256(model.state_dict()))
-    return model.eval().requires_grad_(False)
-
-
-def _check_weights(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], given: str) -> None:
-    problems = []
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [name for name in tensors if name not in expected]
-    shapes = {name: tuple(tensors[name].shape) for name in expected if name in tensors}
-    misshaped = [f"{n} {list(s)}, not {list(expected[n])}" for n, s in shapes.items() if s != expected[n]]
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped)):
-        if names:
-            problems.append(f"{len(names)} {title}: {shortened(names)}")
-    if problems:
-        raise ConfigError(f"{given}: the weights do not fit the config. " + "; ".join(problems))
-    not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if not_finite:
-        raise NumericsError(
-            f"{given}: NaN or infinity in {len(not_finite)} of {len(tensors)} weights: {shortened(not_finite)}"
-        )
-
-
-def refuse_pickle(path: str | Path) -> None:
-    """Raise `ConfigError` for a pickle, saying how to convert it."""
-    path = Path(path)
-    is_pickle = path.suffix.lower() in PICKLES
-    if not is_pickle and path.is_file():
-        with path.open("rb") as file:
-            start = file.read(9)
-        # The first 8 bytes of a safetensors file are a length, which may look like anything; then its JSON starts.
-        is_pickle = start[8:] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04")
-    if is_pickle:
-        raise ConfigError(
-            f"{path} is a pickle, and loading one runs whatever code is in it: only .safetensors is read. To convert "
-            f"one that you trust: {_conversion(path)}"
-        )
-
-
-def _conversion(path: Path) -> str:
-    """The shell command that converts a pickle."""
-    target = path.with_suffix(".safetensors")
-    if target == path:  # a pickle in disguise
-        target = path.with_name(f"{path.stem}-converted.safetensors")
-    code = (
-        "import sys, torch, safetensors.torch as s; "
-        # open: torch.load goes by the name, and would not read a pickle in disguise
-        "w = torch.load(open(sys.argv[1], 'rb'), weights_only=True, map_location='cpu'); "
-        "w = w.get('state_dict', w); "
-        # clone: safetensors refuses tensors that share memory
-        "s.save_file({k: v.clone().contiguous() for k, v in w.items() if torch.is_tensor(v)}, sys.argv[2])"
-    )
-    return f'python -c "{code}" {shlex.quote(str(path))} {shlex.quote(str(target))}'
-
-
 # Configs ----------------------------------------------------------------------------------------------------------
 
 
@@ -424,7 +270,7 @@ def _find_in_repository(hub: Hub, repo: str, folder: str, variant: str | None, n
             raise ConfigError(
                 f"repository {repo} has no {folder}{WEIGHTS_FILE}, and only .safetensors is read. It has {pickle}; if "
                 f"you trust it: `hf download {repo} {pickle} --local-dir .`, then convert it: "
-                f"{_conversion(Path(pickle))}"
+                f"{conversion(Path(pickle))}"
             )
         where = f"repository {repo}" + (f", folder {folder}" if folder else "")
         path = hub.download(repo, folder + choose(names, variant, where))
