@@ -10,7 +10,7 @@ from PIL import Image
 from runtimes import ConfigError
 from vae_export.dataset.encode import MAX_WAITING_PIXELS, BatchSize, batches
 from vae_export.dataset.images import SDXL_BUCKETS, Broken, Prepared, SizePolicy, Unchanged, parse_sizes, prepare
-from vae_export.dataset.sources import Item, Source
+from vae_export.dataset.items import Item, Source
 
 
 class OneImage(Source):

@@ -21,7 +21,7 @@ from runtimes.latents.dataset import STORED
 from runtimes.latents.shards import DTYPES, Array, to_stored
 from runtimes.posterior import DiagonalGaussianDistribution
 from vae_export.dataset.images import Broken, Prepared
-from vae_export.dataset.sources import Item
+from vae_export.dataset.items import Item
 
 MAX_WAITING_PIXELS = 64 << 20  #: maximum total pixels of the images that wait for a full batch of their size
 DEFAULT_BATCH_SIZE = 8  #: default maximum of images per batch

@@ -14,7 +14,7 @@ from PIL import Image
 
 from runtimes.errors import ConfigError
 from runtimes.image_files import TooManyPixels, load_pil
-from vae_export.dataset.sources import Item, Source
+from vae_export.dataset.items import Item, Source
 
 POLICIES = ("none", "center-crop", "buckets")
 Size = tuple[int, int]

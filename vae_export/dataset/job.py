@@ -32,11 +32,11 @@ from runtimes.progress import Progress, no_progress
 from vae_export import __version__
 from vae_export.dataset.encode import CPU_BATCH_PIXELS, DEFAULT_BATCH_SIZE, BatchSize, Storage, batches, encode_batch
 from vae_export.dataset.images import Size, SizePolicy
+from vae_export.dataset.items import Source
 from vae_export.dataset.plan import Plan
 from vae_export.dataset.ray import RayCluster, run_on_ray
 from vae_export.dataset.shard_work import Opening, Reporter, ShardWork, Summary
 from vae_export.dataset.shards import LatentDirectory
-from vae_export.dataset.sources import Source
 from vae_export.dataset.verify import tables_are_current
 from vae_export.dataset.workers import Decoders, Task
 

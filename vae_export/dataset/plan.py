@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from runtimes.errors import BundleError, ConfigError
-from vae_export.dataset.sources import Item, Skipped, Source
+from vae_export.dataset.items import Item, Skipped, Source
 
 PLAN_FILE = "plan.sqlite"
 

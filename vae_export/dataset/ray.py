@@ -32,9 +32,9 @@ from runtimes.latents.dataset import manifest_sha256
 from vae_export import __version__
 from vae_export.dataset.encode import BatchSize, Storage, batches, encode_batch
 from vae_export.dataset.images import Broken, Prepared, SizePolicy, Unchanged, prepare
+from vae_export.dataset.items import Item, Source
 from vae_export.dataset.shard_work import Opening, Reporter, ShardWork
 from vae_export.dataset.shards import LatentDirectory
-from vae_export.dataset.sources import Item, Source
 
 TASK_CPUS = 0.25  #: CPUs per preparing task; each actor requests this much less, which leaves CPUs for the tasks
 Row = dict[str, Any]

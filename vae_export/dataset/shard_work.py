@@ -14,8 +14,8 @@ from runtimes.latents.shards import Array, Failure, Shard
 from runtimes.progress import Progress
 from vae_export.dataset.encode import Batch, PreparedItem
 from vae_export.dataset.images import Broken, Prepared
+from vae_export.dataset.items import Item
 from vae_export.dataset.shards import Entry, LatentDirectory, entries_of, write_shard
-from vae_export.dataset.sources import Item
 from vae_export.dataset.workers import Result
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from runtimes import children
 from vae_export.dataset.images import Broken, Prepared, SizePolicy, Unchanged, prepare
-from vae_export.dataset.sources import Item, Source
+from vae_export.dataset.items import Item, Source
 
 CHUNK_BYTES = 8 << 20  #: approximate bytes of pixels per chunk, the unit of work of a process
 MAX_CHUNK_IMAGES = 64  #: maximum number of images in a chunk
