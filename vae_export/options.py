@@ -33,7 +33,7 @@ class ExportOptions:
     forms: Mapping[str, Form] | None = None
     #: a record for the manifest of how `forms` were chosen
     tuning: Mapping[str, Any] | None = None
-    #: for which GPUs and shapes TensorRT builds, as `Target.plan` gives it; None: its default
+    #: for which GPUs and shapes engines are built, as `Target.plan` gives it; None: its default
     engine: Engine | None = None
     #: whether the bundle also holds both graphs cut into steps, for seamless tiling; it takes twice the space
     tileable: bool = False

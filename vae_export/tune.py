@@ -80,7 +80,7 @@ def tune_bundle(
 ) -> Tuned:
     """Time the exact forms of both graphs on this machine, and export a validated bundle in the fastest.
 
-    TensorRT engines are timed on the GPU that is here, the others on the CPU. `choices` are the fields of
+    Engines for a GPU are timed on the one that is here, all else on the CPU. `choices` are the fields of
     `ExportOptions`, by name.
 
     Images of `height` x `width` pixels, batch 1. The manifest records what was timed. Raises what `export_bundle`
