@@ -57,8 +57,8 @@ def export_bundle(
 ) -> Bundle:
     """Export the model's encoder and decoder to the directory `out`, compare them with the model, and open the bundle.
 
-    `choices` are the fields of `ExportOptions`, by name: `export_bundle(model, "out", target="openvino",
-    precision="bf16")`. Those given replace those of `options`.
+    `choices` are the fields of `ExportOptions`, by name: `export_bundle(model, "out", target="onnx",
+    precision="fp16")`. Those given replace those of `options`.
 
     In fp16 and bf16 the activations are first rescaled by powers of two, exactly, so that they cannot overflow
     (`rescale_activations`); how large they get is measured on photographs.

@@ -33,7 +33,7 @@ class ExportOptions:
     forms: Mapping[str, Form] | None = None
     #: record of how `forms` were chosen, for the manifest
     tuning: Mapping[str, Any] | None = None
-    #: GPUs and shapes for which TensorRT builds, from `Target.plan`; None means its default
+    #: GPUs and shapes for which engines are built, from `Target.plan`; None means its default
     engine: Engine | None = None
     #: whether the bundle also contains both graphs cut into steps, for seamless tiling; this doubles its size
     tileable: bool = False

@@ -84,7 +84,7 @@ def tune_bundle(
 ) -> Tuned:
     """Time the exact forms of both graphs on this machine, and export a validated bundle in the fastest forms.
 
-    Forms are timed on images of `height` x `width` pixels in batches of 1: TensorRT engines on the GPU of this machine,
+    Forms are timed on images of `height` x `width` pixels in batches of 1: engines on the GPU that runs them,
     all other graphs on the CPU. `choices` are fields of `ExportOptions`, by name. The manifest records all timings.
 
     Raises the errors of `export_bundle`, and `ConfigError` for sizes that are not multiples of the downscaling factor

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gpu_arrays import cases, every_shape, latents, one_colour, run
+from helpers.gpu_arrays import cases, every_shape, latents, one_colour, run
 
 from runtimes import BackendUnavailable, open_vae
 from vae_export.comparison import compare, opened_bundle

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from gpu_arrays import SHAPES, cases, every_shape, images, latents, one_colour, run
+from helpers.gpu_arrays import SHAPES, cases, every_shape, images, latents, one_colour, run
 
 from runtimes import CompatibilityError, NumericsError, OutOfMemoryError, ShapeError, open_vae
 from tools.blow_up import blown_up, gains

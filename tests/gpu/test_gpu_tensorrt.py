@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from gpu_arrays import SHAPES, cases, every_shape, latents, one_colour, run
+from helpers.gpu_arrays import SHAPES, cases, every_shape, latents, one_colour, run
 
 from runtimes import BackendUnavailable, OutOfMemoryError, open_vae
 from runtimes.tensorrt.flavours import MODULES, load_flavour

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gpu_arrays import cases, every_shape, latents, one_colour
+from helpers.gpu_arrays import cases, every_shape, latents, one_colour
 
 from runtimes import open_vae
 from tools.blow_up import blown_up, gains

@@ -1,8 +1,8 @@
 """Fixtures for the tests of checkpoints."""
 
 import pytest
-from checkpoint_samples import to_ldm, weights_of
-from hub_server import hub_fixture  # noqa: F401  (a fixture: the tests take it as `hub`)
+from helpers.checkpoint_samples import to_ldm, weights_of
+from helpers.hub_server import hub_fixture  # noqa: F401  (a fixture: the tests take it as `hub`)
 from safetensors.torch import save_file
 
 

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 import torch
-from checkpoint_samples import (
+from diffusers import AutoencoderKL as DiffusersVae
+from diffusers import AutoencoderTiny, VQModel
+from helpers.checkpoint_samples import (
     GROUPS,
     LAYOUTS,
     TOLERANCE,
@@ -23,8 +25,6 @@ from checkpoint_samples import (
     to_ldm,
     weights_of,
 )
-from diffusers import AutoencoderKL as DiffusersVae
-from diffusers import AutoencoderTiny, VQModel
 from safetensors.torch import save_file
 
 import vae_export.checkpoints.architecture

@@ -6,7 +6,7 @@ import json
 
 import huggingface_hub
 import pytest
-from checkpoint_samples import (
+from helpers.checkpoint_samples import (
     GROUPS,
     REPO,
     VARIANTS,
@@ -19,7 +19,7 @@ from checkpoint_samples import (
     to_ldm,
     weights_of,
 )
-from hub_server import MEMBER_TOKEN
+from helpers.hub_server import MEMBER_TOKEN
 from huggingface_hub import constants
 from safetensors.torch import save
 

@@ -5,8 +5,8 @@ import json
 import diffusers
 import pytest
 import torch
-from checkpoint_samples import GROUPS, VARIANTS, assert_same_weights, source_model, weights_of
 from diffusers import AutoencoderKL as DiffusersVae
+from helpers.checkpoint_samples import GROUPS, VARIANTS, assert_same_weights, source_model, weights_of
 from safetensors.torch import load_file, save_file
 
 from runtimes.config import VaeConfig

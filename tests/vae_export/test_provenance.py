@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from checkpoint_samples import GROUPS, LAYOUTS, weights_of
+from helpers.checkpoint_samples import GROUPS, LAYOUTS, weights_of
 from safetensors.torch import save_file
 
 from runtimes.errors import ConfigError

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from checkpoint_samples import VARIANTS, WEIGHTS, assert_same_weights, repository, source_model, weights_of
+from helpers.checkpoint_samples import VARIANTS, WEIGHTS, assert_same_weights, repository, source_model, weights_of
 from safetensors.torch import load_file, save, save_file
 
 from runtimes.errors import ConfigError
