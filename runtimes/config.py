@@ -1,4 +1,4 @@
-"""`VaeConfig`: the config of an `AutoencoderKL`, field for field what diffusers writes in config.json."""
+"""`VaeConfig`: the config of an `AutoencoderKL`, with the fields that diffusers writes to config.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 
 
-# What diffusers' EMAModel.save_pretrained adds: how the average was made, which changes nothing in the network.
+# Fields that diffusers' EMAModel.save_pretrained adds. They record how the average was computed and do not affect the
+# network.
 EMA_FIELDS = frozenset(
     ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 )
@@ -26,11 +27,12 @@ EMA_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """The config of an `AutoencoderKL`, with the defaults that diffusers applies to fields an older config omits.
+    """The config of an `AutoencoderKL`, with diffusers' defaults for fields that older configs omit.
 
-    The network itself never reads `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std` or `force_upcast`;
-    those describe how a diffusion model sees the latents. `scaling_factor` is None where it is not known (a single
-    file that does not say it): such a model encodes and decodes raw latents, and what needs the factor raises.
+    The network never reads `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std` or `force_upcast`; they
+    describe how a diffusion model sees the latents. `scaling_factor` is None if it is unknown (a single file that does
+    not store it): such a model encodes to and decodes from raw latents, and functions that need the factor raise
+    `ConfigError`.
 
     Raises `ConfigError` on construction for a value that no `AutoencoderKL` can have.
     """
@@ -69,7 +71,7 @@ class VaeConfig:
 
     @property
     def latent_space(self) -> LatentSpace:
-        """How raw latents relate to those of a diffusion model."""
+        """The relation between raw latents and the latents of a diffusion model."""
         return LatentSpace.scaled(
             self.latent_channels,
             self.downscale,
@@ -81,7 +83,7 @@ class VaeConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config") -> VaeConfig:
-        """Read a diffusers config. Strict: an unknown field or another `_class_name` raises `ConfigError`."""
+        """Parse a diffusers config strictly: raises `ConfigError` for an unknown field or another `_class_name`."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"{origin} is not a JSON object but a {type(data).__name__}")
         class_name = data.get("_class_name", "AutoencoderKL")
@@ -119,11 +121,11 @@ class VaeConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> VaeConfig:
-        """Read a config.json; an unreadable or malformed file raises `ConfigError`."""
+        """Read a config.json; raises `ConfigError` if it is unreadable or malformed."""
         return cls.from_dict(read_json(path), origin=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as diffusers writes them in config.json, `_class_name` first, tuples as lists."""
+        """Return the fields as diffusers writes them to config.json: `_class_name` first, tuples as lists."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {"_class_name": "AutoencoderKL", **values}
 
@@ -132,7 +134,7 @@ class VaeConfig:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; `ConfigError` where there is none."""
+    """Return the object in a JSON file; raises `ConfigError` if it is missing, unreadable or not an object."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -145,9 +147,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 class OtherConfig:
-    """The config of another family than AutoencoderKL, field for field what diffusers writes in config.json.
+    """The config of a family other than AutoencoderKL, with the fields that diffusers writes to config.json.
 
-    Fields are attributes, as diffusers has them: `config.patch_size`.
+    Fields are attributes, as in diffusers: `config.patch_size`.
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
@@ -165,11 +167,11 @@ class OtherConfig:
         return hash(self.to_json())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as they were given."""
+        """Return the fields as they were given."""
         return dict(self._data)
 
     def to_json(self) -> str:
-        """The fields as the text of a config.json."""
+        """Return the fields as the text of a config.json."""
         return json.dumps(self._data, indent=2, allow_nan=False) + "\n"
 
 
@@ -227,5 +229,5 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    # Not math.isfinite: an integer beyond all floats would raise OverflowError there.
+    # Not math.isfinite: it raises OverflowError for an integer beyond the range of floats.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,4 +1,4 @@
-"""Documented name of `runtimes.flax.model`, kept for `from runtimes.flax_model import FlaxAutoencoderKL`."""
+"""Alias of `runtimes.flax.model`: the documented import is `from runtimes.flax_model import FlaxAutoencoderKL`."""
 
 from runtimes.flax.model import FlaxAutoencoderKL
 
