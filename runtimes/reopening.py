@@ -1,7 +1,7 @@
-"""Copies and pickles of an opened bundle: each opens the bundle again, from its path, options and state.
+"""Copying and pickling of an opened bundle: the copy reopens the bundle from its path, options and state.
 
-Sessions, locks and memory on a GPU can be neither copied nor sent to another process. A copy is independent: closing it
-leaves the original as it is.
+Sessions, locks and GPU memory can be neither copied nor sent to another process. A copy is independent: closing it does
+not affect the original.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from runtimes.manifest import Manifest
 if TYPE_CHECKING:
     from runtimes.base import VaeRuntime
 
-#: attributes that a user may have set since the bundle was opened
+#: attributes that a user can set after opening the bundle
 STATE = (
     *("check_finite", "use_slicing", "use_tiling", "tiling"),
     *("tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor", "memory_budget"),
@@ -25,9 +25,9 @@ STATE = (
 
 
 def reduced(runtime: VaeRuntime, bundle: Bundle, options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What `__reduce__` of a runtime returns. Callbacks (`progress`, `on_tile`) belong to the original alone.
+    """Return the value for `__reduce__` of a runtime. Callbacks (`progress`, `on_tile`) are not copied.
 
-    Raises `VaeError` for a runtime that was closed.
+    Raises `VaeError` if the runtime was closed.
     """
     if runtime.is_closed():
         raise VaeError("this VAE was closed and can be neither copied nor pickled; open the bundle again")
@@ -55,7 +55,7 @@ def _reopen(
     try:
         for name, value in state.items():
             setattr(runtime, name, value)
-    except VaeError:  # such as a budget for which this machine has no measured model of memory
+    except VaeError:  # such as a memory budget for a backend without a measured memory model
         runtime.close()
         raise
     return runtime
