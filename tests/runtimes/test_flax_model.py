@@ -323,7 +323,7 @@ def test_a_wrong_layout_is_named(loaded, method, given, options, says):
         vae.apply({"params": params}, jnp.zeros(given), method=getattr(vae, method), **options)
 
 
-def test_a_width_of_as_many_as_the_channels_is_no_layout(loaded):
+def test_the_layout_is_never_guessed_from_the_width(loaded):
     """diffusers took [B, 4, 4, 4] for channels-last, and any latents of 4 columns."""
     vae, params, arrays = loaded
     z = arrays["z"][:, :, :4, :4]
@@ -332,7 +332,7 @@ def test_a_width_of_as_many_as_the_channels_is_no_layout(loaded):
     )
 
 
-def test_integers_are_no_images(loaded):
+def test_integer_images_are_refused(loaded):
     vae, params, _ = loaded
     with pytest.raises(ShapeError, match="images are floating point, not uint8"):
         encode(vae, params, jnp.zeros((1, 3, 16, 16), jnp.uint8))
