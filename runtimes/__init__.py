@@ -63,21 +63,24 @@ def open_vae(
     allow_links: str | Path | None = None,
     **options: Any,
 ) -> VaeRuntime:
-    """Open a bundle. The backend follows from the bundle's target; `backend` chooses another that can open it.
+    """Open a bundle and return its runtime.
 
-    `device` is "cpu" unless given, and "cuda" for TensorRT, which runs nowhere else.
+    The bundle's target determines the default backend; `backend` selects another one that can open the target.
 
-    `tiling`, "blended" or "seamless", is that of `VaeRuntime.enable_tiling`; `memory_budget`, such as "2GiB", that of
-    `VaeRuntime.memory_budget`.
+    `device` defaults to "cpu"; for TensorRT, which runs on NVIDIA GPUs alone, it defaults to "cuda".
 
-    `allow_links` is a directory inside of which files of the bundle may be links, as on a Kubernetes volume. A snapshot
-    in a cache of the Hugging Face Hub needs none: see `Bundle`.
+    `tiling` ("blended" or "seamless") enables tiling, see `VaeRuntime.enable_tiling`. `memory_budget`, such as "2GiB",
+    sets `VaeRuntime.memory_budget`.
 
-    `options` are those of the backend's class; all take `check_finite=True`, which turns NaN and infinity in a result
-    into `NumericsError`.
+    `allow_links` names a directory. Files of the bundle may be symbolic links to files inside that directory, as on a
+    Kubernetes volume. A snapshot in the cache of the Hugging Face Hub does not need this argument, see `Bundle`.
 
-    Raises `BundleError` where there is no bundle, `IntegrityError` where a file is not what the manifest says,
-    `CompatibilityError` where the backend cannot load it, `BackendUnavailable` where backend or device is not here.
+    `options` are passed to the backend's class. Every backend accepts `check_finite=True`, which raises
+    `NumericsError` for NaN or infinity in a result.
+
+    Raises `BundleError` if the path holds no bundle, `IntegrityError` if a file differs from the manifest,
+    `CompatibilityError` if the backend cannot load the bundle, `BackendUnavailable` if the backend is not installed or
+    the device is not present.
     """
     bundle = path if isinstance(path, Bundle) else Bundle(path, allow_links=allow_links)
     kind = BACKENDS[backend_for(bundle.manifest.target, backend)]

@@ -1,4 +1,4 @@
-"""The backends, and which targets each opens."""
+"""The registry of backends, and the targets that each backend opens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from runtimes.errors import BackendUnavailable, CompatibilityError
 from runtimes.registry import Registry
 
-#: backend -> its class, a `VaeRuntime`, imported when it is first opened
+#: backend -> its class, a `VaeRuntime`, imported at first use
 BACKENDS = Registry(
     "backend",
     BackendUnavailable,
@@ -19,7 +19,7 @@ BACKENDS = Registry(
         "tensorrt-rtx": "runtimes.tensorrt.runtime:TensorRtRtxVae",
     },
 )
-#: target of a bundle -> the backends that open it, the default first
+#: target of a bundle -> the backends that open it; the first one is the default
 BACKENDS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "onnx": ("onnxruntime", "tensorrt", "tensorrt-rtx"),
     "openvino": ("openvino",),
@@ -30,9 +30,10 @@ BACKENDS_OF_TARGET: dict[str, tuple[str, ...]] = {
 
 
 def register_backend(name: str, place: Any, targets: tuple[str, ...]) -> None:
-    """Add a backend: "module:class" of a `VaeRuntime`, or the class, and the targets whose bundles it opens.
+    """Register a backend that opens bundles of `targets`.
 
-    It becomes the default of targets that no backend has opened so far.
+    `place` is "module:class" of a `VaeRuntime`, or the class itself. The backend becomes the default for each target
+    that no other backend opens.
     """
     BACKENDS.register(name, place)
     for target in targets:
@@ -41,7 +42,7 @@ def register_backend(name: str, place: Any, targets: tuple[str, ...]) -> None:
 
 
 def unregister_backend(name: str) -> None:
-    """Remove what `register_backend` added, for tests."""
+    """Undo `register_backend`; used by tests."""
     BACKENDS.unregister(name)
     for target, backends in list(BACKENDS_OF_TARGET.items()):
         left = tuple(other for other in backends if other != name)
@@ -52,10 +53,10 @@ def unregister_backend(name: str) -> None:
 
 
 def backend_for(target: str, chosen: str | None = None) -> str:
-    """The backend that opens bundles of a target: the one that was chosen, or the default.
+    """Return the name of the backend that opens bundles of `target`: `chosen`, or the default if that is None.
 
-    Raises `CompatibilityError` for a target that none opens or that the chosen one does not, `BackendUnavailable` for a
-    name that is not known.
+    Raises `CompatibilityError` if no backend opens the target or the chosen one does not, and `BackendUnavailable` if
+    the chosen name is unknown.
     """
     known = BACKENDS_OF_TARGET.get(target, ())
     if not known:

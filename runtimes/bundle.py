@@ -1,9 +1,9 @@
-"""A bundle on disk: reading its files without trusting them. Standard library only.
+"""Safe reading of a bundle's files, which are not trusted. Standard library only.
 
-A bundle may come from anyone. Before a native parser sees a byte of it, the manifest has been checked
-(`runtimes.manifest`), every path has been opened without following a link out of the bundle (or out of a directory
-that the user named), and the bytes that will be parsed have been hashed: those very bytes, not the file, which could
-change in between.
+A bundle may come from anyone. Three checks precede every native parser: the manifest is validated
+(`runtimes.manifest`); each path is opened without following a link out of the bundle (or out of a directory that the
+user named); and the bytes that the parser receives are hashed in memory, because the file could change between hashing
+and parsing.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from typing import Any
 from runtimes.errors import BundleError, IntegrityError
 from runtimes.manifest import MANIFEST_FILE, FileEntry, Manifest
 
-MANIFEST_LIMIT = 4 << 20  #: bytes; a manifest with long validation tables has some 50 KB
-SMALL_FILE = 1 << 20  #: bytes; configs have some 2 KB, and hashing so much takes about a millisecond
-LARGE_FILE = 256 << 20  #: bytes; the graphs of Stable Diffusion's size in fp32 have up to 200 MB
+MANIFEST_LIMIT = 4 << 20  #: bytes; a manifest with long validation tables has about 50 KB
+SMALL_FILE = 1 << 20  #: bytes; configs have about 2 KB, and hashing 1 MiB takes about a millisecond
+LARGE_FILE = 256 << 20  #: bytes; fp32 graphs of Stable Diffusion's size have up to 200 MB
 
 _POSIX = os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")  #: Windows has neither
 _HUB_REPOSITORY = re.compile(r"(models|datasets|spaces)--")
 
 
 class Bundle:
-    """A bundle directory, opened and its manifest checked; `read` gives a file's bytes after checking them.
+    """An opened bundle directory with a checked manifest; `read` returns a file's bytes after checking them.
 
-    Files that are links are refused, unless `allow_links` names a directory inside which links may lead: that of a
-    Kubernetes volume, for example. For a snapshot in a cache of the Hugging Face Hub, whose files are links to its
-    blobs, it is the repository's directory in that cache unless another is given.
+    Symbolic links are refused, unless `allow_links` names a directory that contains their targets, for example a
+    Kubernetes volume. For a snapshot in the cache of the Hugging Face Hub, whose files are links to blobs,
+    `allow_links` defaults to the repository's directory in that cache.
 
-    Raises `BundleError` where there is no bundle, `IntegrityError` where it is not what it says, `CompatibilityError`
-    for a manifest of another schema.
+    Raises `BundleError` if the path holds no bundle, `IntegrityError` if the manifest or a file is malformed or
+    changed, `CompatibilityError` if the manifest has another schema.
     """
 
     def __init__(self, path: str | Path, *, allow_links: str | Path | None = None) -> None:
         self.path = Path(path)
-        self.directory = Path(os.path.abspath(path))  #: the same, also after the working directory has changed
+        self.directory = Path(os.path.abspath(path))  #: absolute, so it stays valid when the working directory changes
         if not self.path.is_dir():
             raise BundleError(f"{path} is not a directory" if self.path.exists() else f"{path} does not exist")
         if allow_links is not None and not Path(allow_links).is_dir():
@@ -53,7 +53,7 @@ class Bundle:
         self.manifest = Manifest.from_json(self._read_manifest())
 
     def _read_manifest(self) -> bytes:
-        for _ in range(3):  # an export may replace the directory between opening it and its file
+        for _ in range(3):  # an export may replace the directory between opening it and opening its file
             with suppress(FileNotFoundError):
                 descriptor = self._open(MANIFEST_FILE)
                 try:
@@ -63,22 +63,22 @@ class Bundle:
         raise BundleError(f"{self.path} has no {MANIFEST_FILE}: not a bundle of vae-export")
 
     def _open(self, name: str) -> int:
-        """A descriptor of a regular file of the bundle. `FileNotFoundError` where there is none."""
+        """Return a descriptor of a regular file of the bundle. Raises `FileNotFoundError` if it does not exist."""
         if self.allow_links is None:
             return _open_regular_file(self.directory, name)
-        # Where the links lead is found first; that path is then opened without following any link.
+        # Resolve the links first, then open the resolved path without following any link.
         root, target = (os.path.realpath(path) for path in (self.allow_links, self.directory / name))
         if not Path(target).is_relative_to(root):
             raise IntegrityError(f"{name} is a link to {target}, outside of {root}, the directory where links may lead")
         return _open_regular_file(Path(root), os.path.relpath(target, root))
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file that the manifest lists, checked: parse these, not the file."""
+        """Return the checked bytes of a file that the manifest lists. Parse these bytes, not the file."""
         with self.hold(name) as file:
             return file.read()
 
     def hold(self, name: str) -> HeldFile:
-        """A file that the manifest lists, opened, for what is to be read again later."""
+        """Open a file that the manifest lists, to be read once or several times."""
         entry = self.manifest.files.get(name)
         if entry is None:
             raise IntegrityError(f"{name} is not listed in the manifest of {self.path}")
@@ -88,25 +88,28 @@ class Bundle:
             raise IntegrityError(f"{name} is missing from {self.path}") from None
 
     def seen_as(self, **changes: Any) -> Bundle:
-        """The same files, as another manifest describes them: `changes` are fields of the manifest."""
+        """Return a bundle of the same files whose manifest has other values in the fields `changes`."""
         other = copy.copy(self)
         other.manifest = replace(self.manifest, **changes)
         return other
 
     def check_small_files(self) -> None:
-        """Check the listed files of at most SMALL_FILE bytes: configs, which no graph's parser would read."""
+        """Check the hash of each listed file of at most SMALL_FILE bytes: configs, which graph parsers never read."""
         for name, entry in self.manifest.files.items():
             if entry.size <= SMALL_FILE:
                 self.read(name)
 
     def verify(self) -> None:
-        """Check every listed file."""
+        """Check the hash of every listed file."""
         for name in self.manifest.files:
             self.read(name)
 
 
 def _hub_repository(directory: Path) -> Path | None:
-    """REPOSITORY for a directory in REPOSITORY/snapshots/COMMIT of a Hub cache, whose files are links to its blobs."""
+    """Return REPOSITORY for a directory inside REPOSITORY/snapshots/COMMIT of a Hub cache, else None.
+
+    The files of a snapshot are links to REPOSITORY/blobs.
+    """
     real = Path(os.path.realpath(directory))
     for folder in (real, *real.parents):
         repository = folder.parent.parent
@@ -119,14 +122,14 @@ def _hub_repository(directory: Path) -> Path | None:
 
 
 class HeldFile:
-    """A file of a bundle, open: each `read` gives its bytes, checked. It stays whole where the bundle is replaced."""
+    """An open file of a bundle. Each `read` checks the bytes. The file stays readable if the bundle is replaced."""
 
     def __init__(self, descriptor: int, name: str, entry: FileEntry) -> None:
         self._descriptor, self._name, self._entry = descriptor, name, entry
         self._finish = weakref.finalize(self, os.close, descriptor)
 
     def read(self) -> bytes:
-        """`IntegrityError` where they are not those that the manifest lists. For one thread at a time."""
+        """Return the file's bytes; raises `IntegrityError` if they differ from the manifest. Not thread-safe."""
         return _read_open_file(self._descriptor, self._name, limit=self._entry.size, entry=self._entry)
 
     def close(self) -> None:
@@ -140,12 +143,12 @@ class HeldFile:
 
 
 def _open_regular_file(root: Path, name: str) -> int:
-    """A descriptor of `root/name`, following no link below `root`."""
+    """Return a descriptor of `root/name`, without following any link below `root`."""
     descriptor = _open_from(root, name) if _POSIX else _open_by_path(root, name)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         problem = "is not a regular file"
-    elif status.st_nlink > 1:  # 0 where an export has just replaced the bundle: the open file stays whole
+    elif status.st_nlink > 1:  # 0 if an export has just replaced the bundle: the open file stays readable
         problem = "is a hard link: a bundle's files belong to it alone; copy it with cp -r"
     else:
         return descriptor
@@ -184,9 +187,10 @@ def _open_by_path(root: Path, name: str) -> int:
 
 
 def _read_open_file(descriptor: int, name: str, *, limit: int, entry: FileEntry | None = None) -> bytes:
-    """All of an open file, from its start: at most `limit` bytes, and those of `entry` where it is given.
+    """Return all bytes of an open file; raises `IntegrityError` beyond `limit` bytes or if they differ from `entry`.
 
-    A large file is hashed once more before it is read: one that is not what the manifest says takes no memory.
+    A file above LARGE_FILE bytes is hashed before it is read, so that a file that differs from the manifest takes no
+    memory.
     """
     size = os.fstat(descriptor).st_size
     if size > limit or (entry is not None and size != entry.size):

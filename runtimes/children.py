@@ -1,8 +1,8 @@
-"""Processes that we start import nothing from the working directory, which may hold anyone's files.
+"""Child processes that import nothing from the working directory, whose files are not trusted.
 
-Python puts the working directory first on the path of `python -c` and `python -m`: a folder `runtimes/` or a file
-`pickle.py` there would be run. `-P` and PYTHONSAFEPATH keep it off. What the path of this process has on its own, such
-as the directory of the user's script, its children have as well.
+Python puts the working directory first on the import path of `python -c` and `python -m`: a folder `runtimes/` or a
+file `pickle.py` there would be executed. `-P` and PYTHONSAFEPATH prevent that. Children inherit the other entries of
+this process' path, such as the directory of the user's script.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _changing = threading.RLock()
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of ours; to be started with `environment()`."""
+    """Return the command that runs one of our modules; start it with `environment()`."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def environment() -> dict[str, str]:
-    """This process' environment, with the packages of ours first on the path and the working directory not on it."""
+    """Return this process' environment with our packages first on PYTHONPATH and without the working directory."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    # An empty entry, as a stray colon leaves one, means the working directory.
+    # An empty entry, which a stray colon produces, means the working directory.
     kept = [os.path.abspath(entry) for entry in given if entry and os.path.normpath(entry) != os.curdir]
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_PACKAGE_PARENT), *kept]), SAFE_PATH: "1"}
 
 
 @contextmanager
 def safe_path() -> Iterator[None]:
-    """For libraries that start processes of their own: those that they start meanwhile have PYTHONSAFEPATH."""
+    """Set PYTHONSAFEPATH inside the block, for libraries that start processes themselves."""
     with _changing:
         before = os.environ.get(SAFE_PATH)
         os.environ[SAFE_PATH] = "1"
@@ -62,7 +62,7 @@ class _Context(SpawnContext):
 
 
 def spawn_context() -> SpawnContext:
-    """multiprocessing's "spawn", by `python -c`, but for the working directory."""
+    """Return the "spawn" context of multiprocessing, whose processes do not import from the working directory."""
     with safe_path():
-        resource_tracker.ensure_running()  # a process as well, started at the first lock or queue
+        resource_tracker.ensure_running()  # also a child process, which starts at the first lock or queue
     return _Context()

@@ -1,4 +1,4 @@
-"""`VaeConfig`: the config of an `AutoencoderKL`, field for field what diffusers writes in config.json."""
+"""`VaeConfig`: the config of an `AutoencoderKL`, with the fields that diffusers writes to config.json."""
 
 from __future__ import annotations
 
@@ -51,11 +51,12 @@ HARMLESS_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """The config of an `AutoencoderKL`, with the defaults that diffusers applies to fields an older config omits.
+    """The config of an `AutoencoderKL`, with diffusers' defaults for fields that older configs omit.
 
-    The network itself never reads `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std` or `force_upcast`;
-    those describe how a diffusion model sees the latents. `scaling_factor` is None where it is not known (a single
-    file that does not say it): such a model encodes and decodes raw latents, and what needs the factor raises.
+    The network never reads `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std` or `force_upcast`; they
+    describe how a diffusion model sees the latents. `scaling_factor` is None if it is unknown (a single file that does
+    not store it): such a model encodes to and decodes from raw latents, and functions that need the factor raise
+    `ConfigError`.
 
     Raises `ConfigError` on construction for a value that no `AutoencoderKL` can have.
     """
@@ -94,7 +95,7 @@ class VaeConfig:
 
     @property
     def latent_space(self) -> LatentSpace:
-        """How raw latents relate to those of a diffusion model."""
+        """The relation between raw latents and the latents of a diffusion model."""
         return LatentSpace.scaled(
             self.latent_channels,
             self.downscale,
@@ -145,11 +146,11 @@ class VaeConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> VaeConfig:
-        """Read a config.json; an unreadable or malformed file raises `ConfigError`."""
+        """Read a config.json; raises `ConfigError` if it is unreadable or malformed."""
         return cls.from_dict(read_json(path), origin=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as diffusers writes them in config.json, `_class_name` first, tuples as lists."""
+        """Return the fields as diffusers writes them to config.json: `_class_name` first, tuples as lists."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {"_class_name": "AutoencoderKL", **values}
 
@@ -182,9 +183,9 @@ def is_vae_config(data: Any) -> bool:
 
 
 class OtherConfig:
-    """The config of another family than AutoencoderKL, field for field what diffusers writes in config.json.
+    """The config of a family other than AutoencoderKL, with the fields that diffusers writes to config.json.
 
-    Fields are attributes, as diffusers has them: `config.patch_size`.
+    Fields are attributes, as in diffusers: `config.patch_size`.
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
@@ -202,11 +203,11 @@ class OtherConfig:
         return hash(self.to_json())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as they were given."""
+        """Return the fields as they were given."""
         return dict(self._data)
 
     def to_json(self) -> str:
-        """The fields as the text of a config.json."""
+        """Return the fields as the text of a config.json."""
         return json.dumps(self._data, indent=2, allow_nan=False) + "\n"
 
 
@@ -279,5 +280,5 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    # Not math.isfinite: an integer beyond all floats would raise OverflowError there.
+    # Not math.isfinite: it raises OverflowError for an integer beyond the range of floats.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,11 +1,11 @@
-"""How many CPUs this process may use: every default number of threads or processes comes from here.
+"""The number of CPUs that this process may use; every default number of threads or processes comes from here.
 
-`os.cpu_count()` is the number of the machine. A process may have fewer: its affinity (`taskset`, cpusets, Slurm) and
+`os.cpu_count()` counts the CPUs of the machine. A process may have fewer: its affinity (`taskset`, cpusets, Slurm) and
 the CPU quota of its control group (`docker run --cpus`, a Kubernetes limit, systemd's CPUQuota) limit it.
 
-Libraries choose a number of threads by themselves, and none of them was seen to heed a quota. ONNX Runtime and
-OpenVINO are therefore given `thread_limit()`, and PyTorch `available_cpus()` on the command line. XLA has no option for
-its threads on a CPU: under a quota, set the affinity as well.
+Libraries choose their number of threads themselves, and in our measurements none of them respected a quota. ONNX
+Runtime and OpenVINO therefore receive `thread_limit()`, and PyTorch receives `available_cpus()` on the command line.
+XLA has no option for its CPU threads: under a quota, set the affinity as well.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _ROOT = Path("/")
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use, 1 or more: those of its affinity, or fewer where a quota grants less.
+    """Return the number of CPUs that this process may use, at least 1: the smaller of affinity and quota.
 
-    A quota of 2.5 CPUs gives 2. The threads of a backend wait for each other: where a third one exceeds the quota, the
-    kernel stops all of them for the rest of the period.
+    A quota of 2.5 CPUs counts as 2. The threads of a backend wait for each other: if a third thread exceeds the quota,
+    the kernel stops all of them for the rest of the period.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_quota()
@@ -29,26 +29,27 @@ def available_cpus() -> int:
 
 
 def thread_limit() -> int | None:
-    """`available_cpus()` where that is less than the machine has; None where nothing bounds this process.
+    """Return `available_cpus()` if it is less than the CPUs of the machine, else None.
 
-    For libraries whose own default is better than all CPUs (one thread per physical core) but ignores the bounds.
+    Use it for libraries whose own default (one thread per physical core) beats one thread per CPU but ignores the
+    limits of the process.
     """
     cpus = available_cpus()
     return cpus if cpus < (os.cpu_count() or 1) else None
 
 
 def cgroup_quota(root: Path = _ROOT) -> float | None:
-    """The smallest CPU quota of this process' control group and of the groups around it, in CPUs; None without one.
+    """Return the smallest CPU quota, in CPUs, of this process' control group and its ancestors; None without a quota.
 
-    Reads /proc and /sys below `root`. Files that are missing or not understood set no quota: that is the state of most
-    machines, of other systems, and of containers that hide them.
+    Reads /proc and /sys below `root`. Missing or unparsable files count as no quota: most machines, other operating
+    systems and containers that hide these files look like that.
     """
     quotas = [quota for group, version in _cpu_groups(root) if (quota := _quota(group, version)) is not None]
     return min(quotas, default=None)
 
 
 def _cpu_groups(root: Path) -> Iterator[tuple[Path, int]]:
-    """(directory, version of cgroups) of the groups that may bound this process' CPU time, innermost first."""
+    """Yield (directory, cgroup version) of each group that may limit this process' CPU time, innermost first."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
@@ -70,11 +71,11 @@ def _cpu_groups(root: Path) -> Iterator[tuple[Path, int]]:
         if version is None or version not in paths or (version == 1 and "cpu" not in after[2].split(",")):
             continue
         mount = root / _unescaped(fields[4]).lstrip("/")
-        try:  # in a container the mount may begin at this very group
+        try:  # in a container, the mount may start at this group
             inner = paths[version].relative_to(_unescaped(fields[3]))
         except ValueError:
             inner = PurePosixPath()
-        if ".." in inner.parts:  # the group lies outside of this cgroup namespace
+        if ".." in inner.parts:  # the group is outside of this cgroup namespace
             inner = PurePosixPath()
         inner = PurePosixPath(*(part for part in inner.parts if part != "/"))
         for group in (inner, *inner.parents):
@@ -82,11 +83,11 @@ def _cpu_groups(root: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _quota(group: Path, version: int) -> float | None:
-    """CPUs that one control group grants; None where it sets no bound."""
+    """Return the quota of one control group in CPUs, or None if it sets no limit."""
     try:
-        if version == 2:  # "max 100000" or "150000 100000": microseconds, of a period
+        if version == 2:  # "max 100000" or "150000 100000": quota and period in microseconds
             quota, period = map(int, (group / "cpu.max").read_text().split()[:2])
-        else:  # -1 for no bound
+        else:  # -1 means no limit
             quota = int((group / "cpu.cfs_quota_us").read_text())
             period = int((group / "cpu.cfs_period_us").read_text())
     except (OSError, ValueError):
@@ -95,7 +96,7 @@ def _quota(group: Path, version: int) -> float | None:
 
 
 def _unescaped(path: str) -> str:
-    """A path of mountinfo, which spells blanks as octal numbers."""
+    """Decode a path of mountinfo, which writes blanks as octal escapes."""
     for octal, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         path = path.replace(octal, character)
     return path

@@ -1,4 +1,4 @@
-"""Which backends work here, and why the others do not."""
+"""Diagnosis of the installed backends: which ones work on this machine, and why others do not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from runtimes.errors import BackendUnavailable
 
 
 def check_backend(name: str) -> dict[str, str]:
-    """{device: "works", or the reason why not} for one backend."""
+    """Return {device: "works" or the reason why it does not work} for one backend."""
     try:
         runtime = BACKENDS[name]
     except BackendUnavailable as error:

@@ -1,17 +1,17 @@
 """Every error that leaves the public API of `runtimes` and `vae_export`.
 
 VaeError
-├── ConfigError             a config or checkpoint that is not an AutoencoderKL; missing or unexpected keys
-├── BundleError             a bundle that cannot be read or written
-│   ├── IntegrityError      a file that is not what the manifest says: hash, size, containment
+├── ConfigError             a config or checkpoint is not an AutoencoderKL; missing or unexpected keys
+├── BundleError             a bundle cannot be read or written
+│   ├── IntegrityError      a file differs from the manifest in hash or size, or leads out of the bundle
 │   └── CompatibilityError  another schema, another backend version, another GPU
-├── ShapeError              an array or image whose shape, dtype or size does not fit; names the value and the rule
-├── NumericsError           NaN or infinity, or a validation threshold missed; carries the numbers
-├── OutOfMemoryError        says what was asked for and what would fit
-└── BackendUnavailable      a backend or device that is not here; names the install command
-    └── NotInstalled        a package that is missing; an ImportError as well
+├── ShapeError              shape, dtype or size of an array or image is wrong; names the value and the rule
+├── NumericsError           NaN or infinity, or a missed validation threshold; carries the numbers
+├── OutOfMemoryError        names the request and what would fit
+└── BackendUnavailable      a backend or device is not available; names the install command
+    └── NotInstalled        a package is missing; also an ImportError
 
-Each class has the exit code with which the command line reports it. Codes 0 (success), 1 (a bug in this program),
+Each class has an exit code, which the command line returns. Codes 0 (success), 1 (a bug in this program),
 2 (wrong usage) and 130 (interrupted) are taken.
 """
 
@@ -40,7 +40,7 @@ class BundleError(VaeError):
 
 
 class IntegrityError(BundleError):
-    """A bundle file that is not what the manifest says. Nothing was parsed from it."""
+    """A file of a bundle that differs from the manifest. Its content was not parsed."""
 
     exit_code = 6
 
@@ -52,13 +52,13 @@ class CompatibilityError(BundleError):
 
 
 class ShapeError(VaeError):
-    """An input whose shape, dtype, size or value range does not fit; the message names the value and the rule."""
+    """An input with a wrong shape, dtype, size or value range; the message names the value and the rule."""
 
     exit_code = 8
 
 
 class NumericsError(VaeError):
-    """NaN or infinity, or a validation threshold that was missed. `measurements` carries the numbers."""
+    """NaN or infinity, or a missed validation threshold. `measurements` holds the numbers."""
 
     exit_code = 9
 
@@ -68,7 +68,7 @@ class NumericsError(VaeError):
 
 
 class OutOfMemoryError(VaeError):
-    """The device or host ran out of memory; the message says what was asked for and what would fit."""
+    """The device or host ran out of memory; the message names the request and what would fit."""
 
     exit_code = 10
 
@@ -82,14 +82,14 @@ class BackendUnavailable(VaeError):
 class NotInstalled(BackendUnavailable, ImportError):
     """A Python package that is missing or does not load; the message says how to install it.
 
-    It is an `ImportError` too: modules of ours raise it while they are imported, where programs expect one.
+    It is also an `ImportError`, because our modules raise it while they are imported.
     """
 
 
-# How backends word it; a thread whose stack does not fit is a resource that is unavailable.
+# Messages of the backends. "Resource unavailable": a thread's stack could not be allocated.
 _NO_MEMORY = re.compile(r"alloc|out of memory|resource temporarily unavailable", re.IGNORECASE)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether what a backend raised says that memory ran out."""
+    """Return whether an error of a backend reports that memory ran out."""
     return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None

@@ -1,9 +1,9 @@
-"""What becomes of calls that are at work in daemon threads when the interpreter ends: they are ended first.
+"""Clean end of calls that run in daemon threads while the interpreter shuts down.
 
-CPython ends a daemon thread when it comes back from native code into an interpreter that is gone. In the middle of the
-C++ of ONNX Runtime or JAX that aborts the whole process, with a core dump and an exit code that is not the program's.
-So, before the interpreter is taken down, calls are cancelled where the backend can do that, and waited for. A thread
-whose call was cancelled, or that begins another, gets `SystemExit`, by which Python ends a thread without a word.
+CPython kills a daemon thread that returns from native code into an interpreter that has been finalized. Inside the C++
+code of ONNX Runtime or JAX, that aborts the whole process with a core dump and the wrong exit code. Therefore, before
+the interpreter shuts down, this module cancels running calls (where the backend supports that) and waits for them. A
+thread whose call was cancelled, or that starts another call, receives `SystemExit`, which ends a thread silently.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import time
 from runtimes import forks
 from runtimes.cancellation import cancel_calls
 
-PATIENCE = 10.0  #: seconds to wait for a call that cannot be cancelled, JAX's and TensorRT's
+PATIENCE = 10.0  #: seconds to wait for a call that cannot be cancelled (JAX, TensorRT)
 
-_ending_in: int | None = None  #: the thread that takes the interpreter down
+_ending_in: int | None = None  #: the thread that shuts the interpreter down
 
 
 def must_stop() -> bool:
-    """Whether the interpreter is ending, and the thread that asks is not the one that ends it."""
+    """Return whether the interpreter is shutting down and the calling thread is not the one that does so."""
     return _ending_in is not None and threading.get_ident() != _ending_in
 
 
-# Functions registered here run last to first: one registered after this import may still stop its threads by itself.
+# atexit functions run in reverse order: a program that registers one after this import can still stop its own threads.
 @atexit.register
 def _end_calls() -> None:
     global _ending_in

@@ -1,4 +1,4 @@
-"""Writing a single file whole or not at all, and writing through to what is no regular file: pipes and devices."""
+"""Atomic writes of single files, and direct writes to pipes and devices."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from runtimes.errors import BundleError
 STDOUT = Path("/dev/stdout")  #: standard output as a path to write to; it is never opened, so it need not exist
 
 _PARTIAL = ".partial"
-# Names of files that are open in this process. Opening such a name would begin the file anew, at its first byte.
+# Paths that name open files of this process. Opening such a path would overwrite the file from its first byte.
 _OPEN_FILE = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/(?:self|thread-self|(\d+)))/fd/(\d+)")
 _NUMBERS = {"stdin": 0, "stdout": 1, "stderr": 2}
-_MOST_LINKS = 40  # as Linux
+_MOST_LINKS = 40  # the limit of Linux
 
 
 @contextmanager
 def written_whole(path: str | Path, *, advice: str = "try again", unless_equal: bool = False) -> Iterator[Path]:
-    """A temporary path to write to; what was written there takes the name `path` when the block ends well.
+    """Yield a temporary path, and rename the file written there to `path` when the block succeeds.
 
-    Otherwise nothing stays behind, and what was at `path` before is still there. A symbolic link stays, and the file
-    that it leads to is replaced. Pipes, terminals and character devices get the bytes when the block has ended.
+    If the block raises, the temporary file is removed and `path` is unchanged. If `path` is a symbolic link, the link
+    stays and its target is replaced. Pipes, terminals and character devices receive the bytes after the block.
 
-    With `unless_equal`, a file that holds the same bytes already stays as it is, with its date.
+    With `unless_equal`, a file that already holds the same bytes is left untouched, including its date.
 
-    Raises `BundleError` for a directory, a socket, a block device, and what cannot be written. `advice` is
-    what to do after making room on a full disk.
+    Raises `BundleError` for a directory, a socket, a block device, or a path that cannot be written. `advice` tells
+    the user what to do after freeing space on a full disk.
     """
     path = Path(path)
     check_writable(path)
@@ -50,13 +50,13 @@ def written_whole(path: str | Path, *, advice: str = "try again", unless_equal: 
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise `BundleError` at once for a path where `written_whole` would refuse at the end of long work."""
+    """Raise `BundleError` for a path that `written_whole` could not write; call it before long work."""
     number = _open_file(path)
     try:
         if number is None:
             mode = os.stat(path).st_mode
         else:
-            if number == 1 and sys.stdout is None:  # its number may have gone to another file
+            if number == 1 and sys.stdout is None:  # another file may have taken descriptor 1
                 raise _failed(path, "standard output is closed")
             mode = os.fstat(number).st_mode
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether a path is written through to: an open file such as /dev/stdout, a FIFO, a character device."""
+    """Return whether a path is written directly: an open file such as /dev/stdout, a FIFO, a character device."""
     if _open_file(path) is not None:
         return True
     try:
@@ -88,17 +88,17 @@ def is_stream(path: str | Path) -> bool:
 
 
 def is_stdout(path: str | Path) -> bool:
-    """Whether what is written to a path goes to standard output."""
+    """Return whether a path names standard output."""
     return _open_file(path) == 1
 
 
 def leftovers(folder: Path, name: str = "*") -> list[Path]:
-    """What writers of the file `name` in this folder, or of all files there, left when they were killed."""
+    """Return temporary files that killed writers of `name` (or of any file) left in this folder."""
     return list(folder.glob(f".{name}.????????{_PARTIAL}"))
 
 
 def flush(path: Path) -> None:
-    """Have the system write a file or directory to its disk."""
+    """Flush a file or directory to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -108,9 +108,9 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def _beside(path: Path, unless_equal: bool) -> Iterator[Path]:
-    """A new path in the directory of a regular file, which it replaces in one step."""
+    """Yield a temporary path beside a regular file, and replace that file in one step."""
     target = Path(os.path.realpath(path))
-    # The random part keeps two processes apart that write the same file: the later one wins.
+    # The random part separates processes that write the same file; the last one wins.
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_PARTIAL}")
     try:
         yield partial
@@ -127,7 +127,7 @@ def _beside(path: Path, unless_equal: bool) -> Iterator[Path]:
 
 @contextmanager
 def _through(path: Path) -> Iterator[Path]:
-    """A new path in a temporary directory, whose bytes are sent on: many formats need a file that can be sought in."""
+    """Yield a path in a temporary directory, and copy its bytes to the stream: many formats need a seekable file."""
     with tempfile.TemporaryDirectory(prefix="vae-export-") as directory:
         made = Path(directory) / path.name
         yield made
@@ -140,12 +140,12 @@ def _opened_stream(path: Path) -> BinaryIO:
     if number is None:
         return os.fdopen(os.open(path, os.O_WRONLY), "wb")
     if number == 1:
-        sys.stdout.flush()  # what was printed so far comes first
+        sys.stdout.flush()  # earlier prints come first
     return os.fdopen(os.dup(number), "wb")
 
 
 def _open_file(path: str | Path) -> int | None:
-    """The number of the open file that a path, or the symbolic links there, name: 1 of /dev/stdout."""
+    """Return the descriptor that a path names, directly or by symbolic links: 1 for /dev/stdout; else None."""
     name = os.path.abspath(path)
     for _ in range(_MOST_LINKS):
         if (match := _OPEN_FILE.fullmatch(name)) and match[2] in (None, str(os.getpid())):

@@ -1,9 +1,9 @@
-"""What becomes of an opened bundle in a forked process: nothing.
+"""Protection of opened bundles in forked processes: a runtime can be neither used nor released there.
 
-A fork copies memory, and of the threads only the one that forked. What a backend keeps, threads that wait for work,
-locks and the GPU's context, is broken in the copy: a call would wait for ever, and so would the release of it. There,
-using a runtime raises, closing it does nothing, and what it holds is kept until the process ends. That has to be by
-`os._exit`, as multiprocessing's forks end: ONNX Runtime's and JAX's own handlers of a normal exit hang or crash there.
+A fork copies the memory, but only the thread that forked. The state of a backend (worker threads, locks, the GPU
+context) is broken in the copy: a call, or the release of that state, would wait for ever. In a fork, using an inherited
+runtime raises `VaeError`, closing it does nothing, and its memory is kept until the process ends. The process must end
+by `os._exit`, as forks of multiprocessing do: the exit handlers of ONNX Runtime and JAX hang or crash there.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 
 from runtimes.errors import VaeError
 
-#: what cannot be used at all in a fork of a process that has used it
+#: backends that a fork cannot use at all if its parent has used them
 _UNFORKABLE = ("openvino", "flax", "tensorrt", "tensorrt-rtx")
 
-_generation = 0  #: how many forks lie between the first process and this one; process ids come again
+_generation = 0  #: number of forks between the first process and this one; process ids are reused
 _opened: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()  #: -> generation and process
-_used: set[str] = set()  #: backends, here
+_used: set[str] = set()  #: backends that this process has used
 _inherited: set[str] = set()  #: backends that were used before this process was forked
 
 
 def watch(runtime: Any) -> None:
-    """From now on `runtime` belongs to this process. `VaeError` where its backend does not survive a fork."""
+    """Record that `runtime` belongs to this process; raises `VaeError` if its backend cannot be used in this fork."""
     if runtime.backend in _inherited and runtime.backend in _UNFORKABLE:
         raise VaeError(
             f"{runtime.backend} was used before this process ({os.getpid()}) was forked, and hangs in forks: start "
@@ -36,17 +36,17 @@ def watch(runtime: Any) -> None:
 
 
 def is_foreign(runtime: Any) -> bool:
-    """Whether another process opened it, of which this one is a fork."""
+    """Return whether a parent of this forked process opened the runtime."""
     return _opened.get(runtime, (_generation, 0))[0] != _generation
 
 
 def opened_here() -> list[Any]:
-    """The runtimes that this process opened and that still exist, closed ones as well."""
+    """Return the runtimes that this process opened and that still exist, including closed ones."""
     return [runtime for runtime in list(_opened) if not is_foreign(runtime)]
 
 
 def check(runtime: Any) -> None:
-    """`VaeError` in a process forked from the one that opened it."""
+    """Raise `VaeError` if a parent of this forked process opened the runtime."""
     if is_foreign(runtime):
         raise VaeError(
             f"this VAE was opened in process {_opened[runtime][1]}, of which this one ({os.getpid()}) is a fork: open "
@@ -55,7 +55,7 @@ def check(runtime: Any) -> None:
 
 
 def _after_fork() -> None:
-    """One reference more than there are: nothing releases what the parent opened."""
+    """Leak one reference to each inherited runtime, so that nothing releases what the parent opened."""
     global _generation
     _generation += 1
     _inherited.update(_used)

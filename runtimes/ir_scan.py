@@ -1,7 +1,7 @@
-"""What an OpenVINO IR may hold, checked on its bytes before OpenVINO parses them. Standard library only.
+"""Safety check of an OpenVINO IR on its bytes, before OpenVINO parses them. Standard library only.
 
-OpenVINO's own operators are named by opset. A layer of any other kind is code that was loaded into the process under
-that name, and a document type can expand to anything: no graph of a VAE needs either.
+OpenVINO's own operators are identified by their opset. A layer of any other kind runs code that was loaded into the
+process under that name, and a document type can expand to arbitrary content. The graph of a VAE needs neither.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ _OPSET = re.compile(r"opset\d{1,3}")
 
 
 def check_ir(data: bytes, file: str) -> None:
-    """`IntegrityError` for a structure that is not of OpenVINO's opsets alone, `CompatibilityError` for what is none.
+    """Check the XML of an IR; `file` is its name in messages.
 
-    `file` is its name in the message.
+    Raises `IntegrityError` for a layer outside of OpenVINO's opsets or a document type, `CompatibilityError` for bytes
+    that are not a complete IR.
     """
-    parser = expat.ParserCreate("utf-8")  # whatever it says itself: OpenVINO reads it as that, too
+    parser = expat.ParserCreate("utf-8")  # overrides the encoding that the file declares, as OpenVINO does
     root: list[str] = []
 
     def start(tag: str, attributes: dict[str, str]) -> None:
@@ -45,4 +46,4 @@ def check_ir(data: bytes, file: str) -> None:
 
 
 class _Refused(Exception):
-    """What no graph of a bundle may hold."""
+    """Content that no graph of a bundle may hold."""

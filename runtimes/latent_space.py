@@ -1,7 +1,7 @@
-"""The latent space: how a VAE's own latents relate to those that a diffusion model works on.
+"""The latent space: conversion between raw latents of a VAE and normalised latents of a diffusion model.
 
-A VAE's encoder gives *raw* latents [B, channels, h, w]. A diffusion model takes *normalised* ones: squares of `patch` x
-`patch` positions become channels (FLUX.2; `patch` is 1 elsewhere), and each channel is shifted and scaled:
+A VAE's encoder returns *raw* latents [B, channels, h, w]. A diffusion model takes *normalised* latents: squares of
+`patch` x `patch` positions become channels (FLUX.2; `patch` is 1 elsewhere), and each channel is shifted and scaled:
 
     normalised = (patchify(raw) - add) * multiply
 
@@ -31,8 +31,8 @@ UNKNOWN = (
 class LatentSpace:
     """Shape and normalisation of a VAE's latents.
 
-    `multiply` and `add` have a number for each normalised channel, `channels * patch**2` of them; None means that the
-    checkpoint does not say them. Such a VAE encodes to and decodes from raw latents alone.
+    `multiply` and `add` hold one number for each of the `channels * patch**2` normalised channels. They are None if
+    the checkpoint does not store them; such a VAE supports raw latents only.
     """
 
     channels: int  #: of raw latents
@@ -40,7 +40,7 @@ class LatentSpace:
     multiply: tuple[float, ...] | None
     add: tuple[float, ...] | None
     patch: int = 1  #: side of the squares of raw latents that become channels
-    posterior: bool = True  #: whether the encoder gives mean and logvar, or else the latents themselves
+    posterior: bool = True  #: whether the encoder returns mean and logvar; else it returns the latents
 
     def __post_init__(self) -> None:
         if (self.multiply is None) != (self.add is None):
@@ -61,10 +61,10 @@ class LatentSpace:
         means: Sequence[float] | None = None,
         deviations: Sequence[float] | None = None,
     ) -> LatentSpace:
-        """The latent space of an AutoencoderKL, from the fields of its config.
+        """Return the latent space of an AutoencoderKL, from the fields of its config.
 
-        normalised = (raw - shift_factor) * scaling_factor; with means and deviations, those of Playground 2.5, each
-        channel has its own: (raw - mean) * scaling_factor / deviation. An unknown scaling_factor is None.
+        normalised = (raw - shift_factor) * scaling_factor. With means and deviations (Playground 2.5), each channel has
+        its own constants: (raw - mean) * scaling_factor / deviation. An unknown scaling_factor is None.
         """
         if scaling_factor is None:
             return cls(channels, factor, None, None)
@@ -75,6 +75,7 @@ class LatentSpace:
 
     @property
     def normalised_channels(self) -> int:
+        """Number of channels of normalised latents."""
         return self.channels * self.patch**2
 
     @property
@@ -84,51 +85,54 @@ class LatentSpace:
 
     @property
     def encoder_channels(self) -> int:
-        """Channels of what the encoder gives."""
+        """Number of output channels of the encoder."""
         return 2 * self.channels if self.posterior else self.channels
 
     @property
     def is_known(self) -> bool:
+        """Whether the normalisation is known."""
         return self.multiply is not None
 
     @property
     def affine(self) -> dict[str, list[float]] | None:
-        """`multiply` and `add`, as they stand in the contract of a dataset; None where they are not known."""
+        """`multiply` and `add` as the contract of a dataset stores them; None if they are unknown."""
         if self.multiply is None or self.add is None:
             return None
         return {"multiply": list(self.multiply), "add": list(self.add)}
 
     def check_known(self) -> None:
-        """`ConfigError` where the checkpoint does not say its normalisation."""
+        """Raise `ConfigError` if the normalisation is unknown."""
         if not self.is_known:
             raise ConfigError(UNKNOWN)
 
     def normalise(self, raw: Any) -> Any:
-        """Raw latents [B, C, h, w] -> what a diffusion model takes, [B, C * patch**2, h / patch, w / patch].
+        """Convert raw latents [B, C, h, w] to normalised latents [B, C * patch**2, h / patch, w / patch].
 
-        Takes arrays of any kind and gives one of the same kind and dtype. `ConfigError` where the normalisation is not
-        known, `ShapeError` where h or w is not a multiple of `patch`.
+        Accepts NumPy, torch and JAX arrays and returns the same kind and dtype. Raises `ConfigError` if the
+        normalisation is unknown, `ShapeError` if h or w is not a multiple of `patch`.
         """
         multiply, add = self._affine_like(raw)
         return (self._patchify(raw) - add) * multiply
 
     def denormalise(self, normalised: Any) -> Any:
-        """The inverse of `normalise`."""
+        """Convert normalised latents to raw latents: the inverse of `normalise`."""
         multiply, add = self._affine_like(normalised)
         return self._unpatchify(normalised / multiply + add)
 
     def raw_noise(self, rng: np.random.Generator, batch: int, height: int, width: int) -> npt.NDArray[Any]:
-        """Raw latents, float64 [batch, C, height, width], whose normalised form has unit variance, as diffusion models
-        see it. Where the normalisation is not known the raw latents have unit variance."""
+        """Draw raw latents, float64 [batch, C, height, width], whose normalised form has unit variance.
+
+        If the normalisation is unknown, the raw latents have unit variance.
+        """
         noise = rng.standard_normal((batch, self.channels, height, width))
         if not self.is_known:
             return noise
-        # Each raw channel has as many normalised channels as a square has positions: the mean of their statistics.
+        # Each raw channel maps to patch**2 normalised channels: use the mean of their constants.
         multiply, add = (np.reshape(values, (1, self.channels, -1)).mean(2)[..., None, None] for values in self._pair())
         return np.asarray(noise / multiply + add)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in a manifest."""
+        """Return the dictionary that a manifest stores."""
         return {
             "channels": self.channels,
             "factor": self.factor,
@@ -140,9 +144,9 @@ class LatentSpace:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LatentSpace:
-        """The inverse of `to_dict`; `ConfigError` for anything else."""
+        """Parse the result of `to_dict`; raises `ConfigError` for anything else."""
         if set(data) != {"channels", "factor", "patch", "encoder_gives", "multiply", "add"}:
-            raise ConfigError(f"the fields of the latent space are {sorted(map(repr, data))}, which it does not have")
+            raise ConfigError(f"the latent space has the wrong fields: {', '.join(sorted(map(repr, data)))}")
         for name in ("channels", "factor", "patch"):
             value = data[name]
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65536:
@@ -186,7 +190,7 @@ class LatentSpace:
         return xp.asarray(multiply, latents.dtype), xp.asarray(add, latents.dtype)
 
     def _patchify(self, raw: Any) -> Any:
-        """[B, C, h, w] -> [B, C * p * p, h / p, w / p]; the index of a channel is c * p * p + row * p + column."""
+        """Convert [B, C, h, w] to [B, C * p * p, h / p, w / p]; a channel's index is c * p * p + row * p + column."""
         if self.patch == 1:
             return raw
         batch, channels, height, width = raw.shape

@@ -1,4 +1,4 @@
-"""Pixels, uint8 [B, H, W, 3], among arrays that have their channels first: arrays of any kind, NumPy's or torch's."""
+"""Conversion between pixels, uint8 [B, H, W, 3], and channels-first arrays, for NumPy arrays and torch tensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from runtimes.arrays import array_module, as_type, is_tensor
 
 
 def channels_first(x: Any) -> Any:
-    """[B, H, W, C] -> [B, C, H, W], without a copy."""
+    """Convert [B, H, W, C] to [B, C, H, W], without a copy."""
     return array_module(x).moveaxis(x, 3, 1)
 
 
 def channels_last(x: Any) -> Any:
-    """[B, C, H, W] -> [B, H, W, C], without a copy."""
+    """Convert [B, C, H, W] to [B, H, W, C], without a copy."""
     return array_module(x).moveaxis(x, 1, 3)
 
 
@@ -25,7 +25,7 @@ def channels_first_floats(x: Any) -> Any:
 
 
 def padded(x: Any, axes: tuple[int, int], multiple: int) -> Any:
-    """`x` with the mirror image of its end added to each of these axes, up to the next multiple."""
+    """Pad `x` at the end of both axes to the next multiple of `multiple`, by reflection."""
     xp = array_module(x)
     for axis in axes:
         size = x.shape[axis]
@@ -36,7 +36,7 @@ def padded(x: Any, axes: tuple[int, int], multiple: int) -> Any:
 
 
 def as_pixels(x: Any) -> Any:
-    """[B, C, H, W] in 0..255, of floats (rounded, halves to even) or uint8 -> uint8 [B, H, W, C]."""
+    """Convert [B, C, H, W] in 0..255 to uint8 [B, H, W, C]; floats are rounded, halves to even."""
     xp, x = array_module(x), channels_last(x)
     pixels = x if x.dtype == xp.uint8 else as_type(xp.round(x), "uint8")
     return contiguous(pixels)

@@ -1,4 +1,4 @@
-"""The life of an opened bundle: its calls are counted, and what it holds is released when the last one has ended."""
+"""The lifetime of an opened bundle: calls are counted, and the last one releases the resources of a closed bundle."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Self = TypeVar("Self", bound="Lifetime")
 
 
 class Lifetime(ABC):
-    """What is opened, used from any number of threads, and closed once."""
+    """A resource that is opened, used from any number of threads, and closed once."""
 
     backend: ClassVar[str]
 
     def _begin_life(self) -> None:
-        """From now on this belongs to this process. `VaeError` where the backend does not survive a fork."""
+        """Initialise the counters and record the owning process; raises `VaeError` if the backend was forked."""
         self._closed = False
         self._released = False
-        self._calls = 0  #: that have begun and not ended
-        self._counting = threading.RLock()  # reentrant: a signal handler may close what it interrupts
+        self._calls = 0  #: number of running calls
+        self._counting = threading.RLock()  # reentrant: a signal handler may close the runtime whose call it interrupts
         forks.watch(self)
 
     @abstractmethod
     def _close(self) -> None:
-        """Release sessions and memory; called once, when no call is at work."""
+        """Release sessions and memory. Called once, when no call is running."""
 
     def _check_open(self) -> None:
         if self._closed:
@@ -40,12 +40,12 @@ class Lifetime(ABC):
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """Surround a call: what it uses stays until it has ended, also where another thread closes meanwhile."""
+        """Count the call in this block: resources are not released before it ends, even if another thread closes."""
         self._check_open()
         with self._counting:
             self._calls += 1
         try:
-            self._check_open()  # once more: now nothing is released before this call has ended
+            self._check_open()  # again: from here on nothing is released before this call ends
             if exits.must_stop():
                 raise SystemExit
             yield
@@ -59,11 +59,11 @@ class Lifetime(ABC):
             if self._take_release():
                 try:
                     self._close()
-                except Exception as error:  # it is not this call that failed
+                except Exception as error:  # the call itself succeeded
                     warnings.warn(f"closing {self!r} failed: {error}", RuntimeWarning, stacklevel=4)
 
     def _take_release(self) -> bool:
-        """Whether what a closed runtime holds is to be released now, by this thread."""
+        """Return whether this thread must release the resources now."""
         with self._counting:
             if not self._closed or self._calls or self._released:
                 return False
@@ -71,18 +71,18 @@ class Lifetime(ABC):
             return True
 
     def is_closed(self) -> bool:
-        """Whether `close` was called."""
+        """Return whether `close` was called."""
         return self._closed
 
     def is_at_work(self) -> bool:
-        """Whether a call of any thread has begun and not ended."""
+        """Return whether a call of any thread is running."""
         return self._calls > 0
 
     def close(self) -> None:
-        """Release everything; using it afterwards raises.
+        """Close the runtime and release its resources; later calls raise `VaeError`.
 
-        Calls that are at work in other threads end well, and the last of them releases. In a process forked from the
-        one that opened it, nothing is released.
+        Calls that are running in other threads finish normally, and the last of them releases the resources. In a
+        process forked from the one that opened the bundle, nothing is released.
         """
         self._closed = True
         if not forks.is_foreign(self) and self._take_release():

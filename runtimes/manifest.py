@@ -1,6 +1,6 @@
-"""manifest.json: what a bundle is, parsed and checked. Standard library only.
+"""The schema of manifest.json, which describes a bundle: parsing, checking, writing. Standard library only.
 
-A manifest may come from anyone: everything that it says is checked before it is used.
+A manifest may come from anyone: every field is checked before it is used.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from runtimes.tensorrt.profiles import Profile
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-FILE_LIMIT = 4 << 30  #: bytes; no VAE comes near
-DEEPEST = 32  #: levels of nesting in a manifest; ours have some 6
+FILE_LIMIT = 4 << 30  #: bytes; far above the size of any VAE
+DEEPEST = 32  #: levels of nesting in a manifest; ours have about 6
 MOST_CHANNELS = 1 << 16
 REQUIRED_KEYS = (
     *("version", "target", "precision", "config", "source"),
     *("graphs", "rewrites", "tools", "validation", "files"),
 )
 OPTIONAL_KEYS = ("family", "latent_space", "engine", "tileable")
-DEFAULT_FAMILY = "AutoencoderKL"  #: of manifests that do not name their family, which came later
+DEFAULT_FAMILY = "AutoencoderKL"  #: family of manifests that were written before they named one
 DTYPES = ("float32", "float16", "bfloat16", "uint8")
-#: the kinds of steps of seamless tiling, and the order in which they come: a letter for each
+#: kind of a step of seamless tiling -> its letter in STEP_ORDER, a regular expression for the order of steps
 STEP_KINDS = {"whole": "w", "in": "i", "conv1": "a", "conv2": "b", "up": "u", "down": "d", "out": "o"}
 STEP_ORDER = {"encoder": re.compile(r"i((ab)|d)*w"), "decoder": re.compile(r"w((ab)|u)*o")}
 
-#: a manifest's last key: sha256 of all that it says. It finds accidents, such as another digit in a scaling factor;
-#: who changes a manifest on purpose can change it, too.
+#: the last key of a manifest: the sha256 of its content. It detects accidents, such as a changed digit in a scaling
+#: factor. It does not detect manipulation: whoever edits a manifest on purpose can update this key as well.
 SEAL = "manifest_sha256"
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){0,3}")
@@ -47,21 +47,23 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class FileEntry:
+    """Size and hash of a file of the bundle."""
+
     size: int  #: bytes
     sha256: str  #: 64 hex digits
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of a graph. Dimensions are numbers, or names where they are free."""
+    """An input or output of a graph. A dimension is a number, or a name if it is dynamic."""
 
     name: str
-    dtype: str  #: as NumPy calls it: float32, float16, ...; uint8 for pixels
+    dtype: str  #: NumPy's name: float32, float16, ...; uint8 for pixels
     shape: tuple[int | str, ...]
 
     @property
     def axes(self) -> tuple[int, int, int]:
-        """Where channels, height and width are: pixels have their channels last, as images are stored."""
+        """The axes of channels, height and width. Pixels (uint8) have their channels last, as images are stored."""
         return (3, 1, 2) if self.dtype == "uint8" else (1, 2, 3)
 
     @property
@@ -71,7 +73,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A graph of the bundle: the file that holds it, its input and its output."""
+    """A graph of the bundle: its file, input and output."""
 
     file: str
     input: TensorSpec
@@ -80,21 +82,21 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class Step:
-    """A part of a graph that seamless tiling runs by itself: see `runtimes.tiling.seamless`."""
+    """A part of a graph that seamless tiling runs separately, see `runtimes.tiling.seamless`."""
 
     kind: str  #: one of STEP_KINDS
     file: str
-    channels: int  #: of what it gives
+    channels: int  #: channels of its output
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What TensorRT plans were built with and for: they run nowhere else."""
+    """The TensorRT version, GPUs and profiles that plans were built for; they run nowhere else."""
 
     flavour: str  #: tensorrt or tensorrt-rtx
-    version: str  #: of it
-    gpus: tuple[str, ...]  #: compute capabilities, as in sm89; empty for all that TensorRT-RTX takes
-    system: str  #: as in linux-x86_64
+    version: str  #: of the flavour
+    gpus: tuple[str, ...]  #: compute capabilities, such as sm89; empty for all GPUs that TensorRT-RTX supports
+    system: str  #: operating system and processor, such as linux-x86_64
     profiles: tuple[Profile, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,16 +120,19 @@ class Engine:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says. `source`, `rewrites`, `tools` and `validation` are records, for people and tools."""
+    """The content of manifest.json.
 
-    version: str  #: of the vae-export that wrote it
+    `source`, `rewrites`, `tools` and `validation` are records for people and tools; runtimes do not depend on them.
+    """
+
+    version: str  #: version of the vae-export that wrote it
     target: str
     precision: str
     config: VaeConfig | OtherConfig
     files: Mapping[str, FileEntry]
     graphs: Mapping[Graph, GraphSpec]
     latent_space: LatentSpace
-    family: str = DEFAULT_FAMILY  #: the class name that diffusers has for the architecture
+    family: str = DEFAULT_FAMILY  #: diffusers' class name of the architecture
     source: Mapping[str, Any] = field(default_factory=dict)
     rewrites: tuple[Mapping[str, Any], ...] = ()
     tools: Mapping[str, str] = field(default_factory=dict)
@@ -157,9 +162,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, raw: bytes) -> Manifest:
-        """Parse and check. `IntegrityError` for anything malformed, `CompatibilityError` for another schema."""
+        """Parse and check a manifest.
+
+        Raises `IntegrityError` for a malformed manifest, `CompatibilityError` for another schema version.
+        """
         data = _object(_parse_json(raw), "manifest")
-        sealed, found = data.pop(SEAL, ...), seal(data)
+        stored_seal, actual_seal = data.pop(SEAL, ...), seal(data)
         schema = data.pop("schema_version", None)
         if not _is_int(schema):
             raise IntegrityError(f"{MANIFEST_FILE}: schema_version is {schema!r}, not a number")
@@ -182,8 +190,10 @@ class Manifest:
         config, latent_space = _model(family, _object(fields["config"], "config"), fields.get("latent_space"))
         if not isinstance(fields["rewrites"], list):
             raise IntegrityError(f"{MANIFEST_FILE}: rewrites is not a list")
-        if sealed not in (..., found):  # ... where there is none: written before manifests had it
-            raise IntegrityError(f"{MANIFEST_FILE} was changed: its {SEAL} is {found}, and it says {sealed!r}")
+        if stored_seal not in (..., actual_seal):  # ...: the manifest was written before manifests had a seal
+            raise IntegrityError(
+                f"{MANIFEST_FILE} was changed: its {SEAL} is {actual_seal}, and it says {stored_seal!r}"
+            )
         return cls(
             version=_text(fields["version"], "version"),
             target=_name(fields["target"], "target"),
@@ -206,7 +216,7 @@ class Manifest:
 
 
 def seal(data: Mapping[str, Any]) -> str:
-    """sha256, 64 hex digits, of what a manifest says, but for its seal: of its JSON with sorted keys and no spaces."""
+    """Return the sha256, 64 hex digits, of a manifest without its seal, as JSON with sorted keys and no spaces."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -217,12 +227,12 @@ def _parse_json(raw: bytes) -> Any:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("a key is duplicated")
         return result
 
     def finite(text: str) -> float:
         number = float(text)
-        return number if math.isfinite(number) else refuse_constant(text)  # 1e999: infinity by another name
+        return number if math.isfinite(number) else refuse_constant(text)  # 1e999 parses as infinity
 
     try:
         value = json.loads(
@@ -238,7 +248,7 @@ def _parse_json(raw: bytes) -> Any:
 
 
 def _check_depth(value: Any, left: int) -> None:
-    """`ValueError` for what is nested so deeply that writing it again could fail where reading did not."""
+    """Raise `ValueError` for nesting so deep that writing the manifest could fail although reading it succeeded."""
     if left == 0:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels")
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -254,9 +264,11 @@ def _object(value: Any, what: str) -> dict[str, Any]:
 def _exactly(data: dict[str, Any], what: str, keys: tuple[str, ...]) -> dict[str, Any]:
     missing, unknown = [k for k in keys if k not in data], [k for k in data if k not in keys]
     if missing or unknown:
-        said = [f"lacks {', '.join(missing)}"] if missing else []
-        said += [f"has unknown {', '.join(map(repr, unknown[:5]))} (a later vae-export may know it)"] if unknown else []
-        raise IntegrityError(f"{MANIFEST_FILE}: {what} {' and '.join(said)}")
+        problems = [f"lacks {', '.join(missing)}"] if missing else []
+        problems += (
+            [f"has unknown {', '.join(map(repr, unknown[:5]))} (a later vae-export may know it)"] if unknown else []
+        )
+        raise IntegrityError(f"{MANIFEST_FILE}: {what} {' and '.join(problems)}")
     return data
 
 
@@ -273,14 +285,14 @@ def _choice(value: Any, what: str, known: tuple[str, ...]) -> str:
 
 
 def _name(value: Any, what: str) -> str:
-    """The name of a target, family or flavour. Whether it is known here is asked where it is used."""
+    """Check the syntax of the name of a target, family or flavour; its user checks whether the name is known."""
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise IntegrityError(f"{MANIFEST_FILE}: {what} is {value!r}, not a name")
     return value
 
 
 def _model(family: str, config: dict[str, Any], latent_space: Any) -> tuple[VaeConfig | OtherConfig, LatentSpace]:
-    """The config and the latent space of a model. Manifests that name no latent space have an AutoencoderKL's."""
+    """Parse config and latent space. In a manifest without a latent space, that of the AutoencoderKL config counts."""
     try:
         if family == DEFAULT_FAMILY:
             known = VaeConfig.from_dict(config, strict=True)
@@ -301,14 +313,14 @@ def _is_int(value: Any) -> bool:
 
 
 def _file_name(name: str) -> str:
-    """A relative path of plain names; what could leave the directory (`..`, `/etc`, `C:`, `a\\b`) does not match."""
+    r"""Check that a name is a relative path of plain names; rejects `..`, `/etc`, `C:` and `a\b`."""
     if not _FILE_NAME.fullmatch(name) or ".." in name or len(name) > 200 or name.lower() == MANIFEST_FILE:
         raise IntegrityError(f"{MANIFEST_FILE}: {name!r} is not the name of a file inside the bundle")
     return name
 
 
 def _reject_case_twins(files: Mapping[str, Any]) -> None:
-    """Two names that differ in case alone are one file on some systems: whose hash would count?"""
+    """Reject two names that differ only in case: on some systems they are one file, with two hashes."""
     if len({name.lower() for name in files}) != len(files):
         raise IntegrityError(f"{MANIFEST_FILE}: two file names differ in case alone")
 
@@ -330,7 +342,7 @@ def _graph(name: str, value: Any, files: Mapping[str, FileEntry]) -> GraphSpec:
 
 
 def _steps(value: Any, files: Mapping[str, FileEntry]) -> dict[str, tuple[Step, ...]]:
-    found = {}
+    parsed_steps = {}
     for graph, steps in _exactly(_object(value, "tileable"), "tileable", GRAPHS).items():
         if not isinstance(steps, list):
             raise IntegrityError(f"{MANIFEST_FILE}: the tileable {graph} is not a list of steps")
@@ -344,8 +356,8 @@ def _steps(value: Any, files: Mapping[str, FileEntry]) -> dict[str, tuple[Step, 
             parsed.append(Step(_choice(step["kind"], "kind", tuple(STEP_KINDS)), step["file"], step["channels"]))
         if not STEP_ORDER[graph].fullmatch("".join(STEP_KINDS[step.kind] for step in parsed)):
             raise IntegrityError(f"{MANIFEST_FILE}: the steps of the tileable {graph} are not in an order that runs")
-        found[graph] = tuple(parsed)
-    return found
+        parsed_steps[graph] = tuple(parsed)
+    return parsed_steps
 
 
 def _steps_to_dict(steps: Mapping[str, tuple[Step, ...]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The closed sets of names that both packages use, as types that mypy checks.
+"""Closed sets of names that both packages use, as types that mypy checks.
 
-Targets, backends and families are open sets, since more can be registered: they are plain strings, checked by their
-registries when they are used.
+Targets, backends and families are open sets, because more can be registered: they are plain strings, and their
+registries check them at use.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What an ONNX graph may hold, checked on its bytes before a runtime parses them. Standard library only.
+"""Safety check of an ONNX graph on its bytes, before a runtime parses them. Standard library only.
 
-ONNX can name files (external data, EPContext nodes), call code that a process has loaded under a name (operators of
-other domains than ONNX's own), and bring functions that hide both. No graph of a VAE needs any of it, and the
-known ways out of an ONNX file (CVE-2022-25882, CVE-2024-27318 and those with links that followed) go through external
-data: so there is none here.
+An ONNX file can name other files (external data, EPContext nodes), call code that the process has loaded under a name
+(operators outside of ONNX's own domain), and contain functions that hide both. The graph of a VAE needs none of these.
+The known escapes from an ONNX file (CVE-2022-25882, CVE-2024-27318 and the later ones by links) use external data,
+which is therefore refused.
 
-The file is protocol buffers (https://protobuf.dev/programming-guides/encoding): fields of a number and a wire type.
-Parsers differ in what they make of odd ones, such as numbers that are longer than they need to be, and what one of them
-skips another may read. So nothing odd is passed over: fields are those of onnx.proto, spelt as everybody spells them.
+The file is encoded as protocol buffers (https://protobuf.dev/programming-guides/encoding): fields with a number and a
+wire type. Parsers differ in how they treat unusual encodings, such as numbers with superfluous bytes, and one parser
+may read what another one skips. Therefore only the fields of onnx.proto in their canonical encoding are accepted.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from runtimes.errors import CompatibilityError, IntegrityError
 
 DOMAINS = ("", "ai.onnx")  #: ONNX's own operators
 DEEPEST = 16  #: graphs within graphs; ours have none
-MOST_FIELDS = 2_000_000  #: of a model; ours have some 20,000, and a million takes a third of a second
+MOST_FIELDS = 2_000_000  #: in a model; ours have about 20,000, and a million takes a third of a second
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 are groups, which ONNX never had
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # of Tensor
 _GRAPH = 7  # of Model
-_ORT_FORMAT = b"ORTM"  # in bytes 4 to 7 of what ONNX Runtime takes for a format of its own
+_ORT_FORMAT = b"ORTM"  # bytes 4 to 7 of a file in ONNX Runtime's own format
 
-# message -> {number of a field: the message that it holds}, from onnx.proto
+# message type -> {field number: type of the message in it}, from onnx.proto
 _MESSAGES = {
     "Model": {_GRAPH: "Graph", 8: "OperatorSet", 20: "Training", 25: "Function"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
@@ -35,7 +35,7 @@ _MESSAGES = {
     "OperatorSet": {},
     "Tensor": {},
 }
-#: and of each all the numbers of its fields
+#: message type -> all of its field numbers
 _KNOWN = {
     "Model": {*range(1, 9), 14, 20, 25, 26},
     "Graph": {1, 2, 5, *range(10, 17)},
@@ -50,9 +50,10 @@ _REFUSED = {"Training": "training information", "Function": "functions of its ow
 
 
 def check_onnx(data: bytes, file: str) -> None:
-    """`IntegrityError` for a model that reaches outside of itself, `CompatibilityError` for what is no whole model.
+    """Check the bytes of an ONNX model; `file` is its name in messages.
 
-    `file` is its name in the message.
+    Raises `IntegrityError` for a model that refers to files or code outside of itself, `CompatibilityError` for bytes
+    that are not a complete model.
     """
     try:
         if data[4:8] == _ORT_FORMAT:
@@ -68,17 +69,17 @@ def check_onnx(data: bytes, file: str) -> None:
 
 
 class _Malformed(Exception):
-    """Not protocol buffers, or not as ONNX's are."""
+    """Bytes that are not protocol buffers or not an ONNX model."""
 
 
 class _Refused(Exception):
-    """What no graph of a bundle may hold."""
+    """Content that no graph of a bundle may hold."""
 
 
 class _Scan:
     def __init__(self) -> None:
         self.fields = 0
-        self.graphs = 0  #: of the model itself
+        self.graphs = 0  #: number of top-level graphs
 
     def check(self, message: memoryview, kind: str, left: int) -> None:
         if left == 0:
@@ -109,7 +110,7 @@ class _Scan:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """(number, wire type, value) of each field: a number for varints, else its bytes, not copied."""
+    """Yield (number, wire type, value) of each field; the value is an int for varints, else a view of its bytes."""
     at, end = 0, len(message)
     while at < end:
         tag, at = _varint(message, at, 32)
@@ -133,7 +134,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
 
 
 def _varint(message: memoryview, at: int, bits: int) -> tuple[int, int]:
-    """(the number at this place, the place behind it): one of so many bits, in no more bytes than they need."""
+    """Return (the number at this offset, the offset after it); it has at most `bits` bits and no superfluous bytes."""
     result = 0
     for shift in range(0, bits, 7):
         if at == len(message):

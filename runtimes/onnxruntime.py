@@ -1,4 +1,4 @@
-"""ONNX Runtime: an ONNX bundle on the CPU or on an NVIDIA GPU."""
+"""The ONNX Runtime backend: runs ONNX bundles on the CPU or on an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ _TYPES = {
     "uint8": "tensor(uint8)",
 }
 _STATE = ort.capi.onnxruntime_pybind11_state
-#: what a session raises while it runs: they have no common base but Exception. The arena's lack of memory is a Fail.
+#: errors of a running session; their only common base is Exception. The arena reports missing memory as Fail.
 _RUN_ERRORS = (_STATE.Fail, _STATE.RuntimeException, _STATE.InvalidArgument, _STATE.EPFail, _STATE.NotImplemented)
 
 
 class OnnxRuntimeVae(VaeRuntime):
-    """An ONNX bundle in ONNX Runtime. Safe for threads: sessions keep no state between calls.
+    """An ONNX bundle in ONNX Runtime. Thread-safe: sessions keep no state between calls.
 
-    `device` is "cpu", "cuda" or "cuda:N"; where its provider does not load, that is `BackendUnavailable` and no
-    fall-back. `threads` bounds the threads of one call (default: one per physical core, or the CPUs
-    that this process may use where those are fewer than the machine's). torch tensors on a GPU are read and answered
-    there.
+    `device` is "cpu", "cuda" or "cuda:N". If its provider does not load, `BackendUnavailable` is raised; there is no
+    fallback. `threads` limits the threads of one call (default: one per physical core, or the number of CPUs that this
+    process may use if that is less than the machine has). torch tensors on a GPU are read in place, and the result is
+    a tensor on the same GPU.
 
-    `allow_tf32` lets fp32 graphs be computed in TF32 on a GPU, with the 10 bits of mantissa of fp16: some 77 dB from
-    the reference in place of 137, and many times faster (docs/speed.md). The manifest's numbers are not those of TF32.
+    `allow_tf32` computes fp32 graphs in TF32 on a GPU, with the 10 mantissa bits of fp16: about 77 dB to the reference
+    instead of 137, and many times faster (docs/speed.md). The validation results in the manifest do not cover TF32.
     """
 
     backend = "onnxruntime"
@@ -83,13 +83,13 @@ class OnnxRuntimeVae(VaeRuntime):
             raise ConfigError(f"allow_tf32 is for fp32 bundles on cuda, not for {self.precision} on {device}")
         self._threads = thread_limit() if threads is None else threads
         self._allow_tf32 = allow_tf32
-        data = {graph: bundle.read(self.spec[graph].file) for graph in GRAPHS}  # all is sound before any is parsed
+        data = {graph: bundle.read(self.spec[graph].file) for graph in GRAPHS}  # check every file before parsing any
         self._sessions = {graph: self._open(graph, data.pop(graph)) for graph in GRAPHS}
         self._steps: dict[str, Any] = {}
 
     @staticmethod
     def check_devices() -> dict[str, str]:
-        """{device: "works", or why not}; loading a provider's libraries is left to `open_vae`."""
+        """Return {device: "works" or the reason why not}; `open_vae` is what loads a provider's libraries."""
         available = ort.get_available_providers()
         gpu = "needs pip install 'vae-export[gpu]' in place of onnxruntime"
         return {device: "works" if name in available else gpu for device, name in _PROVIDERS.items()}
@@ -97,11 +97,11 @@ class OnnxRuntimeVae(VaeRuntime):
     def _open(self, graph: Graph, data: bytes) -> Any:
         spec = self.spec[graph]
         session = self._load(data, spec.file)
-        for said, found in ((spec.input, session.get_inputs()), (spec.output, session.get_outputs())):
-            if [(tensor.name, tensor.type) for tensor in found] != [(said.name, _TYPES.get(said.dtype))]:
+        for expected, actual in ((spec.input, session.get_inputs()), (spec.output, session.get_outputs())):
+            if [(tensor.name, tensor.type) for tensor in actual] != [(expected.name, _TYPES.get(expected.dtype))]:
                 raise CompatibilityError(
-                    f"{spec.file} has {', '.join(f'{t.name} of {t.type}' for t in found)} where the manifest says "
-                    f"{said.name} of {said.dtype}"
+                    f"{spec.file} has {', '.join(f'{t.name} of {t.type}' for t in actual)} where the manifest says "
+                    f"{expected.name} of {expected.dtype}"
                 )
         return session
 
@@ -113,14 +113,15 @@ class OnnxRuntimeVae(VaeRuntime):
                 "pip uninstall onnxruntime && pip install 'vae-export[gpu]'"
             )
         options = ort.SessionOptions()
-        # Its own format, which it would tell by four bytes, is not what was checked.
+        # ONNX Runtime would detect its own format by four bytes, but the check covered ONNX only.
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        options.log_severity_level = 4  # errors come as exceptions: no second time on stderr
+        options.log_severity_level = 4  # errors arrive as exceptions; do not repeat them on stderr
         check_onnx(data, file)
-        # Once more for external data, which a graph from bytes would read from the working directory: nothing is here.
+        # Second line of defence against external data, which a graph from bytes would read from the working directory:
+        # the path given here holds no files.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-        # It would plan one block for all of a call's tensors when a size comes again, and allocate that beside the
-        # arena, which keeps what the first call took: 1.5 times the memory, for nothing gained in time.
+        # When a size repeats, the memory pattern allocates one block for all tensors of a call, in addition to the
+        # arena, which keeps the memory of the first call: 1.5 times the memory, without a gain in time.
         options.enable_mem_pattern = False
         options.enable_cpu_mem_arena = arena
         if self._threads is not None:
@@ -129,11 +130,11 @@ class OnnxRuntimeVae(VaeRuntime):
             _preload_cuda()
         try:
             session = ort.InferenceSession(data, options, providers=[(provider, self._provider_options())])
-        except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        except Exception as error:  # the only common base of onnxruntime's exceptions
             message = f"ONNX Runtime {ort.__version__} cannot load {file}: {_reason(error)}"
             raise CompatibilityError(message) from None
         if session.get_providers()[0] != provider:
-            # ONNX Runtime only warns, and goes on with the CPU, where the provider's libraries do not load.
+            # If the provider's libraries do not load, ONNX Runtime warns and continues on the CPU.
             raise BackendUnavailable(
                 f"{provider} did not load for device {self.device!r}: its CUDA or cuDNN libraries are missing or of "
                 "another version; `vae-export doctor` says more"
@@ -143,18 +144,19 @@ class OnnxRuntimeVae(VaeRuntime):
     def _provider_options(self) -> dict[str, Any]:
         if self._kind == "cpu":
             return {}
-        # fp32 means fp32 unless TF32 was asked for, which is the provider's own choice.
+        # Compute fp32 in fp32 unless the user asked for TF32, which the provider would use by default.
         options: dict[str, Any] = {"device_id": self._index, "use_tf32": int(self._allow_tf32)}
         if self.precision == "fp16":
-            # Its default, a search, takes kernels 13 to 17 times slower than those that the heuristic finds. In fp32
-            # the search does better: 0.79 of the heuristic's time (docs/speed.md, both for a decoder on an H200).
+            # The default, an exhaustive search, selects kernels that are 13 to 17 times slower than those of the
+            # heuristic. In fp32 the search is better: 0.79 of the heuristic's time (docs/speed.md, both measured with a
+            # decoder on an H200).
             options["cudnn_conv_algo_search"] = "HEURISTIC"
         return options
 
     def open_steps(self, steps: Sequence[Step]) -> None:
         for step in steps:
-            # Tiles are few and large: without an arena they are as fast, and nothing is kept for the next step, which
-            # has a session of its own. What runs on the whole is slower without, and its arena is given back.
+            # Tiles are few and large: without an arena they are as fast, and no memory is kept when the next step runs
+            # in its own session. Steps on the whole image are slower without an arena; they use one and free it.
             arena = step.kind == "whole"
             self._steps[step.file] = self._load(self._bundle.read(step.file), step.file, arena=arena)
 
@@ -191,7 +193,7 @@ class OnnxRuntimeVae(VaeRuntime):
         return result
 
     def _run_on_device(self, graph: Graph, x: Any) -> Any:
-        """A torch tensor on the GPU: bound where it is, the answer allocated beside it."""
+        """Run on a torch tensor on the GPU: bind it in place, and allocate the result on the same GPU."""
         torch, spec = array_module(x), self.spec[graph]
         if x.is_cuda and x.device.index != self._index:
             raise ShapeError(f"the array is on {x.device}, and this VAE on cuda:{self._index}")
@@ -212,7 +214,7 @@ class OnnxRuntimeVae(VaeRuntime):
                 tensor.data_ptr(),
             )
         if x.is_cuda:
-            torch.cuda.current_stream(x.device).synchronize()  # ONNX Runtime works on a stream of its own
+            torch.cuda.current_stream(x.device).synchronize()  # ONNX Runtime uses its own stream
         with _run_options() as options:
             self._sessions[graph].run_with_iobinding(binding, options)
         return result
@@ -224,7 +226,7 @@ class OnnxRuntimeVae(VaeRuntime):
 
 @contextlib.contextmanager
 def _run_options() -> Iterator[Any]:
-    """Options for one run, which another thread can end by them."""
+    """Yield options for one run, through which another thread can cancel it."""
     options = ort.RunOptions()
     with cancellable(functools.partial(setattr, options, "terminate", True)):
         yield options
@@ -232,10 +234,10 @@ def _run_options() -> Iterator[Any]:
 
 @functools.cache
 def _preload_cuda() -> None:
-    """CUDA's libraries from NVIDIA's packages, where pip puts them and the loader does not look."""
-    with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find: the provider may all the same
+    """Load CUDA's libraries from NVIDIA's pip packages, which the dynamic loader does not search."""
+    with contextlib.redirect_stdout(sys.stderr):  # it prints missing libraries, which the provider may still find
         ort.preload_dlls()
-    # The provider logs each plan that cuDNN has no kernels for as an error, and goes on to the next.
+    # The provider logs an error for each plan without cuDNN kernels and continues with the next plan.
     ort.set_default_logger_severity(4)
 
 
@@ -247,6 +249,6 @@ def _parse_device(device: str) -> tuple[str, int]:
 
 
 def _reason(error: Exception) -> str:
-    """ONNX Runtime's message without the place in its source."""
+    """Return ONNX Runtime's message without the location in its source code."""
     lines = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

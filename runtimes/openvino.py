@@ -1,4 +1,4 @@
-"""OpenVINO: an IR bundle on a CPU, and on Intel's GPUs and NPUs."""
+"""The OpenVINO backend: runs IR bundles on CPUs and on Intel's GPUs and NPUs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ from runtimes.names import GRAPHS, Graph
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Hide `openvino_telemetry` while OpenVINO is imported: each of its modules looks for it once, then, and reports
-    nothing to its makers where it is missing. Afterwards the program can import that package as before."""
+    """Hide `openvino_telemetry` while OpenVINO is imported.
+
+    Each module of OpenVINO looks for that package once, at import, and sends no usage reports if it is missing.
+    Afterwards the program can import the package as before.
+    """
     hidden = "openvino_telemetry" not in sys.modules
     if hidden:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -56,7 +59,7 @@ try:
 except ImportError:
     raise NotInstalled("OpenVINO is not installed: pip install 'vae-export[openvino]'") from None
 
-_ERRORS = (RuntimeError, MemoryError)  #: what OpenVINO raises
+_ERRORS = (RuntimeError, MemoryError)  #: errors that OpenVINO raises
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8"}
 
 
@@ -65,36 +68,36 @@ _making_core = threading.Lock()
 
 
 def shared_core() -> Any:
-    """The one `ov.Core` of the process, made at the first call and never destroyed.
+    """Return the one `ov.Core` of the process, which is created at the first call and never destroyed.
 
-    A Core that loads the CPU plugin replaces the main thread's alternate signal stack, and puts back the one that it
-    found when it is destroyed. Of two Cores, the second to be destroyed puts back the freed stack of the first, and the
-    next signal is a segmentation fault. A Core that stays has nothing to put back, not even while the interpreter ends.
+    A Core that loads the CPU plugin replaces the main thread's alternate signal stack, and restores the previous one
+    when it is destroyed. If two Cores are destroyed, the second one restores the freed stack of the first, and the next
+    signal is a segmentation fault. A Core that is never destroyed restores nothing, not even at interpreter shutdown.
     """
     global _the_core
     with _making_core:
         if _the_core is None:
             core = ov.Core()
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(core))  # one reference too many: nothing destroys it
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(core))  # leak one reference, so that nothing destroys it
             _the_core = core
         return _the_core
 
 
 class OpenVinoVae(VaeRuntime):
-    """An OpenVINO bundle. Safe for threads: each call takes an infer request of its own from a pool.
+    """An OpenVINO bundle. Thread-safe: each call takes its own infer request from a pool.
 
-    A graph is compiled for the very shape that it is called with, and the last `max_shapes` of them are kept: with the
-    sizes known, OpenVINO keeps one layout throughout and plans its memory, which makes it a sixth faster than the same
-    graph with free sizes. A new shape costs a compilation, about a second for a model of Stable Diffusion's size, and
-    holds a copy of the weights; `cache_dir` keeps compiled graphs on disk (they are code: keep it to yourself).
+    A graph is compiled for each exact input shape, and the `max_shapes` most recently used shapes are kept. With fixed
+    sizes OpenVINO keeps one layout throughout and plans its memory, which is a sixth faster than the same graph with
+    dynamic sizes. A new shape costs a compilation (about a second for a model of Stable Diffusion's size) and a copy
+    of the weights. `cache_dir` keeps compiled graphs on disk; they are code, so protect the directory from other users.
 
-    Weights are read, and their hash checked again, when a graph is first called: of one that is never called none are
-    held. The files stay open until the runtime is closed, so that a bundle may be replaced meanwhile; one changed in
-    place is an `IntegrityError` of that call.
+    The weights of a graph are read, and their hash is checked again, at its first call; a graph that is never called
+    holds no weights. The files stay open until the runtime is closed, so the bundle may be replaced in the meantime. A
+    file that was modified in place raises `IntegrityError` at that first call.
 
-    `device` is "cpu", "gpu", "gpu.N" or "npu"; where it is not there, that is `BackendUnavailable` and no fall-back.
-    `threads` bounds the threads of one call (default: one per physical core, or the CPUs that this process may use
-    where those are fewer than the machine's).
+    `device` is "cpu", "gpu", "gpu.N" or "npu". If it is not present, `BackendUnavailable` is raised; there is no
+    fallback. `threads` limits the threads of one call (default: one per physical core, or the number of CPUs that this
+    process may use if that is less than the machine has).
     """
 
     backend = "openvino"
@@ -117,20 +120,20 @@ class OpenVinoVae(VaeRuntime):
         self._device = _find_device(self._core, device)
         self._settings = self._choose_settings(threads, cache_dir)
         self._files = {graph: self._hold(bundle, graph) for graph in GRAPHS}
-        data = {graph: self._read(graph) for graph in GRAPHS}  # all is sound before any is parsed
+        data = {graph: self._read(graph) for graph in GRAPHS}  # check every file before parsing any
         for graph in GRAPHS:
             self._parse(graph, *data.pop(graph))
-        # Weights are read again when a graph is first called: of one that is never called nothing is held.
+        # Weights are read again at a graph's first call, so a graph that is never called holds none.
         self._graphs = {
             graph: _Graph(functools.partial(self._load, graph), self._compile, max_shapes) for graph in GRAPHS
         }
 
     @staticmethod
     def check_devices() -> dict[str, str]:
-        """{device: "works", or why not}; compiling for it is left to `open_vae`."""
-        found = {name.partition(".")[0] for name in shared_core().available_devices}
+        """Return {device: "works" or the reason why not}; `open_vae` is what compiles for the device."""
+        available = {name.partition(".")[0] for name in shared_core().available_devices}
         why_not = {"GPU": "no Intel GPU with its drivers was found", "NPU": "no Intel NPU with its drivers was found"}
-        return {name.lower(): "works" if name in found else why_not[name] for name in ("CPU", "GPU", "NPU")}
+        return {name.lower(): "works" if name in available else why_not[name] for name in ("CPU", "GPU", "NPU")}
 
     def _choose_settings(self, threads: int | None, cache_dir: str | Path | None) -> dict[str, Any]:
         settings: dict[str, Any] = {
@@ -146,7 +149,7 @@ class OpenVinoVae(VaeRuntime):
         return settings
 
     def _hold(self, bundle: Bundle, graph: Graph) -> tuple[HeldFile, HeldFile]:
-        """The structure of a graph, and its weights."""
+        """Open the files of a graph's structure and weights."""
         file = self.spec[graph].file
         return bundle.hold(file), bundle.hold(str(PurePosixPath(file).with_suffix(".bin")))
 
@@ -159,18 +162,20 @@ class OpenVinoVae(VaeRuntime):
         return self._parse(graph, *self._read(graph))
 
     def _parse(self, graph: Graph, structure: bytes, data: bytes) -> tuple[Any, Array]:
-        """The model, and its weights, which it shares: they must live as long."""
+        """Return the model and the weights array, which the model shares: keep it alive as long as the model."""
         spec = self.spec[graph]
-        # A copy, since OpenVINO shares the memory of writable arrays only; it makes no copy of its own then.
+        # OpenVINO shares the memory of writable arrays only, hence this copy; OpenVINO then makes none itself.
         weights = np.frombuffer(data, np.uint8).copy()
         try:
             model = self._core.read_model(structure, ov.Tensor(weights, shared_memory=True))
         except RuntimeError as error:
             raise CompatibilityError(f"OpenVINO {ov.__version__} cannot load {spec.file}: {_reason(error)}") from None
-        for said, found in ((spec.input, model.inputs), (spec.output, model.outputs)):
-            names = [(port.get_names(), port.get_element_type().get_type_name()) for port in found]
-            if len(names) != 1 or said.name not in names[0][0] or names[0][1] != _TYPES.get(said.dtype):
-                raise CompatibilityError(f"{spec.file} has {names} where the manifest says {said.name} of {said.dtype}")
+        for expected, ports in ((spec.input, model.inputs), (spec.output, model.outputs)):
+            actual = [(port.get_names(), port.get_element_type().get_type_name()) for port in ports]
+            if len(actual) != 1 or expected.name not in actual[0][0] or actual[0][1] != _TYPES.get(expected.dtype):
+                raise CompatibilityError(
+                    f"{spec.file} has {actual} where the manifest says {expected.name} of {expected.dtype}"
+                )
         return model, weights
 
     def _compile(self, model: Any, shape: tuple[int, ...]) -> Any:
@@ -190,7 +195,7 @@ class OpenVinoVae(VaeRuntime):
         with self._graphs[graph].request(x.shape) as request:
             try:
                 with cancellable(request.cancel):
-                    # The request's own output is overwritten by whoever takes it next: a copy leaves.
+                    # The next user of the request overwrites its output, so return a copy.
                     result: Array = request.infer([x], share_inputs=True, share_outputs=True)[0].copy()
             except _ERRORS as error:
                 _raise_out_of_memory(error, self.device, x.shape)
@@ -205,16 +210,16 @@ class OpenVinoVae(VaeRuntime):
 
 
 class _Shape:
-    """A graph compiled for one shape, when it is first asked for, and the infer requests that are idle."""
+    """A graph compiled for one shape at first use, and its idle infer requests."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # held while compiling: two threads with a new shape compile it once
+        self.lock = threading.Lock()  # held while compiling, so that two threads with a new shape compile it once
         self.compiled: Any = None
         self.idle: SimpleQueue[Any] = SimpleQueue()
 
 
 class _Graph:
-    """A graph, compiled for the shapes last used, each with its pool of infer requests."""
+    """A graph compiled for the most recently used shapes, each with a pool of infer requests."""
 
     def __init__(
         self, load: Callable[[], tuple[Any, Array]], compile_model: Callable[..., Any], max_shapes: int
@@ -228,19 +233,19 @@ class _Graph:
 
     @contextmanager
     def request(self, size: tuple[int, ...]) -> Iterator[Any]:
-        """An infer request for inputs of this size, from the pool, or a new one where all are at work."""
+        """Yield an idle infer request for inputs of this shape, or a new one if all are in use."""
         with self._lock:
             shape = self._shapes.pop(size, None) or _Shape()
             while len(self._shapes) >= self._max_shapes:
                 self._shapes.popitem(last=False)
-            self._shapes[size] = shape  # last: the most recent
+            self._shapes[size] = shape  # most recently used last
         with shape.lock:
             if shape.compiled is None:
                 try:
                     shape.compiled = self._compile(self.model(), size)
                 except VaeError:
                     with self._lock:
-                        self._shapes.pop(size, None)  # it takes no place from those that work
+                        self._shapes.pop(size, None)  # a shape that fails must not occupy a place
                     raise
         try:
             request = shape.idle.get_nowait()
@@ -252,7 +257,7 @@ class _Graph:
             shape.idle.put(request)
 
     def model(self) -> Any:
-        """Of free sizes, loaded when it is first asked for."""
+        """Return the model with dynamic sizes, loaded at first use."""
         with self._loading:
             if self._loaded is None:
                 self._loaded = self._load()
@@ -260,11 +265,13 @@ class _Graph:
 
 
 def precision_hint(core: Any, device: str, precision: str) -> str:
-    """In what type OpenVINO is to compute what a graph of this precision leaves open.
+    """Return the inference precision that OpenVINO is told to use: "f32", "f16" or "bf16".
 
-    Said, never left to the plugin: on a CPU with AMX its own choice for an fp32 graph is bf16. A bf16 graph is typed,
-    and the hint is for what it keeps in fp32; fp16 is how weights are stored, and what GPUs compute in; in int8 it is
-    for all but the convolutions, and bf16 where the CPU has it.
+    It is always set explicitly, because the CPU plugin would compute an fp32 graph in bf16 if the CPU has AMX.
+
+    fp32: f32. bf16: the graph carries its types, and f32 applies to the parts that it keeps in fp32. fp16: weights are
+    stored in fp16; GPUs and NPUs compute in f16, CPUs in f32. int8: applies to everything but the quantized
+    convolutions; bf16 if the CPU supports it.
     """
     if precision == "fp16" and not device.startswith("CPU"):
         return "f16"
@@ -303,6 +310,6 @@ def _raise_out_of_memory(error: Exception, device: str, shape: tuple[int, ...]) 
 
 
 def _reason(error: Exception) -> str:
-    """The last line that OpenVINO says: those before it are places in its source."""
+    """Return the last line of OpenVINO's message; the lines before it are locations in its source code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

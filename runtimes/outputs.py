@@ -1,4 +1,4 @@
-"""What encode and decode return, named as in diffusers, for arrays of any kind."""
+"""Result classes of encode and decode, named as in diffusers, for arrays of any kind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class AutoencoderKLOutput:
-    """`latent_dist` is the posterior over latents [B, C, H/f, W/f]."""
+    """Result of encode: `latent_dist` is the posterior over latents [B, C, H/f, W/f]."""
 
     latent_dist: Any
 
@@ -18,7 +18,7 @@ class AutoencoderKLOutput:
 
 @dataclass
 class AutoencoderTinyOutput:
-    """`latents` [B, C, H/f, W/f]: what the encoder of a family without a posterior gives."""
+    """Result of encode for a family without a posterior: `latents` [B, C, H/f, W/f]."""
 
     latents: Any
 
@@ -28,7 +28,7 @@ class AutoencoderTinyOutput:
 
 @dataclass
 class DecoderOutput:
-    """`sample` is the decoded images [B, 3, f*h, f*w], nominally in [-1, 1] and not clipped."""
+    """Result of decode: `sample` holds images [B, 3, f*h, f*w], nominally in [-1, 1] and not clipped."""
 
     sample: Any
     commit_loss: Any = None

@@ -1,7 +1,7 @@
-"""Pixels and samples: the one conversion between values in 0..255 and values in [-1, 1].
+"""Conversion between pixel levels in 0..255 and samples in [-1, 1], equal to diffusers' VaeImageProcessor.
 
-It is that of diffusers' VaeImageProcessor. Arrays may be NumPy's or torch's, of float32: the graphs with pixels inside
-are traced through the same two functions.
+Both functions accept float32 NumPy arrays and torch tensors; graphs with uint8 inputs or outputs are traced through
+them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def to_samples(levels: Any) -> Any:
-    """Pixel levels in 0..255, as float32 -> samples in [-1, 1]."""
+    """Convert pixel levels in 0..255, float32, to samples in [-1, 1]."""
     return levels / 127.5 - 1.0
 
 
 def to_levels(samples: Any) -> Any:
-    """Samples, nominally in [-1, 1], as float32 -> pixel levels in 0..255, clipped and not yet rounded.
+    """Convert samples, float32, nominally in [-1, 1], to pixel levels in 0..255, clipped but not rounded.
 
-    Rounding, halves to even, is left to the caller: tiles are blended before it.
+    The caller rounds (halves to even), because tiles are blended before rounding.
     """
     return (samples / 2 + 0.5).clip(0.0, 1.0) * 255

@@ -1,4 +1,4 @@
-"""How long work reports its progress: one protocol for both packages."""
+"""The protocol by which long-running work of both packages reports progress."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with what is being done, the steps done, and the steps in all."""
+    """A callback that receives a description of the work, the finished steps, and the total number of steps."""
 
     def __call__(self, what: str, done: int, total: int, /) -> object: ...
 
 
 def no_progress(what: str, done: int, total: int, /) -> None:
-    """Ignore the report: the default wherever progress can be given."""
+    """Ignore the report. This is the default progress callback."""

@@ -1,7 +1,7 @@
-"""The doors: which backends there are, which targets, which families, and how another is added.
+"""Registries of backends, targets and families, to which more can be added.
 
-A registry holds, for each name, the place of what it stands for: "module:object", imported when it is first used, so
-that a name can be listed where the package behind it is not installed.
+A registry maps each name to a location "module:object", which is imported at first use. Names can therefore be listed
+even if the package behind one of them is not installed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from runtimes.errors import VaeError
 
 
 class Registry(Mapping[str, Any]):
-    """Names and what they stand for. Reading an entry imports it; iterating over the names does not.
+    """A mapping from names to objects. Reading an entry imports it; iterating over the names does not.
 
-    An unknown name is the `error` that was given, with the names that are known.
+    Reading an unknown name raises `error`, with a message that lists the known names.
     """
 
     def __init__(self, kind: str, error: type[VaeError], places: Mapping[str, str]) -> None:
@@ -25,11 +25,11 @@ class Registry(Mapping[str, Any]):
         self._places: dict[str, Any] = dict(places)
 
     def register(self, name: str, place: Any) -> None:
-        """Add an entry, or replace one: "module:object", or the object itself."""
+        """Add or replace an entry; `place` is "module:object" or the object itself."""
         self._places[name] = place
 
     def unregister(self, name: str) -> None:
-        """Remove an entry, for tests."""
+        """Remove an entry; used by tests."""
         del self._places[name]
 
     def __getitem__(self, name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Copies and pickles of an opened bundle: each opens the bundle again, from its path, options and state.
+"""Copying and pickling of an opened bundle: the copy reopens the bundle from its path, options and state.
 
-Sessions, locks and memory on a GPU can be neither copied nor sent to another process. A copy is independent: closing it
-leaves the original as it is.
+Sessions, locks and GPU memory can be neither copied nor sent to another process. A copy is independent: closing it does
+not affect the original.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STATE = (
 def reduced(runtime: Any, bundle: Bundle, options: Mapping[str, Any]) -> tuple[Any, ...]:
     """What `__reduce__` of a runtime returns. Callbacks (`progress`, `on_tile`) belong to the original alone.
 
-    Raises `VaeError` for a runtime that was closed.
+    Raises `VaeError` if the runtime was closed.
     """
     if runtime.is_closed():
         raise VaeError("this VAE was closed and can be neither copied nor pickled; open the bundle again")
@@ -52,7 +52,7 @@ def _reopen(
     try:
         for name, value in state.items():
             setattr(runtime, name, value)
-    except VaeError:  # such as a budget for which this machine has no measured model of memory
+    except VaeError:  # such as a memory budget for a backend without a measured memory model
         runtime.close()
         raise
     return runtime

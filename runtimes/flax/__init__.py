@@ -1,1 +1,1 @@
-"""The VAE in JAX: `model` is the network, `params` its files, `runtime` opens exported bundles."""
+"""The VAE in JAX: `model` is the network, `params` reads and writes its parameters, `runtime` opens bundles."""

@@ -1,4 +1,4 @@
-"""The layers of `runtimes.flax.model`: each takes and gives [B, H, W, C], and is named as diffusers named it."""
+"""The layers of `runtimes.flax.model`. Each maps [B, H, W, C] to [B, H, W, C] and is named as in diffusers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from jax import numpy as jnp
 from runtimes.config import VaeConfig
 
 NORM_EPS = 1e-6
-QUERIES = 1024  #: of the attention at a time: 64 MiB of scores for an image of 1024 x 1024, where all of them are 1 GiB
+QUERIES = (
+    1024  #: queries per block of attention: 64 MiB of scores for a 1024x1024 image, instead of 1 GiB for all queries
+)
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -25,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 
 
 class Layer(nn.Module):
-    """What every part of the network knows: the config, in which type it computes, and how exact its products are."""
+    """Base of every part of the network: config, dtype of activations, and precision of products."""
 
     config: VaeConfig
     dtype: Any = jnp.float32
@@ -33,7 +35,7 @@ class Layer(nn.Module):
 
     @nn.nowrap
     def part(self, kind: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[Array], Array]:
-        """A `Layer` of another kind, with the same settings."""
+        """Return a `Layer` of another class with the same settings."""
         layer: Callable[[Array], Array] = kind(self.config, self.dtype, self.precision, *arguments, **options)
         return layer
 
@@ -44,11 +46,11 @@ class Layer(nn.Module):
 
 
 class GroupNorm(Layer):
-    """Statistics in fp32 whatever the type, of what is left when the mean is subtracted.
+    """Group norm with statistics in fp32 for any dtype; the variance is the mean square after subtracting the mean.
 
-    The mean square less the squared mean, as Flax has it, would save a pass, and has no digits left where a picture is
-    of one colour. Over positions first, then over the channels of a group: on a CPU, three quarters of the time
-    where maps are large.
+    Flax computes the mean square minus the squared mean, which saves a pass but loses all digits for an image of one
+    colour. Means are taken over positions first, then over the channels of a group, which takes three quarters of the
+    time on a CPU for large maps.
     """
 
     @nn.compact
@@ -57,19 +59,19 @@ class GroupNorm(Layer):
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
-        def of_groups(values: Array) -> Array:  # [B, H, W, C] -> [B, 1, 1, C], the mean of each channel's group
+        def group_means(values: Array) -> Array:  # [B, H, W, C] -> [B, 1, 1, C], the mean of each channel's group
             means = values.mean((1, 2)).reshape(-1, groups, channels // groups).mean(-1)
             return jnp.repeat(means, channels // groups, axis=-1)[:, None, None]
 
         x = x.astype(jnp.float32)
-        centred = x - of_groups(x)
-        variance = of_groups(centred * centred)
+        centred = x - group_means(x)
+        variance = group_means(centred * centred)
         factor = lax.rsqrt(variance + NORM_EPS) * scale.astype(jnp.float32)
         return (centred * factor + bias.astype(jnp.float32)).astype(self.dtype)
 
 
 class ResnetBlock(Layer):
-    """Two normalised convolutions beside a shortcut."""
+    """Two convolutions with norm and activation, added to a shortcut."""
 
     channels: int = 0
 
@@ -82,7 +84,7 @@ class ResnetBlock(Layer):
 
 
 class Attention(Layer):
-    """Over all positions, one head of C channels, residual added."""
+    """Self-attention over all positions with one head of C channels, added to the input."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -94,30 +96,31 @@ class Attention(Layer):
 
 
 def attend(q: Array, k: Array, v: Array, precision: Any = None) -> Array:
-    """softmax(q k^T / sqrt(C)) v for [B, HW, C], `QUERIES` at a time: memory grows with HW, not with its square.
+    """Compute softmax(q k^T / sqrt(C)) v for [B, HW, C] in blocks of `QUERIES` queries; memory is linear in HW.
 
-    Exact: a softmax runs over the keys of one query. Gradients compute the scores of each block anew.
+    The result is exact, because a softmax runs over the keys of one query. Gradients recompute the scores of each
+    block.
     """
     batch, count, channels = q.shape
 
-    def of(queries: Array) -> Array:
+    def attend_block(queries: Array) -> Array:
         scores = jnp.einsum("bqc,bkc->bqk", queries, k, precision=precision, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * channels**-0.5, axis=-1).astype(v.dtype)
         return jnp.einsum("bqk,bkc->bqc", weights, v, precision=precision)
 
     if isinstance(count, int) and count <= QUERIES:
-        return of(q)
-    # The last block is filled up with zeros, which lax.pad takes off again: sizes may be unknown while this is traced.
+        return attend_block(q)
+    # Pad the last block with zeros, and remove them by lax.pad as well: sizes may be unknown during tracing.
     blocks = (count + QUERIES - 1) // QUERIES
     missing, zero = blocks * QUERIES - count, jnp.zeros((), q.dtype)
     filled = lax.pad(q, zero, ((0, 0, 0), (0, missing, 0), (0, 0, 0)))
     in_blocks = filled.reshape(batch, blocks, QUERIES, channels).swapaxes(0, 1)
-    out = lax.map(jax.checkpoint(of), in_blocks).swapaxes(0, 1).reshape(batch, blocks * QUERIES, channels)
+    out = lax.map(jax.checkpoint(attend_block), in_blocks).swapaxes(0, 1).reshape(batch, blocks * QUERIES, channels)
     return lax.pad(out, zero, ((0, 0, 0), (0, -missing, 0), (0, 0, 0)))
 
 
 class Downsample(Layer):
-    """-> [B, H // 2, W // 2, C]: zeros on the right and bottom only, then a strided convolution."""
+    """Halve height and width: pad zeros on the right and bottom only, then a convolution with stride 2."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -125,7 +128,7 @@ class Downsample(Layer):
 
 
 class Upsample(Layer):
-    """-> [B, 2*H, 2*W, C]: nearest neighbour and its convolution."""
+    """Double height and width: nearest-neighbour upsampling and a 3x3 convolution."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -133,10 +136,10 @@ class Upsample(Layer):
 
 
 class FoldedConv(Layer):
-    """Nearest x2 and a 3x3 convolution as four 2x2 ones, interleaved: 4/9 of the multiplications.
+    """Nearest x2 upsampling and a 3x3 convolution as four interleaved 2x2 convolutions: 4/9 of the multiplications.
 
-    Exact but for rounding: taps that fall on the same pixel are added before they are multiplied. Along an axis, output
-    2i sees w0 x[i-1] + (w1 + w2) x[i], output 2i+1 sees (w0 + w1) x[i] + w2 x[i+1].
+    The result is exact except for rounding: taps on the same input pixel are added before the multiplication. Along an
+    axis, output 2i is w0 x[i-1] + (w1 + w2) x[i], and output 2i+1 is (w0 + w1) x[i] + w2 x[i+1].
     """
 
     @nn.compact
@@ -153,7 +156,10 @@ class FoldedConv(Layer):
                     x,
                     jnp.stack(taps, axis=1).astype(self.dtype),
                     window_strides=(1, 1),
-                    padding=((1 - row, row), (1 - column, column)),  # the even output looks back, the odd one ahead
+                    padding=(
+                        (1 - row, row),
+                        (1 - column, column),
+                    ),  # even outputs read the previous pixel, odd ones the next
                     dimension_numbers=("NHWC", "HWIO", "NHWC"),
                     precision=self.precision,
                 )
@@ -163,7 +169,7 @@ class FoldedConv(Layer):
 
 
 class Block(Layer):
-    """One level: resnets, each followed by attention in the Attn block types, then down- or upsampling."""
+    """One level: resnets (each followed by attention in the Attn block types), then down- or upsampling."""
 
     channels: int = 0
     layers: int = 1
@@ -181,7 +187,7 @@ class Block(Layer):
 
 
 class MidBlock(Layer):
-    """Resnet, attention (where the config has it), resnet."""
+    """A resnet, attention (if the config enables it), and a resnet."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -192,7 +198,7 @@ class MidBlock(Layer):
 
 
 class Encoder(Layer):
-    """Images [B, H, W, in_channels] -> moments before quant_conv [B, H // f, W // f, 2 * latent_channels]."""
+    """Map images [B, H, W, in_channels] to moments before quant_conv [B, H // f, W // f, 2 * latent_channels]."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -210,7 +216,7 @@ class Encoder(Layer):
 
 
 class Decoder(Layer):
-    """Latents after post_quant_conv [B, h, w, latent_channels] -> images [B, f*h, f*w, out_channels]."""
+    """Map latents after post_quant_conv [B, h, w, latent_channels] to images [B, f*h, f*w, out_channels]."""
 
     @nn.compact
     def __call__(self, z: Array) -> Array:

@@ -1,19 +1,19 @@
-"""`FlaxAutoencoderKL`: the VAE in JAX, as diffusers had it until 0.39, and what that one could not.
+"""`FlaxAutoencoderKL`: the VAE in JAX, compatible with the class that diffusers had until 0.39, with more features.
 
     vae, params = FlaxAutoencoderKL.from_pretrained("sdxl-vae")
     posterior = vae.apply({"params": params}, images, method=vae.encode).latent_dist
     images = vae.apply({"params": params}, latents, method=vae.decode).sample
 
-A function of its parameters and nothing else, it works under jit, vmap, grad, shard_map and sharded over a mesh.
-Inside, all is channels-last (NHWC). Images and latents come and go as [B, C, H, W]; the posterior alone is
-[B, h, w, C], as it was, and `decode(..., layout="NHWC")` takes its draws as they are.
+The model is a pure function of its parameters, so it works under jit, vmap, grad, shard_map and sharded over a mesh.
+Internally it is channels-last (NHWC). Images and latents at its interface are [B, C, H, W]. The posterior is
+[B, h, w, C], as in diffusers, and `decode(..., layout="NHWC")` accepts its samples directly.
 
-Names and shapes of the parameters are those of diffusers 0.39: its msgpack files load here, and ours there.
+Parameters have the names and shapes of diffusers 0.39: each library loads the msgpack files of the other.
 """
 
 from __future__ import annotations
 
-from runtimes.flax import params as flax_params  # first: where JAX is missing, it says what to install
+from runtimes.flax import params as flax_params  # first: its error names the package to install if JAX is missing
 
 # isort: split
 import functools
@@ -42,15 +42,16 @@ CONFIG_FILE = "config.json"
 LAYOUTS = ("NCHW", "NHWC")
 
 
-# What encode and decode give --------------------------------------------------------------------------------------
+# Results of encode and decode -------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_pytree_node_class
 class FlaxDiagonalGaussianDistribution:
-    """An independent Gaussian per element of the latents, channels last.
+    """An independent Gaussian for each element of the latents, channels last.
 
     `parameters` [B, h, w, 2*C] holds the mean, then the logvar (clamped to [-30, 20]). With `deterministic` the
-    variance is 0. `mean`, `logvar`, `std` and `var` are [B, h, w, C]. Transformed functions may take and return it.
+    variance is 0. `mean`, `logvar`, `std` and `var` are [B, h, w, C]. The class is a pytree, so transformed functions
+    can take and return it.
     """
 
     def __init__(self, parameters: Array, deterministic: bool = False) -> None:
@@ -74,15 +75,15 @@ class FlaxDiagonalGaussianDistribution:
         return jnp.zeros_like(self.mean) if self.deterministic else jnp.exp(self.logvar)
 
     def sample(self, key: Array) -> Array:
-        """A draw [B, h, w, C] in the parameters' dtype, from a key of `jax.random`."""
+        """Draw latents [B, h, w, C] in the parameters' dtype, with a key of `jax.random`."""
         return self.mean + self.std * jax.random.normal(key, self.mean.shape, self.mean.dtype)
 
     def mode(self) -> Array:
-        """The most likely latents [B, h, w, C]: the mean."""
+        """Return the most likely latents [B, h, w, C]: the mean."""
         return self.mean
 
     def kl(self, other: FlaxDiagonalGaussianDistribution | None = None) -> Array:
-        """Kullback-Leibler divergence [B] from `other`, or from the standard normal distribution."""
+        """Return the Kullback-Leibler divergence [B] from `other`, or from the standard normal distribution."""
         if self.deterministic:
             return jnp.zeros(1)
         if other is None:
@@ -92,7 +93,7 @@ class FlaxDiagonalGaussianDistribution:
         return 0.5 * terms.sum((1, 2, 3))
 
     def nll(self, sample: Array, axis: Sequence[int] = (1, 2, 3)) -> Array:
-        """Negative log-likelihood of `sample` [B, h, w, C], summed over `axis`."""
+        """Return the negative log-likelihood of `sample` [B, h, w, C], summed over `axis`."""
         if self.deterministic:
             return jnp.zeros(1)
         terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
@@ -108,7 +109,7 @@ class FlaxDiagonalGaussianDistribution:
 
 @struct.dataclass
 class FlaxAutoencoderKLOutput:
-    """`latent_dist` is the posterior over latents [B, h, w, C]."""
+    """Result of encode: `latent_dist` is the posterior over latents [B, h, w, C]."""
 
     latent_dist: FlaxDiagonalGaussianDistribution
 
@@ -118,7 +119,7 @@ class FlaxAutoencoderKLOutput:
 
 @struct.dataclass
 class FlaxDecoderOutput:
-    """`sample` is the decoded images [B, out_channels, f*h, f*w], nominally in [-1, 1] and not clipped."""
+    """Result of decode: `sample` holds images [B, out_channels, f*h, f*w], nominally in [-1, 1] and not clipped."""
 
     sample: Array
 
@@ -130,13 +131,14 @@ class FlaxDecoderOutput:
 
 
 class FlaxAutoencoderKL(nn.Module):
-    """The VAE: images in [-1, 1] to a posterior over latents, and latents back to images.
+    """The VAE: encodes images in [-1, 1] to a posterior over latents, and decodes latents to images.
 
-    The fields are those of `VaeConfig`; `config` has them checked. `dtype` is the type of all activations (the
-    statistics of norms are fp32 in any), bfloat16, float16 or float32; parameters are of any, fp32 from `init_weights`.
-    `precision` is JAX's, of all products: on TPUs and GPUs "highest" is what makes fp32 products fp32.
+    The fields are those of `VaeConfig`; `config` returns them checked. `dtype` is the type of all activations:
+    bfloat16, float16 or float32; norm statistics are always fp32. Parameters may have any of these types;
+    `init_weights` returns fp32. `precision` is JAX's precision of all products: on TPUs and GPUs, fp32 products are
+    computed in fp32 only with "highest".
 
-    Latents are raw: `scale_latents` and `unscale_latents` are the business of whoever feeds them to a diffusion model.
+    Latents are raw. To exchange them with a diffusion model, use `scale_latents` and `unscale_latents`.
     """
 
     in_channels: int = 3
@@ -162,12 +164,12 @@ class FlaxAutoencoderKL(nn.Module):
 
     @property
     def config(self) -> VaeConfig:
-        """Checked on first use; `ConfigError` for a value that no `AutoencoderKL` can have."""
+        """The checked config; raises `ConfigError` at first use for a value that no `AutoencoderKL` can have."""
         return VaeConfig(**{name: getattr(self, name) for name in VaeConfig.__dataclass_fields__})
 
     @classmethod
     def from_config(cls, config: VaeConfig | Any, **options: Any) -> FlaxAutoencoderKL:
-        """From a `VaeConfig` or a diffusers config dictionary; `options` are dtype and precision."""
+        """Create the model from a `VaeConfig` or a diffusers config dictionary; `options` are dtype and precision."""
         config = config if isinstance(config, VaeConfig) else VaeConfig.from_dict(config)
         return cls(**{name: getattr(config, name) for name in VaeConfig.__dataclass_fields__}, **options)
 
@@ -179,9 +181,9 @@ class FlaxAutoencoderKL(nn.Module):
         self.post_quant_conv = point(config.latent_channels) if config.use_post_quant_conv else None
 
     def init_weights(self, rng: Array) -> Params:
-        """Random parameters in fp32, as a tree of dictionaries."""
+        """Return random parameters in fp32, as a tree of dictionaries."""
         side = self.config.downscale
-        # Compiled, only the random numbers are left: the network that is passed through gives nothing that is kept.
+        # Under jit only the random numbers are computed: XLA removes the forward pass, whose result is unused.
         init = jax.jit(lambda rng: self.init(rng, jnp.zeros((1, self.in_channels, side, side)))["params"])
         params: Params = init(rng)
         return params
@@ -189,9 +191,10 @@ class FlaxAutoencoderKL(nn.Module):
     def encode(
         self, sample: Array, deterministic: bool = True, return_dict: bool = True
     ) -> FlaxAutoencoderKLOutput | tuple[FlaxDiagonalGaussianDistribution]:
-        """Images, float [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, H//f, W//f, C].
+        """Encode images, float [B, in_channels, H, W] in [-1, 1], to the posterior over latents [B, H//f, W//f, C].
 
-        `deterministic` is accepted, as in diffusers, and not used: there is no dropout. Raises `ShapeError`.
+        `deterministic` is accepted for compatibility with diffusers and ignored: there is no dropout. Raises
+        `ShapeError` for a wrong shape or dtype.
         """
         _check("images", sample, "NCHW", self.in_channels)
         moments = self.encoder(sample.transpose(0, 2, 3, 1))
@@ -202,10 +205,10 @@ class FlaxAutoencoderKL(nn.Module):
     def decode(
         self, latents: Array, deterministic: bool = True, return_dict: bool = True, layout: str = "NCHW"
     ) -> FlaxDecoderOutput | tuple[Array]:
-        """Raw latents, float, -> images [B, out_channels, f*h, f*w], not clipped.
+        """Decode raw float latents to images [B, out_channels, f*h, f*w], not clipped.
 
-        `layout` says how the latents lie: "NCHW" [B, C, h, w], or "NHWC" [B, h, w, C] as the posterior gives them. It
-        is never guessed (diffusers took a width of C for channels). Raises `ShapeError`.
+        `layout` is the layout of the latents: "NCHW" [B, C, h, w], or "NHWC" [B, h, w, C], which the posterior returns.
+        It is never guessed: diffusers mistook a width of C for channels. Raises `ShapeError` for wrong shapes.
         """
         _check("latents", latents, layout, self.latent_channels)
         z = latents.transpose(0, 2, 3, 1) if layout == "NCHW" else latents
@@ -216,9 +219,9 @@ class FlaxAutoencoderKL(nn.Module):
     def __call__(
         self, sample: Array, sample_posterior: bool = False, deterministic: bool = True, return_dict: bool = True
     ) -> FlaxDecoderOutput | tuple[Array]:
-        """Encode and decode images: through the mode of the posterior, or a draw from it with `sample_posterior`.
+        """Encode images and decode the posterior's mode, or a sample of it with `sample_posterior`.
 
-        The draw's key is `apply`'s `rngs={"gaussian": key}`.
+        The key for sampling is passed to `apply` as `rngs={"gaussian": key}`.
         """
         posterior = self.encode(sample)[0]
         z = posterior.sample(self.make_rng("gaussian")) if sample_posterior else posterior.mode()
@@ -226,13 +229,13 @@ class FlaxAutoencoderKL(nn.Module):
 
     @nn.nowrap
     def scale_latents(self, latents: Array, layout: str = "NCHW") -> Array:
-        """Raw latents -> as a diffusion model takes them: scaled and shifted as the config says."""
+        """Convert raw latents to normalised latents for a diffusion model, by the config's shift and scale."""
         multiply, add = self._affine(layout)
         return (latents - add) * multiply
 
     @nn.nowrap
     def unscale_latents(self, latents: Array, layout: str = "NCHW") -> Array:
-        """The way back, to what `decode` takes."""
+        """Convert normalised latents to raw latents, which `decode` takes: the inverse of `scale_latents`."""
         multiply, add = self._affine(layout)
         return latents / multiply + add
 
@@ -257,12 +260,11 @@ class FlaxAutoencoderKL(nn.Module):
         dtype: Any = jnp.float32,
         precision: Any = None,
     ) -> tuple[FlaxAutoencoderKL, Params]:
-        """(model, parameters) from a directory: a `flax` bundle, or config.json and the weights of diffusers.
+        """Load (model, parameters) from a directory: a `flax` bundle, or config.json and weights of diffusers.
 
-        Weights are read from diffusion_flax_model.msgpack, or where that is not there (or with `from_pt`) from
-        diffusion_pytorch_model.safetensors; they keep the type in which they are stored. `dtype` is that of the
-        activations. Raises `ConfigError` for anything that is not the complete checkpoint of an `AutoencoderKL`, and
-        the errors of `Bundle`.
+        Weights are read from diffusion_flax_model.msgpack, or from diffusion_pytorch_model.safetensors if the former
+        does not exist or `from_pt` is set. They keep their stored dtype; `dtype` is that of the activations. Raises
+        `ConfigError` if the directory is not the complete checkpoint of an `AutoencoderKL`, and the errors of `Bundle`.
         """
         directory = Path(path) / (subfolder or "")
         if not directory.is_dir():
@@ -284,9 +286,9 @@ class FlaxAutoencoderKL(nn.Module):
         return model, jax.tree.map(jnp.asarray, params)
 
     def save_pretrained(self, directory: str | Path, params: Params, safe_serialization: bool = False) -> None:
-        """Write config.json and diffusion_flax_model.msgpack, as diffusers read them; each file whole or not at all.
+        """Write config.json and diffusion_flax_model.msgpack for diffusers, each file atomically.
 
-        With `safe_serialization` it is diffusion_pytorch_model.safetensors instead, for PyTorch.
+        With `safe_serialization`, write diffusion_pytorch_model.safetensors for PyTorch instead of the msgpack file.
         """
         flax_params.check_params(params, self.shapes(), "params")
         params = jax.device_get(params)
@@ -304,7 +306,7 @@ class FlaxAutoencoderKL(nn.Module):
                 partial.write_bytes(content)
 
     def shapes(self) -> Params:
-        """The tree of parameters, shapes and types alone: nothing is computed."""
+        """Return the tree of the parameters' shapes and dtypes, without computing values."""
         shapes: Params = jax.eval_shape(self.init_weights, jax.random.key(0))
         return shapes
 

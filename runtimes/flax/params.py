@@ -1,8 +1,8 @@
-"""The parameters of an `AutoencoderKL` as Flax has them: files, names, and whether they are all there.
+"""The parameters of an `AutoencoderKL` for Flax: reading and writing files, converting names, checking completeness.
 
-A tree of dictionaries, as diffusers' FlaxAutoencoderKL had it: `params["encoder"]["mid_block"]["resnets_0"]["conv1"]
-["kernel"]`. Kernels are [height, width, in, out], or [in, out] in attentions. Files come from anyone: whatever is wrong
-with one is a `ConfigError` that names it.
+The parameters are a tree of dictionaries, as in diffusers' FlaxAutoencoderKL:
+`params["encoder"]["mid_block"]["resnets_0"]["conv1"]["kernel"]`. Kernels are [height, width, in, out], or [in, out] in
+attentions. Files are not trusted: a malformed one raises a `ConfigError` that names it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ except ImportError:
     raise NotInstalled("JAX and Flax are not installed: pip install 'vae-export[flax]'") from None
 
 Array = npt.NDArray[Any]
-Params = dict[str, Any]  #: of arrays, or of more of these
+Params = dict[str, Any]  #: name -> array or another such dictionary
 
 FLAX_FILE = "diffusion_flax_model.msgpack"
 TORCH_FILE = "diffusion_pytorch_model.safetensors"
-SHOWN = 5  #: how many names an error lists before it counts the rest
-FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}  #: safetensors' names
+SHOWN = 5  #: number of names that an error lists before it counts the rest
+FLOATS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+}  #: safetensors' name of a dtype -> the dtype
 _TO_FLAX = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out_0": "proj_attn"}
 _TO_TORCH = {flax: torch.replace("_0", ".0") for torch, flax in _TO_FLAX.items()}
 
@@ -37,10 +42,13 @@ _TO_TORCH = {flax: torch.replace("_0", ".0") for torch, flax in _TO_FLAX.items()
 
 
 def read_msgpack(data: bytes, origin: str) -> Params:
-    """The tree in the bytes of a diffusion_flax_model.msgpack, its arrays views into the bytes."""
+    """Parse the bytes of a diffusion_flax_model.msgpack into a tree, whose arrays are views of the bytes.
+
+    Raises `ConfigError`, which names `origin`, for anything else.
+    """
     try:
         tree = serialization.msgpack_restore(data)
-    except Exception as error:  # msgpack's errors, and whatever NumPy says of types and shapes, share no other base
+    except Exception as error:  # the only common base of the errors of msgpack and NumPy
         raise ConfigError(f"{origin} is not complete msgpack as Flax writes it: {_reason(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{origin} holds no parameters by name but a {type(tree).__name__}")
@@ -54,7 +62,7 @@ def read_msgpack(data: bytes, origin: str) -> Params:
 
 
 def write_msgpack(params: Mapping[str, Any]) -> bytes:
-    """As diffusers' Flax classes wrote and read it."""
+    """Return the bytes of a diffusion_flax_model.msgpack, in the format of diffusers' Flax classes."""
     return serialization.msgpack_serialize(dict(params))
 
 
@@ -62,24 +70,25 @@ def write_msgpack(params: Mapping[str, Any]) -> bytes:
 
 
 def read_safetensors(data: bytes, origin: str) -> Params:
-    """The tree for the bytes of a diffusion_pytorch_model.safetensors with diffusers' names, old or new."""
+    """Parse the bytes of a diffusion_pytorch_model.safetensors, with old or new names of diffusers, into a tree."""
     safetensors = import_safetensors()
     try:
-        found = safetensors.deserialize(data)
+        tensors = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         raise ConfigError(f"{origin} is not a complete safetensors file: {_reason(error)}") from None
-    strange = [f"{name} ({tensor['dtype']})" for name, tensor in found if tensor["dtype"] not in FLOATS]
+    strange = [f"{name} ({tensor['dtype']})" for name, tensor in tensors if tensor["dtype"] not in FLOATS]
     if strange:
         raise ConfigError(f"{origin}: weights are floating point, and these are not: {listed(strange)}")
     return from_torch(
-        {name: np.frombuffer(t["data"], FLOATS[t["dtype"]]).reshape(t["shape"]) for name, t in found}, origin
+        {name: np.frombuffer(t["data"], FLOATS[t["dtype"]]).reshape(t["shape"]) for name, t in tensors}, origin
     )
 
 
 def import_safetensors() -> Any:
+    """Import safetensors, without PyTorch; raises `NotInstalled` if it is missing."""
     try:
         import safetensors
-        import safetensors.numpy  # nothing of PyTorch
+        import safetensors.numpy  # does not import PyTorch
     except ImportError:
         raise NotInstalled("safetensors is not installed: pip install 'vae-export[flax]'") from None
     return safetensors
@@ -89,9 +98,9 @@ def import_safetensors() -> Any:
 
 
 def from_torch(tensors: Mapping[str, Array], origin: str) -> Params:
-    """PyTorch's tensors by diffusers' names -> the tree of Flax: lists joined by underscores, kernels transposed.
+    """Convert PyTorch tensors with diffusers' names to the Flax tree: list indices become suffixes, kernels transpose.
 
-    Attentions of old files (query, key, value, proj_attn; stored as 1x1 convolutions) are taken as well.
+    Attentions of old files (query, key, value, proj_attn, stored as 1x1 convolutions) are converted as well.
     """
     params: Params = {}
     for name, tensor in tensors.items():
@@ -112,13 +121,13 @@ def from_torch(tensors: Mapping[str, Array], origin: str) -> Params:
             if not isinstance(node, dict):
                 raise ConfigError(f"{origin}: {name!r} is below another tensor")
         if leaf in node:
-            raise ConfigError(f"{origin}: {'/'.join((*path, leaf))} is there twice, under old and new names")
+            raise ConfigError(f"{origin}: {'/'.join((*path, leaf))} is there twice, under its old and its new name")
         node[leaf] = tensor
     return params
 
 
 def to_torch(params: Mapping[str, Any]) -> dict[str, Array]:
-    """The way back, to diffusers' names of today."""
+    """Convert the Flax tree to PyTorch tensors with diffusers' current names: the inverse of `from_torch`."""
     tensors = {}
     for name, leaf in leaves(params):
         *path, kind = name.split("/")
@@ -137,7 +146,7 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path with slashes, leaf) of a tree of dictionaries."""
+    """Yield (path joined by slashes, leaf) of a tree of dictionaries."""
     for name, value in params.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{name}/")
@@ -146,24 +155,29 @@ def leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def check_params(params: Mapping[str, Any], expected: Mapping[str, Any], origin: str) -> None:
-    """`ConfigError` naming what is missing, unexpected or of another shape, `NumericsError` for NaN and infinity."""
-    found, wanted = dict(leaves(params)), dict(leaves(expected))
-    shapes = {name: (tuple(leaf.shape), tuple(wanted[name].shape)) for name, leaf in found.items() if name in wanted}
+    """Check a tree of parameters against the expected tree.
+
+    Raises `ConfigError` that lists missing, unexpected and wrongly shaped parameters, `NumericsError` for NaN and
+    infinity.
+    """
+    actual, wanted = dict(leaves(params)), dict(leaves(expected))
+    shapes = {name: (tuple(leaf.shape), tuple(wanted[name].shape)) for name, leaf in actual.items() if name in wanted}
     problems = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
+        "missing": [name for name in wanted if name not in actual],
+        "unexpected": [name for name in actual if name not in wanted],
         "of another shape": [f"{name} {list(has)}, not {list(want)}" for name, (has, want) in shapes.items()
                              if has != want],
     }  # fmt: skip
-    said = [f"{len(names)} {title}: {listed(names)}" for title, names in problems.items() if names]
-    if said:
-        raise ConfigError(f"{origin}: the parameters do not fit the model. {'; '.join(said)}")
-    not_finite = [name for name, leaf in found.items() if not np.isfinite(np.asarray(leaf, np.float32)).all()]
+    complaints = [f"{len(names)} {title}: {listed(names)}" for title, names in problems.items() if names]
+    if complaints:
+        raise ConfigError(f"{origin}: the parameters do not fit the model. {'; '.join(complaints)}")
+    not_finite = [name for name, leaf in actual.items() if not np.isfinite(np.asarray(leaf, np.float32)).all()]
     if not_finite:
         raise NumericsError(f"{origin}: NaN or infinity in {len(not_finite)} parameters: {listed(not_finite)}")
 
 
 def listed(names: Sequence[str]) -> str:
+    """Join the first SHOWN names by commas, and count the rest."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 

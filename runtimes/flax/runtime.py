@@ -1,8 +1,8 @@
-"""JAX: a flax bundle, StableHLO and its parameters, on a CPU, a GPU or a TPU, without any code of the model."""
+"""The JAX backend: runs flax bundles (StableHLO and parameters) on a CPU, GPU or TPU, without model code."""
 
 from __future__ import annotations
 
-from runtimes.flax import params as flax_params  # first: where JAX is missing, it says what to install
+from runtimes.flax import params as flax_params  # first: its error names the package to install if JAX is missing
 
 # isort: split
 import re
@@ -40,24 +40,24 @@ except ImportError:
     raise NotInstalled("flatbuffers is not installed: pip install 'vae-export[flax]'") from None
 
 _DEVICE = re.compile(r"(cpu|gpu|tpu)(?::(\d+))?")
-_ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError)  #: what JAX and XLA raise
-#: An operation that calls code by its name, or waits for someone outside. The one that is allowed checks the sizes that
-#: a graph is given; others could call whatever is loaded into the process.
+_ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError)  #: errors of JAX and XLA
+#: Operations that call code by name or wait for an outside event. The exception in the pattern checks the sizes of a
+#: graph's inputs; all others could call any code that is loaded into the process.
 _REACHES_OUT = re.compile(r"custom_call(?! @shape_assertion\()|\b(?:stablehlo|mhlo)\.(?:infeed|outfeed|send|recv)\b")
 
 
 class FlaxVae(VaeRuntime):
-    """A flax bundle in JAX. Safe for threads.
+    """A flax bundle in JAX. Thread-safe.
 
-    A graph is compiled for the very shape that it is called with, some seconds each; of each graph the last
-    `max_shapes` are kept: tiles of one size have up to four, with those at the edges.
+    A graph is compiled for each exact input shape, which takes some seconds, and the `max_shapes` most recently used
+    shapes of each graph are kept. Tiling needs up to four shapes, because tiles at the edges are smaller.
 
-    JAX itself keeps some 30 KB of every opening until `jax.clear_caches()`: a service that opens bundles again and
-    again calls that now and then.
+    JAX keeps about 30 KB for each opened bundle until `jax.clear_caches()`; a service that opens bundles repeatedly
+    should call it from time to time.
 
-    `device` is "cpu", "gpu", "tpu", or one of several as in "gpu:1"; where it is not there, that is
-    `BackendUnavailable` and no fall-back. JAX arrays are taken like any other, and answered by NumPy's; to stay on the
-    device, use `runtimes.flax.model`.
+    `device` is "cpu", "gpu", "tpu", or a numbered device such as "gpu:1". If it is not present, `BackendUnavailable` is
+    raised; there is no fallback. JAX arrays are accepted, and the results are NumPy arrays; to keep data on the device,
+    use `runtimes.flax.model`.
     """
 
     backend = "flax"
@@ -68,7 +68,7 @@ class FlaxVae(VaeRuntime):
         self.device = device_name(device)
         self._place = jax.sharding.SingleDeviceSharding(_find_device(device))
         files = {flax_params.FLAX_FILE, *(self.spec[graph].file for graph in GRAPHS)}
-        data = {file: bundle.read(file) for file in files}  # all is sound before any is parsed
+        data = {file: bundle.read(file) for file in files}  # check every file before parsing any
         try:
             params = flax_params.read_msgpack(data[flax_params.FLAX_FILE], flax_params.FLAX_FILE)
         except ConfigError as error:
@@ -82,7 +82,7 @@ class FlaxVae(VaeRuntime):
 
     @staticmethod
     def check_devices() -> dict[str, str]:
-        """{device: "works", or why not}."""
+        """Return {device: "works" or the reason why not}."""
         states = {}
         for kind in ("cpu", "gpu", "tpu"):
             try:
@@ -92,21 +92,23 @@ class FlaxVae(VaeRuntime):
         return states
 
     def _open(self, spec: GraphSpec, data: bytes, params: Mapping[str, Any]) -> tuple[Any, Any]:
-        """(the graph as a function, its parameters on the device)."""
+        """Return (the graph as a function, its parameters on the device)."""
         try:
             exported = export.deserialize(bytearray(data))
             text = exported.mlir_module()
             (expected, x), options = jax.tree.unflatten(exported.in_tree, exported.in_avals)
             (y,) = exported.out_avals
-        except Exception as error:  # a parser of JAX's own, of which nothing is promised
+        except Exception as error:  # JAX does not document which errors its parser raises
             raise CompatibilityError(f"JAX {jax.__version__} cannot load {spec.file}: {_reason(error)}") from None
-        found = _REACHES_OUT.search(text)
-        if found or exported.ordered_effects or exported.unordered_effects:
-            raise IntegrityError(f"{spec.file} calls out of its graph ({found[0] if found else 'effects'}): refused")
-        for said, has in ((spec.input, x), (spec.output, y)):
-            channels = getattr(has, "shape", ())[1:2]
-            if (str(getattr(has, "dtype", None)), channels) != (said.dtype, said.shape[1:2]) or options:
-                raise CompatibilityError(f"{spec.file} has {has} where the manifest says {said}")
+        forbidden = _REACHES_OUT.search(text)
+        if forbidden or exported.ordered_effects or exported.unordered_effects:
+            raise IntegrityError(
+                f"{spec.file} calls out of its graph ({forbidden[0] if forbidden else 'effects'}): refused"
+            )
+        for wanted, actual in ((spec.input, x), (spec.output, y)):
+            channels = getattr(actual, "shape", ())[1:2]
+            if (str(getattr(actual, "dtype", None)), channels) != (wanted.dtype, wanted.shape[1:2]) or options:
+                raise CompatibilityError(f"{spec.file} has {actual} where the manifest says {wanted}")
         if not isinstance(expected, dict):
             raise CompatibilityError(f"{spec.file} takes its parameters as a {type(expected).__name__}, not by name")
         own = {name: tree for name, tree in params.items() if name in expected}
@@ -118,7 +120,7 @@ class FlaxVae(VaeRuntime):
         return exported.call, jax.device_put(own, self._place)
 
     def _taken(self, x: Any) -> Any:
-        if isinstance(x, jax.Array):  # wherever it is: DLPack would give NumPy those on the CPU alone
+        if isinstance(x, jax.Array):  # on any device: DLPack would convert arrays on the CPU only
             return np.asarray(x.astype(np.float32) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x)
         return x
 
@@ -130,7 +132,7 @@ class FlaxVae(VaeRuntime):
         try:
             compiled = self._compile(graph, x.shape)
             result = compiled(params, jax.device_put(x, self._place))
-            return np.array(result)  # a copy: JAX's own is not to be written to
+            return np.array(result)  # a copy, because JAX's array is read-only
         except _ERRORS as error:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(
@@ -142,17 +144,17 @@ class FlaxVae(VaeRuntime):
     def _compile(self, graph: Graph, shape: tuple[int, ...]) -> Any:
         kept = self._compiled[graph]
         with self._lock:
-            found = kept.pop(shape, None)
-            future: Future[Any] = found or Future()
+            existing = kept.pop(shape, None)
+            future: Future[Any] = existing or Future()
             while len(kept) >= self._max_shapes:
                 kept.popitem(last=False)
-            kept[shape] = future  # last: the most recent
-        if found is None:  # outside of the lock: threads with another shape need not wait
+            kept[shape] = future  # most recently used last
+        if existing is None:  # outside of the lock, so that threads with another shape need not wait
             try:
                 function, params = self._graphs[graph]
                 x = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._place)  # type: ignore[no-untyped-call]
                 future.set_result(jax.jit(function).lower(params, x).compile())
-            except BaseException as error:  # whatever it is, those that wait for it are to have it
+            except BaseException as error:  # threads that wait for this future must receive any error
                 with self._lock:
                     kept.pop(shape, None)
                 future.set_exception(error)
@@ -166,7 +168,9 @@ class FlaxVae(VaeRuntime):
 def _find_device(device: str) -> Any:
     match = _DEVICE.fullmatch(device_name(device))
     if match is None:
-        raise BackendUnavailable(f"JAX runs on 'cpu', 'gpu', 'tpu' or one of several as in 'gpu:1', not {device!r}")
+        raise BackendUnavailable(
+            f"JAX runs on 'cpu', 'gpu', 'tpu' or a numbered device such as 'gpu:1', not {device!r}"
+        )
     kind, index = match[1], int(match[2] or 0)
     try:
         devices = jax.devices(kind)

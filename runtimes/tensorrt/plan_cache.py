@@ -27,7 +27,7 @@ from typing import Any
 
 from runtimes.errors import ConfigError, NotInstalled
 
-MOST = 20 << 30  #: bytes that the cache may hold, unless another number is given
+DEFAULT_CACHE_BYTES = 20 << 30  #: bytes that the cache may hold, unless another number is given
 DIRECTORY_VARIABLE = "VAE_EXPORT_CACHE"
 TIMING = "timing-"  #: how the names of files begin that keep what the builder has timed
 _PARTIAL = ".partial-"
@@ -62,7 +62,7 @@ class PlanCache:
     Raises `ConfigError` for a directory that cannot be used, belongs to another user, or that others can write to.
     """
 
-    def __init__(self, directory: str | Path | None = None, most: int = MOST) -> None:
+    def __init__(self, directory: str | Path | None = None, most: int = DEFAULT_CACHE_BYTES) -> None:
         self.directory = Path(directory) if directory is not None else default_directory()
         self.most = most
         try:

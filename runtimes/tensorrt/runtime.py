@@ -30,7 +30,7 @@ from runtimes.tensorrt.builder import BuildJob, build_plan
 from runtimes.tensorrt.cuda import Cuda
 from runtimes.tensorrt.execution import LoadedPlan, Settings, on_device
 from runtimes.tensorrt.flavours import Flavour, load_flavour, system
-from runtimes.tensorrt.plan_cache import MOST, TIMING, PlanCache
+from runtimes.tensorrt.plan_cache import DEFAULT_CACHE_BYTES, TIMING, PlanCache
 from runtimes.tensorrt.profiles import DEFAULT, Profile, checked, parse_profile
 from runtimes.tiling.tiler import Limits
 
@@ -69,7 +69,7 @@ class TensorRtVae(VaeRuntime):
         cuda_graphs: bool = False,
         max_graphs: int = 8,
         cache_dir: str | Path | None = None,
-        cache_bytes: int = MOST,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
         runtime_cache: str | Path | None = None,
         kernel_specialization: str | None = None,
         check_finite: bool = False,

@@ -47,7 +47,7 @@ def run(hostile, pytestconfig, program, *arguments, paths=(), timeout=120):
     return done.stdout.splitlines()
 
 
-def test_the_trap_shuts(hostile, pytestconfig):
+def test_a_module_in_the_working_directory_would_be_imported_without_protection(hostile, pytestconfig):
     """What the tests below would see."""
     program = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'runtimes.tensorrt.builder'])"
     with pytest.raises(AssertionError, match="run from the working directory"):

@@ -182,7 +182,7 @@ def negative_size(b):
     b.manifest["files"][ENCODER]["size"] = -1
 
 
-@hostile(IntegrityError, "a key stands twice")
+@hostile(IntegrityError, "a key is duplicated")
 def duplicate_key(b):
     b.raw = json.dumps(b.manifest).encode().replace(b'"target":', b'"target": "flax", "target":', 1)
 

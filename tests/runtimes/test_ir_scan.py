@@ -35,14 +35,14 @@ def tiny_bundle(openvino_bundle):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_of_openvino_is_refused(case):
+def test_layers_outside_of_openvinos_opsets_are_refused(case):
     data, says = REFUSED[case]
     with pytest.raises(BundleError, match=says) as error:
         check_ir(data, "model.xml")
     assert isinstance(error.value, CompatibilityError if case in NONE else IntegrityError)
 
 
-def test_openvino_never_sees_it(bundle_copy, monkeypatch):
+def test_a_refused_ir_never_reaches_openvino(bundle_copy, monkeypatch):
     monkeypatch.setattr("openvino.Core.read_model", pytest.fail)
     for data, says in REFUSED.values():
         path = bundle_copy(files={"vae_decoder/openvino_model.xml": data})

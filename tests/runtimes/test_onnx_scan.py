@@ -127,7 +127,7 @@ def serialized(made):
 
 
 @pytest.mark.parametrize("case", REACHES_OUT)
-def test_what_reaches_out_of_a_graph_is_refused(case):
+def test_references_to_files_or_code_outside_of_the_graph_are_refused(case):
     make, says = REACHES_OUT[case]
     with pytest.raises(IntegrityError, match=says) as error:
         check_onnx(serialized(make()), "model.onnx")
@@ -135,7 +135,7 @@ def test_what_reaches_out_of_a_graph_is_refused(case):
 
 
 @pytest.mark.parametrize("case", REACHES_OUT)
-def test_onnx_runtime_and_tensorrt_never_see_it(bundle_copy, monkeypatch, case):
+def test_a_refused_graph_never_reaches_onnx_runtime_or_tensorrt(bundle_copy, monkeypatch, case):
     data = serialized(REACHES_OUT[case][0]())
     monkeypatch.setattr("onnxruntime.InferenceSession", pytest.fail)
     with pytest.raises(IntegrityError, match=r"vae_encoder/model\.onnx"):
@@ -224,7 +224,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_what_is_not_whole_is_refused(case):
+def test_incomplete_models_are_refused(case):
     with pytest.raises(CompatibilityError, match="not a whole ONNX model"):
         check_onnx(MALFORMED[case], "model.onnx")
 
@@ -237,7 +237,7 @@ def test_every_graph_of_ours_passes_cut_ones_do_not(onnx_bundle, tileable_bundle
             check_onnx(data[:-1], path.name)
 
 
-def test_words_are_no_deeds():
+def test_names_and_texts_that_look_like_forbidden_content_are_accepted():
     check_onnx(model(tensors=[tensor(doc_string="external data, com.example")]).SerializeToString(), "model.onnx")
 
 
