@@ -30,7 +30,7 @@ from vae_export.comparison import (
     thresholds_of,
     through_pixels,
 )
-from vae_export.edge import check_path, ordinary_torch
+from vae_export.edge import check_model, check_path, ordinary_torch
 from vae_export.families import family_of
 from vae_export.families.base import ReferenceVae
 from vae_export.options import ExportOptions
@@ -130,7 +130,10 @@ def complete_options(model: ReferenceVae, options: ExportOptions) -> tuple[Targe
 
 
 def check_choices(model: ReferenceVae, target: Target, options: ExportOptions) -> None:
-    """`ConfigError` for choices that no target, or not this one, has."""
+    """`ConfigError` for a model that is not exported, and for choices that no target, or not this one, has."""
+    check_model(model)
+    if options.calibrate is not None:
+        check_path(options.calibrate, "calibrate")
     for name, value, known in (
         ("precision", options.precision, tuple(THRESHOLDS)),
         ("io precision", options.io_precision, IO_PRECISIONS),

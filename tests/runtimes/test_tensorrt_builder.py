@@ -261,10 +261,10 @@ def test_a_profile_that_does_not_fit_the_gpu_is_refused_with_the_largest_that_wo
     assert [estimate.graph for estimate in fits] == ["encoder", "decoder"]
     fake_gpu.total = 1 << 30
     with pytest.raises(
-        OutOfMemoryError, match=r"needs about .* GiB, and cuda:0 has 1.0; the largest .* would: "
+        OutOfMemoryError, match=r"needs about .* GiB, and cuda:0 has 1.0; the largest profile that fits: "
     ) as error:
         estimates(engine)
-    batch, height, width = re.search(r"would: (\d+) x 64..(\d+) x 64..(\d+)", str(error.value)).groups()
+    batch, height, width = re.search(r"that fits: (\d+) x 64..(\d+) x 64..(\d+)", str(error.value)).groups()
     largest = parse_profile(f"{batch}x64..{height}x64..{width}", 8)
     assert estimates(plan_engine("tensorrt", [largest]))
     assert int(width) == pytest.approx(2 * int(height), abs=8), "in the proportions that were asked for"

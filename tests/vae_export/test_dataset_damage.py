@@ -13,7 +13,7 @@ from runtimes import BundleError, CompatibilityError, IntegrityError
 from runtimes.latents import LatentDataset
 from runtimes.latents.dataset import read_contract
 from runtimes.latents.shards import check_hash, open_shard
-from vae_export.cli import app
+from vae_export.cli.app import app
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 pytest.importorskip("filelock")

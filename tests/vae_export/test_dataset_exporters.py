@@ -121,7 +121,7 @@ def test_of_names_that_clash_the_others_get_their_suffix_on_request(clashing, tm
 def test_what_to_do_about_clashes_is_checked(clashing, tmp_path):
     with pytest.raises(ConfigError, match="'merge'; known are refuse, skip, suffix"):
         export_latents(clashing, tmp_path / "out", "sd-scripts", model="sd", clashes="merge")
-    with pytest.raises(ConfigError, match="sd-scripts alone, not for parquet"):
+    with pytest.raises(ConfigError, match="only in sd-scripts exports, not in parquet"):
         export_latents(clashing, tmp_path / "out", "parquet", clashes="skip")
 
 

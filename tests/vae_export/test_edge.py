@@ -20,7 +20,7 @@ MODELS = {
     "diffusers": (lambda model: DiffusersVae(norm_num_groups=8), "diffusers.*AutoencoderKL.*save_pretrained"),
     "compiled": (lambda model: torch.compile(model, backend="eager"), "OptimizedModule.*load_model"),
     "wrapped": (lambda model: nn.Sequential(model), "Sequential.*load_model"),
-    "class": (lambda model: AutoencoderKL, "not an AutoencoderKL of"),
+    "class": (lambda model: AutoencoderKL, "not a reference model of"),
     "half": (lambda model: copy.deepcopy(model).half(), r"torch\.float16.*fp32"),
     "bfloat16": (lambda model: copy.deepcopy(model).bfloat16(), r"torch\.bfloat16.*fp32"),
     "double": (lambda model: copy.deepcopy(model).double(), r"torch\.float64.*fp32"),
