@@ -122,8 +122,6 @@ def export(
         return
     if to is None:
         raise typer.BadParameter(f"give what to build: --to {alternatives(TARGETS)}")
-    from vae_export.export import check_choices  # it imports PyTorch
-
     target = target_named(to)
     options = ExportOptions(
         target=to,
@@ -140,6 +138,8 @@ def export(
     with progress_bar() as progress:
         progress(f"Loading {loading.model or 'the embedded model'}", 0, 1)
         loaded = loading.load()
+        from vae_export.export import check_choices  # it imports PyTorch: `load` has said how to install it
+
         check_choices(loaded, target, options)  # before an engine is planned, or its memory estimated, for them
         profiles = profiles_of(loaded.config.downscale, height, width, batch, opt, profile or [])
         options = replace(options, engine=target.plan(profiles, [gpu.strip() for gpu in (gpu or "").split(",") if gpu]))
