@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.stage import HostClock, Lacks, Stage, error_of, facts_of, name_of, require, timed
+from benchmarks.gpu.stage import HostClock, Lacks, Stage, Way, error_of, require, timed
 from benchmarks.peers import GRAPHS, Case
 from runtimes import open_vae
 from runtimes.errors import CompatibilityError
@@ -143,11 +143,10 @@ class Engines:
         """Rows: load a plan that was built, and run it at each size."""
         for size in self.sizes:
             case = Case(graph, size, 1)
-            name = name_of("sd", case, precision, f"{variant}; {how}")
-            facts = facts_of("sd", case, precision, f"{variant}; {how}")
+            way = Way("sd", case, precision, f"{variant}; {how}")
             self.stage.measure(
-                name,
-                facts,
+                way.name,
+                way.facts,
                 lambda case=case: self._run(case, precision, variant, settings),  # type: ignore[misc]
             )
 
@@ -199,8 +198,8 @@ class Engines:
                 found |= {"opened_and_run_seconds": opened, "said": self.words.take()}
                 return found | error_of(found.pop("output"), self.stage, "sd", case)
 
-            name = name_of("sd", case, precision, "as users have it")
-            self.stage.measure(name, facts_of("sd", case, precision, "as users have it"), row)
+            way = Way("sd", case, precision, "as users have it")
+            self.stage.measure(way.name, way.facts, row)
 
 
 def run_vae(stage: Stage, vae: Any, x: np.ndarray, case: Case) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.stage import HostClock, Lacks, Stage, error_of, facts_of, name_of, require, timed
+from benchmarks.gpu.stage import HostClock, Lacks, Stage, Way, error_of, require, timed
 from benchmarks.peers import Case
 
 PLAIN, DONATED, RUNTIME = "jit", "jit, donated", "as users have it"
@@ -24,13 +24,6 @@ PRECISIONS: dict[str, tuple[str, str | None]] = {
     "bf16": ("bfloat16", None),
     "fp16": ("float16", None),
 }
-
-
-class Way(NamedTuple):
-    model: str
-    case: Case
-    precision: str
-    how: str
 
 
 def ways(rehearsal: bool) -> list[Way]:
@@ -62,7 +55,7 @@ def run(stage: Stage) -> None:
         raise Lacks(f"a GPU: JAX {jax.__version__} runs on {kind} here")
     stage.note(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}")
     for way in ways(stage.rehearsal):
-        stage.measure(name_of(*way), facts_of(*way), lambda way=way: measure(stage, jax, way))  # type: ignore[misc]
+        stage.measure(way.name, way.facts, lambda way=way: measure(stage, jax, way))  # type: ignore[misc]
 
 
 def measure(stage: Stage, jax: Any, way: Way) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.cuda_provider import SETTINGS
-from benchmarks.gpu.stage import HostClock, Lacks, Stage, error_of, facts_of, name_of, require, timed
+from benchmarks.gpu.stage import HostClock, Lacks, Stage, Way, error_of, require, timed
 from benchmarks.peers import Case, gpu_memory
 
 PROVIDER = "CUDAExecutionProvider"
@@ -34,7 +34,9 @@ WAYS: dict[str, tuple[dict[str, Any], bool]] = {
 RUNTIME = "as users have it"
 
 
-class Way(NamedTuple):
+class FormWay(NamedTuple):
+    """A form of the graph, and the settings of the session that runs it."""
+
     model: str
     case: Case
     precision: str
@@ -42,18 +44,19 @@ class Way(NamedTuple):
     setting: str  #: of WAYS, or RUNTIME
 
     @property
-    def how(self) -> str:
-        return self.setting if self.setting == RUNTIME else f"{self.form}; {self.setting}"
+    def row(self) -> Way:
+        how = self.setting if self.setting == RUNTIME else f"{self.form}; {self.setting}"
+        return Way(self.model, self.case, self.precision, how)
 
 
-def ways(rehearsal: bool) -> list[Way]:
+def ways(rehearsal: bool) -> list[FormWay]:
     """All that is measured, the most telling first; those of one session beside one another."""
     sizes = (64,) if rehearsal else (512, 1024)
     found = []
 
     def add(model: str, graph: str, precision: str, form: str, *settings: str, sizes: tuple[int, ...] = sizes) -> None:
         for setting in settings:
-            found.extend(Way(model, Case(graph, size, 1), precision, form, setting) for size in sizes)
+            found.extend(FormWay(model, Case(graph, size, 1), precision, form, setting) for size in sizes)
 
     if rehearsal:
         add("sd", "decode", "fp32", "ours", "default", "heuristic, fixed sizes, CUDA graph", RUNTIME)
@@ -73,7 +76,7 @@ def ways(rehearsal: bool) -> list[Way]:
     for graph, precision in itertools.product(("decode", "encode"), ("fp16",)):
         add("sd", graph, precision, "ours", "heuristic", sizes=(2048,))
         add("flux", graph, precision, "ours", "heuristic")
-        found.append(Way("sd", Case(graph, 512, 4), precision, "ours", "heuristic"))
+        found.append(FormWay("sd", Case(graph, 512, 4), precision, "ours", "heuristic"))
         add("sd", graph, precision, "plain", "default", "NHWC")
         add("sd", graph, precision, "ours", "NHWC", "fixed sizes, CUDA graph")
     return found
@@ -84,11 +87,10 @@ def run(stage: Stage) -> None:
     load_provider(ort, stage.rehearsal)
     stage.note(f"ONNX Runtime {ort.__version__}, {getattr(ort.capi, '__file__', '')}: {ort.get_available_providers()}")
     for way in ways(stage.rehearsal):
-        name = name_of(way.model, way.case, way.precision, way.how)
-        facts = facts_of(way.model, way.case, way.precision, way.how)
+        facts = way.row.facts
         if way.setting.endswith("TF32"):
             facts["precision"] = "tf32"  # the peers that it is compared with
-        stage.measure(name, facts, lambda way=way: measure(stage, ort, way))  # type: ignore[misc]
+        stage.measure(way.row.name, facts, lambda way=way: measure(stage, ort, way))  # type: ignore[misc]
 
 
 def load_provider(ort: Any, rehearsal: bool) -> None:
@@ -119,7 +121,7 @@ def least_model() -> bytes:
     return found
 
 
-def measure(stage: Stage, ort: Any, way: Way) -> dict[str, Any]:
+def measure(stage: Stage, ort: Any, way: FormWay) -> dict[str, Any]:
     x = stage.made.input(way.model, way.case)
     if way.setting == RUNTIME:
         found, y = as_users_have_it(stage, way, x)
@@ -131,7 +133,7 @@ def measure(stage: Stage, ort: Any, way: Way) -> dict[str, Any]:
     return found | error_of(y, stage, way.model, way.case)
 
 
-def bound(stage: Stage, ort: Any, way: Way, x: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+def bound(stage: Stage, ort: Any, way: FormWay, x: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
     path, _ = stage.made.onnx(way.model, way.case.graph, way.precision, way.form)
     options, fixed = WAYS[way.setting]
     sizes = tuple(sorted(sizes_of(way.case, x).items())) if fixed else ()
@@ -154,7 +156,7 @@ def sizes_of(case: Case, x: np.ndarray) -> dict[str, int]:
     return {name: size for name, size in zip(names, x.shape, strict=True) if name}
 
 
-def output_shape(stage: Stage, way: Way) -> tuple[int, int, int, int]:
+def output_shape(stage: Stage, way: FormWay) -> tuple[int, int, int, int]:
     config, side = stage.made.config(way.model), way.case.size
     if way.case.graph == "decode":
         return way.case.batch, config.out_channels, side, side
@@ -179,7 +181,7 @@ def open_session(
     return session
 
 
-def as_users_have_it(stage: Stage, way: Way, x: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+def as_users_have_it(stage: Stage, way: FormWay, x: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
     """A bundle in `runtimes`, NumPy in and out."""
     from runtimes import open_vae
 

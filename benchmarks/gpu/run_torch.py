@@ -10,23 +10,12 @@ import copy
 import itertools
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.gpu.made import model_of, without_tf32
-from benchmarks.gpu.stage import (
-    Clock,
-    CudaClock,
-    HostClock,
-    Lacks,
-    Stage,
-    error_of,
-    facts_of,
-    name_of,
-    require,
-    timed,
-)
+from benchmarks.gpu.stage import Clock, CudaClock, HostClock, Lacks, Stage, Way, error_of, require, timed
 from benchmarks.peak import matmul_on_gpu
 from benchmarks.peers import Case
 
@@ -44,13 +33,6 @@ COMPILED: dict[str, dict[str, Any] | None] = {
     "compile, max-autotune": {"mode": "max-autotune-no-cudagraphs"},
 }
 CROSSED = ("eager", "channels-last", "compile")  #: measured with everything; the others with a few cases only
-
-
-class Way(NamedTuple):
-    model: str
-    case: Case
-    precision: str
-    how: str
 
 
 def ways(rehearsal: bool) -> list[Way]:
@@ -103,7 +85,7 @@ def run(stage: Stage) -> None:
         stage.measure(f"peak {precision}", facts, lambda precision=precision: bench.peak(precision))  # type: ignore[misc]
     stage.measure("copy", {"how": "1 GiB on the device, bytes read and written"}, bench.copy)
     for way in ways(stage.rehearsal):
-        stage.measure(name_of(*way), facts_of(*way), lambda way=way: bench.measure(way))  # type: ignore[misc]
+        stage.measure(way.name, way.facts, lambda way=way: bench.measure(way))  # type: ignore[misc]
 
 
 class Bench:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from benchmarks.gpu.made import Made, NotMade
 from benchmarks.peers import Case, reason
@@ -196,9 +196,18 @@ def error_of(output: Any, stage: Stage, model: str, case: Case) -> dict[str, Any
         return {"wrong": one_line(error)}
 
 
-def facts_of(model: str, case: Case, precision: str, how: str) -> dict[str, Any]:
-    return {"model": model, **case._asdict(), "precision": precision, "how": how}
+class Way(NamedTuple):
+    """One row of a table: what is run, in which precision, and how."""
 
+    model: str
+    case: Case
+    precision: str
+    how: str
 
-def name_of(model: str, case: Case, precision: str, how: str) -> str:
-    return f"{model} {case} {precision} {how}"
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.case} {self.precision} {self.how}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"model": self.model, **self.case._asdict(), "precision": self.precision, "how": self.how}

@@ -68,7 +68,7 @@ def quick_export(monkeypatch, tiny_bundle):
             onnx.save(proto, path)
             return replace(spec, file=path.name)
 
-        monkeypatch.setattr("vae_export.targets.onnx.export_onnx", export_onnx)
+        monkeypatch.setattr("vae_export.targets.onnx_graphs.export_onnx", export_onnx)
 
     return stub
 

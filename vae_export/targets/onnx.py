@@ -13,7 +13,7 @@ from vae_export.families.base import ReferenceVae
 from vae_export.rewrites.form import Form
 from vae_export.rewrites.tileable import TileableExport
 from vae_export.targets.base import Export, Target, Written
-from vae_export.targets.onnx_graphs import export_onnx
+from vae_export.targets.onnx_graphs import write_onnx
 
 
 class OnnxTarget(Target):
@@ -32,17 +32,7 @@ class OnnxTarget(Target):
     tileable = True
 
     def write(self, export: Export, graph: Graph, path: Path) -> Written:
-        options = export.options
-        spec = export_onnx(
-            export.exact,
-            graph,
-            path,
-            precision=export.precision,
-            io_precision=options.io_precision,
-            io=options.io,
-            form=export.form(graph),
-        )
-        return Written(spec)
+        return Written(write_onnx(export, graph, path))
 
     def reason_not_run(self, precision: str) -> str | None:
         if precision == "bf16":

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import onnx
 import torch
@@ -20,11 +20,15 @@ from torch import Tensor, nn
 
 from runtimes.errors import ConfigError
 from runtimes.manifest import GraphSpec, TensorSpec
+from runtimes.names import Graph
 from runtimes.pixels import to_levels, to_samples
 from vae_export.families.base import ReferenceVae
 from vae_export.rewrites.apply import rewrite
 from vae_export.rewrites.form import PLAIN, Form
 from vae_export.rewrites.operators import TRANSLATIONS
+
+if TYPE_CHECKING:
+    from vae_export.targets.base import Export
 
 # The first opset with GroupNormalization as the exporter writes it. ONNX Runtime, OpenVINO and TensorRT support it.
 OPSET = 22
@@ -109,6 +113,19 @@ def traced_graphs(model: ReferenceVae, io_dtype: torch.dtype, io: str) -> dict[s
         "encoder": TracedGraph(encoder, "sample", images, images_in, "latent_parameters", io_dtype, moments),
         "decoder": TracedGraph(decoder, "latent_sample", io_dtype, latent, "sample", images, images_out),
     }
+
+
+def write_onnx(export: Export, graph: Graph, path: Path) -> GraphSpec:
+    """Write one graph of a running export as ONNX, as its options say; see `export_onnx`."""
+    return export_onnx(
+        export.exact,
+        graph,
+        path,
+        precision=export.precision,
+        io_precision=export.options.io_precision,
+        io=export.options.io,
+        form=export.form(graph),
+    )
 
 
 def export_onnx(

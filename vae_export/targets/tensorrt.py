@@ -20,7 +20,7 @@ from vae_export.rewrites.form import UPSAMPLES, Form
 from vae_export.targets.base import Export, FormChoices, Target, Written
 from vae_export.targets.engine_memory import Estimate, check_memory, estimate_memory, largest_fitting, memory_lines
 from vae_export.targets.engines import NO_GPU, ONNX_FILE, build_graph, plan_engine, present_gpu, tool_versions
-from vae_export.targets.onnx_graphs import export_onnx
+from vae_export.targets.onnx_graphs import write_onnx
 
 
 class EngineTarget(Target):
@@ -59,17 +59,9 @@ class EngineTarget(Target):
         return memory_lines(self.estimates(model, options))
 
     def write(self, export: Export, graph: Graph, path: Path) -> Written:
-        engine, options = export.options.engine, export.options
+        engine = export.options.engine
         assert engine is not None
-        spec = export_onnx(
-            export.exact,
-            graph,
-            path,
-            precision=export.precision,
-            io_precision=options.io_precision,
-            io=options.io,
-            form=export.form(graph),
-        )
+        spec = write_onnx(export, graph, path)
         return Written(build_graph(engine, graph, spec, path, export.model.config.downscale, export.progress))
 
     def reason_not_run(self, precision: str) -> str | None:
