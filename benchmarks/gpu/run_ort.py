@@ -44,9 +44,12 @@ class FormWay(NamedTuple):
     setting: str  #: of WAYS, or RUNTIME
 
     @property
+    def how(self) -> str:
+        return self.setting if self.setting == RUNTIME else f"{self.form}; {self.setting}"
+
+    @property
     def row(self) -> Way:
-        how = self.setting if self.setting == RUNTIME else f"{self.form}; {self.setting}"
-        return Way(self.model, self.case, self.precision, how)
+        return Way(self.model, self.case, self.precision, self.how)
 
 
 def ways(rehearsal: bool) -> list[FormWay]:
