@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from runtimes import reopening
 from runtimes.arrays import array_module, as_type
 from runtimes.bundle import Bundle
+from runtimes.config import is_size
 from runtimes.edge import Notices, checked_floats, checked_pixels, kept_part
 from runtimes.errors import ConfigError, NumericsError
 from runtimes.images import Images, as_uint8_batch, to_float, to_uint8
@@ -38,8 +39,9 @@ class VaeRuntime(Lifetime, TilingSettings):
     A copy or a pickle opens the same bundle again, with the same options and the same tiling. It is independent of the
     original, and is closed by itself.
 
-    `config` is the model's config, `latent_space` the shape and normalisation of its latents, `spec` the graphs with
-    their inputs and outputs; `backend` and `precision` say what runs.
+    `config` is the model's config, `latent_space` the shape and normalisation of its latents, `graph_space` the shape
+    of those that the graphs take and give (normalised ones in a bundle exported with `--latents normalised`), `spec`
+    the graphs with their inputs and outputs; `backend` and `precision` say what runs.
     """
 
     backend: ClassVar[str]
@@ -56,6 +58,8 @@ class VaeRuntime(Lifetime, TilingSettings):
     def __init__(self, bundle: Bundle, *, check_finite: bool = False) -> None:
         manifest = bundle.manifest
         self.manifest, self.config, self.latent_space = manifest, manifest.config, manifest.latent_space
+        self.graphs_are_raw = manifest.latents == "raw"  #: whether the graphs give and take raw latents
+        self.graph_space = manifest.graph_space
         self.spec: Mapping[Graph, GraphSpec] = manifest.graphs
         self.precision = manifest.precision
         self.check_finite = check_finite
@@ -66,11 +70,9 @@ class VaeRuntime(Lifetime, TilingSettings):
         self._bundle = bundle
         bundle.check_small_files()
         self._notices = Notices(self.backend)
-        self._set_up_tiling(getattr(self.config, "sample_size", 512), self.latent_space.factor)
+        self._set_up_tiling(_tile_side(self.config), self.graph_space.factor)
         self._budget: Budget | None = None
-        self._seamless = (
-            SeamlessGraphs(manifest.tileable, self.spec, self.config) if manifest.tileable and self.runs_steps else None
-        )
+        self._seamless = SeamlessGraphs(manifest) if manifest.tileable and self.runs_steps else None
         self._begin_life()
 
     # What a backend provides ----------------------------------------------------------------------------------------
@@ -93,27 +95,20 @@ class VaeRuntime(Lifetime, TilingSettings):
         """Images, float [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, C, H/f, W/f].
 
         That is an `AutoencoderKLOutput` with `latent_dist`; families whose encoder gives plain latents answer with an
-        `AutoencoderTinyOutput` with `latents`. Without `return_dict` it is a tuple with that one entry.
+        `AutoencoderTinyOutput` with `latents`. So does a bundle exported with `--latents normalised`, whose latents are
+        the posterior's mode. Without `return_dict` it is a tuple with that one entry.
 
         H and W must be multiples of f (`ShapeError` names the size to pad to); with `pad` the image is continued by its
         mirror image on the right and bottom, and `decode(z, size=(H, W))` cuts that off again. Any float dtype is
         taken; moments come in the graph's output dtype. A bundle exported with `--io uint8` takes uint8 [B, H, W, 3]
         instead.
         """
-        self._check_open()
-        channels, factor, dtype = self.channels("encoder"), self.latent_space.factor, self.spec["encoder"].input.dtype
-        x = self._taken(x)
-        if dtype == "uint8":
-            x = checked_pixels(x, channels, multiple_of=factor, pad=pad)
-        else:
-            self._notices.about_gradients(x)
-            x = checked_floats(x, "images", channels, dtype, multiple_of=factor, pad=pad)
-            self._notices.about_range(x)
-        encoded = self._apply("encoder", x)
-        if not self.latent_space.posterior:
-            return AutoencoderTinyOutput(latents=encoded) if return_dict else (encoded,)
-        posterior = DiagonalGaussianDistribution(encoded)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+        encoded = self._encode(x, pad, self.graph_space.factor)
+        if self.graph_space.posterior:
+            posterior = DiagonalGaussianDistribution(encoded)
+            return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+        latents = encoded if self.graphs_are_raw else self.latent_space.denormalise(encoded)
+        return AutoencoderTinyOutput(latents=latents) if return_dict else (latents,)
 
     def decode(
         self, z: Any, return_dict: bool = True, generator: Any = None, *, size: tuple[int, int] | None = None
@@ -128,12 +123,30 @@ class VaeRuntime(Lifetime, TilingSettings):
         z, dtype = self._taken(z), self.spec["decoder"].input.dtype
         self._notices.about_gradients(z)
         z = checked_floats(z, "latents", self.latent_space.channels, dtype, multiple_of=1)
-        height, width = (side * self.latent_space.factor for side in z.shape[2:])
+        sample = self._decode(z if self.graphs_are_raw else self.latent_space.normalise(z), size)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _encode(self, x: Any, pad: bool, multiple_of: int) -> Any:
+        """The encoder graph on images that are checked here, with sides that are multiples of so many pixels."""
+        self._check_open()
+        channels, dtype = self.channels("encoder"), self.spec["encoder"].input.dtype
+        x = self._taken(x)
+        if dtype == "uint8":
+            x = checked_pixels(x, channels, multiple_of=multiple_of, pad=pad)
+        else:
+            self._notices.about_gradients(x)
+            x = checked_floats(x, "images", channels, dtype, multiple_of=multiple_of, pad=pad)
+            self._notices.about_range(x)
+        return self._apply("encoder", x)
+
+    def _decode(self, z: Any, size: tuple[int, int] | None) -> Any:
+        """The decoder graph on latents that are checked, and the part of `size` of its images."""
+        height, width = (side * self.graph_space.factor for side in z.shape[2:])
         kept = None if size is None else kept_part(size, height, width)
         sample = self._apply("decoder", z)
         if kept is not None:
             sample = sample[:, *kept] if self.spec["decoder"].output.axes[0] == 3 else sample[:, :, *kept]
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        return sample
 
     # Images and normalised latents ----------------------------------------------------------------------------------
 
@@ -150,12 +163,16 @@ class VaeRuntime(Lifetime, TilingSettings):
         self.latent_space.check_known()
         pixels = as_uint8_batch(self._taken(images), self.channels("encoder"), max_pixels=max_pixels)
         given = pixels if self.spec["encoder"].input.dtype == "uint8" else to_float(pixels)
-        encoded = self.encode(given, pad=pad)[0]
-        if not self.latent_space.posterior:
-            z = encoded
-        else:
-            z = encoded.mode() if generator is None else encoded.sample(generator)
-        return as_type(self.latent_space.normalise(z), "float32")
+        if generator is not None and self.latent_space.posterior and not self.graph_space.posterior:
+            raise ConfigError(
+                "the encoder of this bundle gives the posterior's mode alone (--latents normalised), and a generator "
+                "asks for a draw; export with --latents raw"
+            )
+        z = self._encode(given, pad, self.latent_space.normalised_factor)
+        if self.graph_space.posterior:
+            posterior = DiagonalGaussianDistribution(z)
+            z = posterior.mode() if generator is None else posterior.sample(generator)
+        return as_type(self.latent_space.normalise(z) if self.graphs_are_raw else z, "float32")
 
     def latents_to_images(self, latents: Any, *, size: tuple[int, int] | None = None) -> Any:
         """Normalised latents [B, C, h, w] -> uint8 [B, f*h, f*w, 3], or the `size` of it (see `decode`).
@@ -170,7 +187,8 @@ class VaeRuntime(Lifetime, TilingSettings):
         given = checked_floats(given, "latents", self.latent_space.normalised_channels, "float32", multiple_of=1)
         if self.spec["decoder"].output.dtype == "uint8" and not bool(array_module(given).isfinite(given).all()):
             raise NumericsError("the latents hold NaN or infinity: no image")  # pixels would not show it
-        sample = self.decode(self.latent_space.denormalise(given), size=size)[0]
+        given = self.latent_space.denormalise(given) if self.graphs_are_raw else given
+        sample = self._decode(as_type(given, self.spec["decoder"].input.dtype), size)
         if self.spec["decoder"].output.dtype == "uint8":
             return sample
         if not bool(array_module(sample).isfinite(sample).all()):
@@ -202,7 +220,7 @@ class VaeRuntime(Lifetime, TilingSettings):
 
     def _output_shape(self, graph: Graph, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a graph's output for an input of this shape."""
-        source, target, factor = self.spec[graph].input, self.spec[graph].output, self.latent_space.factor
+        source, target, factor = self.spec[graph].input, self.spec[graph].output, self.graph_space.factor
         _, height, width = (shape[axis] for axis in source.axes)
         sides = [side // factor if graph == "encoder" else side * factor for side in (height, width)]
         sizes = dict(zip(target.axes, (target.channels, *sides), strict=True))
@@ -225,7 +243,7 @@ class VaeRuntime(Lifetime, TilingSettings):
         self._budget = None if value is None else Budget.of(value, self.manifest, self.backend, self.device)
 
     def _tiler(self) -> Tiler:
-        return Tiler(self, self.latent_space.factor, self.limits, self._budget, self._seamless, self)
+        return Tiler(self, self.graph_space.factor, self.limits, self._budget, self._seamless, self)
 
     def _check_seamless(self) -> None:
         if not self.runs_steps:
@@ -241,3 +259,9 @@ class VaeRuntime(Lifetime, TilingSettings):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.backend} {self.precision}{' closed' if self.is_closed() else ''}>"
+
+
+def _tile_side(config: Any) -> int:
+    """The side in pixels of tiles where nothing else is said: the config's sample_size, or diffusers' 512."""
+    side = getattr(config, "sample_size", 512)
+    return side if is_size(side) else 512

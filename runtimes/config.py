@@ -1,4 +1,7 @@
-"""`VaeConfig`: the config of an `AutoencoderKL`, with the fields that diffusers writes to config.json."""
+"""`VaeConfig`: the config of an `AutoencoderKL`, with the fields that diffusers writes to config.json.
+
+`ConfigFile` is what the configs of all families share: they are read from a config.json and written to one.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,18 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar, cast
 
 from runtimes.errors import ConfigError
 from runtimes.files import what_it_is_instead
 from runtimes.latent_space import LatentSpace
+from runtimes.names import Graph
 
 DOWN_BLOCK_TYPES = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCK_TYPES = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 
-
-CLASS_NAMES = ("AutoencoderKL", "FlaxAutoencoderKL")
+Config = TypeVar("Config", bound="ConfigFile")
 
 # Other autoencoders of diffusers, and whose they are.
 OTHER_VAES = {
@@ -49,8 +52,80 @@ HARMLESS_FIELDS = frozenset(
 ) | {"dtype", "torch_dtype"}
 
 
+class ConfigFile:
+    """Base of the dataclasses of configs: reading and writing a config.json."""
+
+    #: values of `_class_name` that the file may have; the first is written, and is the name of the family
+    class_names: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            if isinstance(getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        self._check()
+
+    def _check(self) -> None:
+        """Raise `ConfigError` naming the field, its value and the rule."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(
+        cls: type[Config], data: Mapping[str, Any], *, origin: str = "config", strict: bool = False
+    ) -> Config:
+        """Read a diffusers config; another `_class_name` raises `ConfigError`.
+
+        So does an unknown field whose name speaks of a part of a network. Any other is ignored, with a warning;
+        `strict` refuses all.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{origin} is not a JSON object but a {type(data).__name__}")
+        class_name = data.get("_class_name", cls.class_names[0])
+        family = cls.class_names[0]
+        if class_name not in cls.class_names:
+            raise ConfigError(f"{origin} describes a {class_name!r}, not an {family}{_instead_of(class_name)}")
+        values = {name: value for name, value in data.items() if not name.startswith("_")}
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)}, key=str)  # type: ignore[arg-type]
+        grave = [name for name in unknown if strict or _may_change_the_network(name)]
+        if grave:
+            raise ConfigError(
+                f"{origin} has fields that no {family} has: {', '.join(map(repr, grave[:5]))}. It is the config "
+                "of another model, or of a newer diffusers; remove the fields if they are meaningless"
+            )
+        if unknown:
+            warnings.warn(
+                f"{origin}: fields that no {family} has are ignored: {', '.join(map(repr, unknown))}",
+                UserWarning,
+                stacklevel=2,
+            )
+            values = {name: value for name, value in values.items() if name not in unknown}
+        if not data.keys() & {"_class_name", "block_out_channels", "latent_channels"}:
+            raise ConfigError(
+                f"{origin} has neither _class_name, block_out_channels nor latent_channels: not a VAE config"
+            )
+        sample_size = values.get("sample_size")
+        if isinstance(sample_size, (list, tuple)) and sample_size:
+            values["sample_size"] = sample_size[0]  # as diffusers does for its tile size
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+
+    @classmethod
+    def from_json(cls: type[Config], path: str | Path) -> Config:
+        """Read a config.json; raises `ConfigError` if it is unreadable or malformed."""
+        return cls.from_dict(read_json(path), origin=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as diffusers writes them to config.json: `_class_name` first, tuples as lists."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}  # type: ignore[call-overload]
+        return {"_class_name": self.class_names[0], **values}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
 @dataclass(frozen=True)
-class VaeConfig:
+class VaeConfig(ConfigFile):
     """The config of an `AutoencoderKL`, with diffusers' defaults for fields that older configs omit.
 
     The network never reads `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std` or `force_upcast`; they
@@ -60,6 +135,8 @@ class VaeConfig:
 
     Raises `ConfigError` on construction for a value that no `AutoencoderKL` can have.
     """
+
+    class_names = ("AutoencoderKL", "FlaxAutoencoderKL")
 
     in_channels: int = 3
     out_channels: int = 3
@@ -81,17 +158,28 @@ class VaeConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("down_block_types", "up_block_types", "block_out_channels", "latents_mean", "latents_std"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.act_fn, str):
             object.__setattr__(self, "act_fn", self.act_fn.lower())  # diffusers takes any case
-        _check(self)
+        super().__post_init__()
+
+    def _check(self) -> None:
+        check_network(self)
+        check_factors(self)
 
     @property
     def downscale(self) -> int:
         """The spatial ratio between image and latents, f = 2 ** (levels - 1); 8 for Stable Diffusion."""
         return int(2 ** (len(self.block_out_channels) - 1))
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of the decoder's levels, the one of the image's size first."""
+        return self.block_out_channels
+
+    @property
+    def decoder_layers(self) -> int:
+        """Number of resnets of each of the decoder's levels."""
+        return self.layers_per_block + 1
 
     @property
     def latent_space(self) -> LatentSpace:
@@ -104,58 +192,6 @@ class VaeConfig:
             self.latents_mean,
             self.latents_std,
         )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config", strict: bool = False) -> VaeConfig:
-        """Read a diffusers config; another `_class_name` raises `ConfigError`.
-
-        So does an unknown field whose name speaks of a part of a network. Any other is ignored, with a warning;
-        `strict` refuses all.
-        """
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{origin} is not a JSON object but a {type(data).__name__}")
-        class_name = data.get("_class_name", "AutoencoderKL")
-        if class_name not in CLASS_NAMES:
-            raise ConfigError(f"{origin} describes a {class_name!r}, not an AutoencoderKL{_instead_of(class_name)}")
-        values = {name: value for name, value in data.items() if not name.startswith("_")}
-        unknown = sorted(values.keys() - {field.name for field in fields(cls)}, key=str)
-        grave = [name for name in unknown if strict or _may_change_the_network(name)]
-        if grave:
-            raise ConfigError(
-                f"{origin} has fields that no AutoencoderKL has: {', '.join(map(repr, grave[:5]))}. It is the config "
-                "of another model, or of a newer diffusers; remove the fields if they are meaningless"
-            )
-        if unknown:
-            warnings.warn(
-                f"{origin}: fields that no AutoencoderKL has are ignored: {', '.join(map(repr, unknown))}",
-                UserWarning,
-                stacklevel=2,
-            )
-            values = {name: value for name, value in values.items() if name not in unknown}
-        if not data.keys() & {"_class_name", "block_out_channels", "latent_channels"}:
-            raise ConfigError(
-                f"{origin} has neither _class_name, block_out_channels nor latent_channels: not a VAE config"
-            )
-        sample_size = values.get("sample_size")
-        if isinstance(sample_size, (list, tuple)) and sample_size:
-            values["sample_size"] = sample_size[0]  # as diffusers does for its tile size
-        try:
-            return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{origin}: {error}") from None
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> VaeConfig:
-        """Read a config.json; raises `ConfigError` if it is unreadable or malformed."""
-        return cls.from_dict(read_json(path), origin=str(path))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as diffusers writes them to config.json: `_class_name` first, tuples as lists."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {"_class_name": "AutoencoderKL", **values}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path) -> Any:
@@ -178,7 +214,7 @@ def is_vae_config(data: Any) -> bool:
     if not isinstance(data, Mapping):
         return False
     if "_class_name" in data:
-        return data["_class_name"] in CLASS_NAMES
+        return data["_class_name"] in VaeConfig.class_names
     return not data.keys().isdisjoint(("block_out_channels", "latent_channels"))
 
 
@@ -211,6 +247,33 @@ class OtherConfig:
         return json.dumps(self._data, indent=2, allow_nan=False) + "\n"
 
 
+# Fields that several families have, under names of their own ----------------------------------------------------------
+
+
+def level_widths(config: Any, graph: Graph) -> tuple[int, ...]:
+    """Channels of the levels of the encoder or the decoder, the one of the image's size first.
+
+    `config` is that of any family with such levels; `ConfigError` for another.
+    """
+    names = {
+        "encoder": ("down_block_out_channels", "block_out_channels"),
+        "decoder": ("decoder_block_out_channels", "up_block_out_channels", "block_out_channels"),
+    }
+    for name in names[graph]:
+        widths = getattr(config, name, None)
+        if isinstance(widths, (list, tuple)) and widths and all(is_size(width) for width in widths):
+            return tuple(widths)
+    raise ConfigError(f"the config has none of {', '.join(names[graph])}")
+
+
+def norm_groups(config: Any) -> int:
+    """The number of groups of the norms; `ConfigError` for a config without it."""
+    groups = getattr(config, "norm_num_groups", None)
+    if not is_size(groups):
+        raise ConfigError(f"norm_num_groups of the config is {groups!r}, not a positive integer")
+    return int(cast(int, groups))
+
+
 def _instead_of(class_name: Any) -> str:
     """What follows from another `_class_name`, as the end of a message."""
     name = str(class_name)
@@ -226,59 +289,98 @@ def _may_change_the_network(name: Any) -> bool:
     return name not in HARMLESS_FIELDS and any(word in str(name).lower() for word in NETWORK_WORDS)
 
 
-def _check(config: VaeConfig) -> None:
-    """Raise `ConfigError` naming the field, its value and the rule."""
+# Checks of fields -----------------------------------------------------------------------------------------------------
 
-    def require(name: str, fits: bool, rule: str) -> None:
-        if not fits:
-            raise ConfigError(f"{name} = {getattr(config, name)!r}: {rule}")
 
-    for name in ("in_channels", "out_channels", "latent_channels", "norm_num_groups", "sample_size"):
-        require(name, _is_size(getattr(config, name)), "must be a positive integer, from 1 to 65536")
-    layers = config.layers_per_block
-    require("layers_per_block", _is_size(layers) and layers <= 64, "must be an integer from 1 to 64")
-    for name in ("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
-        require(name, isinstance(getattr(config, name), bool), "must be true or false")
+def require(config: Any, name: str, fits: bool, rule: str) -> None:
+    """Raise `ConfigError` naming the field, its value and the rule, unless the value fits."""
+    if not fits:
+        raise ConfigError(f"{name} = {getattr(config, name)!r}: {rule}")
 
-    channels = config.block_out_channels
+
+def check_network(config: VaeConfig) -> None:
+    """Raise `ConfigError` unless the fields describe an encoder and a decoder that can be built."""
+    check_sizes(config, "in_channels", "out_channels", "latent_channels", "norm_num_groups", "sample_size")
+    check_layers(config, "layers_per_block")
+    check_flags(config, "force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+    check_levels(config, "block_out_channels", down_block_types=DOWN_BLOCK_TYPES, up_block_types=UP_BLOCK_TYPES)
+    require(config, "act_fn", config.act_fn in ACTIVATIONS, f"known activations are {', '.join(ACTIVATIONS)}")
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Raise `ConfigError` unless the fields are integers from 1 to 65536."""
+    for name in names:
+        require(config, name, is_size(getattr(config, name)), "must be a positive integer, from 1 to 65536")
+
+
+def check_layers(config: Any, *names: str) -> None:
+    """Raise `ConfigError` unless the fields are integers from 1 to 64."""
+    for name in names:
+        layers = getattr(config, name)
+        require(config, name, is_size(layers) and layers <= 64, "must be an integer from 1 to 64")
+
+
+def check_flags(config: Any, *names: str) -> None:
+    """Raise `ConfigError` unless the fields are true or false."""
+    for name in names:
+        require(config, name, isinstance(getattr(config, name), bool), "must be true or false")
+
+
+def check_levels(config: Any, widths: str, **types: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless the field `widths` lists channels, and each of `types` as many block types.
+
+    `types` maps the name of a field to the block types that it may have.
+    """
+    channels = getattr(config, widths)
     require(
-        "block_out_channels",
-        isinstance(channels, tuple) and len(channels) > 0 and all(_is_size(c) for c in channels),
+        config,
+        widths,
+        isinstance(channels, tuple) and len(channels) > 0 and all(is_size(c) for c in channels),
         "must be a non-empty list of positive integers, each from 1 to 65536",
     )
-    require("block_out_channels", len(channels) <= 16, "at most 16 levels")
+    require(config, widths, len(channels) <= 16, "at most 16 levels")
+    groups = config.norm_num_groups
     require(
-        "block_out_channels",
-        all(c % config.norm_num_groups == 0 for c in channels),
-        f"each must be a multiple of norm_num_groups = {config.norm_num_groups}",
+        config, widths, all(c % groups == 0 for c in channels), f"each must be a multiple of norm_num_groups = {groups}"
     )
-    for name, known in (("down_block_types", DOWN_BLOCK_TYPES), ("up_block_types", UP_BLOCK_TYPES)):
-        types = getattr(config, name)
-        require(name, isinstance(types, tuple), "must be a list")
-        require(name, all(t in known for t in types), f"known block types are {', '.join(known)}")
-        require(name, len(types) == len(channels), f"must have one entry per level, and there are {len(channels)}")
-    require("act_fn", config.act_fn in ACTIVATIONS, f"known activations are {', '.join(ACTIVATIONS)}")
+    for name, known in types.items():
+        given = getattr(config, name)
+        require(config, name, isinstance(given, tuple), "must be a list")
+        require(config, name, all(t in known for t in given), f"known block types are {', '.join(known)}")
+        rule = f"must have one entry per level, and there are {len(channels)}"
+        require(config, name, len(given) == len(channels), rule)
 
-    require(
-        "scaling_factor", config.scaling_factor is None or _is_real(config.scaling_factor), "must be a finite number"
-    )
-    require("scaling_factor", config.scaling_factor is None or config.scaling_factor != 0, "must not be 0")
-    require("shift_factor", config.shift_factor is None or _is_real(config.shift_factor), "must be a finite number")
+
+def check_factors(config: Any) -> None:
+    """Raise `ConfigError` unless scaling_factor, shift_factor, latents_mean and latents_std can be applied and undone.
+
+    A config need not have all of these fields; None means that a value is unknown.
+    """
+
+    def value_of(name: str) -> Any:
+        return getattr(config, name, None)
+
+    for name in ("scaling_factor", "shift_factor"):
+        require(config, name, value_of(name) is None or is_real(value_of(name)), "must be a finite number")
+    require(config, "scaling_factor", value_of("scaling_factor") != 0, "must not be 0")
     for name in ("latents_mean", "latents_std"):
-        values = getattr(config, name)
+        values = value_of(name)
         fits = values is None or (
-            isinstance(values, tuple) and len(values) == config.latent_channels and all(_is_real(v) for v in values)
+            isinstance(values, tuple) and len(values) == config.latent_channels and all(is_real(v) for v in values)
         )
-        require(name, fits, f"must be a list of latent_channels = {config.latent_channels} finite numbers")
-    require("latents_std", config.latents_std is None or all(v != 0 for v in config.latents_std), "must not contain 0")
+        require(config, name, fits, f"must be a list of latent_channels = {config.latent_channels} finite numbers")
+    deviations, means = value_of("latents_std"), value_of("latents_mean")
+    require(config, "latents_std", deviations is None or all(v != 0 for v in deviations), "must not contain 0")
     # One without the other has no defined meaning in any pipeline.
-    require("latents_std", (config.latents_std is None) == (config.latents_mean is None), "needs latents_mean as well")
+    require(config, "latents_std", (deviations is None) == (means is None), "needs latents_mean as well")
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
+    """Return whether a value is an integer from 1 to 65536."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 65536
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
+    """Return whether a value is a finite number."""
     # Not math.isfinite: it raises OverflowError for an integer beyond the range of floats.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -89,6 +89,12 @@ class LatentSpace:
         return 2 * self.channels if self.posterior else self.channels
 
     @property
+    def as_normalised(self) -> LatentSpace:
+        """The latent space of graphs that take and give normalised latents: these need no further conversion."""
+        count = self.normalised_channels
+        return LatentSpace(count, self.normalised_factor, (1.0,) * count, (0.0,) * count, posterior=False)
+
+    @property
     def is_known(self) -> bool:
         """Whether the normalisation is known."""
         return self.multiply is not None

@@ -28,7 +28,8 @@ REQUIRED_KEYS = (
     *("version", "target", "precision", "config", "source"),
     *("graphs", "rewrites", "tools", "validation", "files"),
 )
-OPTIONAL_KEYS = ("family", "latent_space", "engine", "tileable")
+OPTIONAL_KEYS = ("family", "latent_space", "latents", "engine", "tileable")
+LATENTS = ("raw", "normalised")  #: what the graphs give and take
 DEFAULT_FAMILY = "AutoencoderKL"  #: family of manifests that were written before they named one
 DTYPES = ("float32", "float16", "bfloat16", "uint8")
 #: kind of a step of seamless tiling -> its letter in STEP_ORDER, a regular expression for the order of steps
@@ -139,6 +140,12 @@ class Manifest:
     validation: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine | None = None  #: of TensorRT bundles
     tileable: Mapping[str, tuple[Step, ...]] | None = None  #: graph -> its steps, in bundles for seamless tiling
+    latents: str = "raw"  #: what the graphs give and take: one of LATENTS
+
+    @property
+    def graph_space(self) -> LatentSpace:
+        """Shape of the latents that the graphs give and take, and whether the encoder gives a posterior."""
+        return self.latent_space if self.latents == "raw" else self.latent_space.as_normalised
 
     def to_json(self) -> str:
         data = {
@@ -149,6 +156,7 @@ class Manifest:
             "family": self.family,
             "config": self.config.to_dict(),
             "latent_space": self.latent_space.to_dict(),
+            **({} if self.latents == "raw" else {"latents": self.latents}),
             "source": dict(self.source),
             "graphs": {name: asdict(graph) for name, graph in self.graphs.items()},
             "rewrites": list(self.rewrites),
@@ -188,6 +196,8 @@ class Manifest:
             raise IntegrityError(f"{MANIFEST_FILE}: graphs must be encoder and decoder, not {sorted(graphs)}")
         family = _name(fields.get("family", DEFAULT_FAMILY), "family")
         config, latent_space = _model(family, _object(fields["config"], "config"), fields.get("latent_space"))
+        latents = _choice(fields.get("latents", "raw"), "latents", LATENTS)
+        graph_space = latent_space if latents == "raw" else latent_space.as_normalised
         if not isinstance(fields["rewrites"], list):
             raise IntegrityError(f"{MANIFEST_FILE}: rewrites is not a list")
         if stored_seal not in (..., actual_seal):  # ...: the manifest was written before manifests had a seal
@@ -202,12 +212,13 @@ class Manifest:
             files=files,
             graphs=graphs,
             latent_space=latent_space,
+            latents=latents,
             family=family,
             source=_object(fields["source"], "source"),
             rewrites=tuple(_object(rewrite, "rewrites") for rewrite in fields["rewrites"]),
             tools={name: _text(tool, "tools") for name, tool in _object(fields["tools"], "tools").items()},
             validation=_object(fields["validation"], "validation"),
-            engine=Engine.from_dict(fields["engine"], latent_space.factor) if "engine" in fields else None,
+            engine=Engine.from_dict(fields["engine"], graph_space.factor) if "engine" in fields else None,
             tileable=_steps(fields["tileable"], files) if "tileable" in fields else None,
         )
 

@@ -214,7 +214,7 @@ def bundle_validators(bundle: Bundle, device: str | None = None, backend: str | 
         yield Validator(vae.backend, opened_bundle(vae))
         if bundle.manifest.tileable is not None:
             vae.tile_latent_min_size = SEAMLESS_TILE
-            vae.tile_sample_min_size = SEAMLESS_TILE * vae.config.downscale
+            vae.tile_sample_min_size = SEAMLESS_TILE * vae.graph_space.factor
             vae.enable_tiling("seamless")
             yield Validator(vae.backend, opened_bundle(vae), tiling="seamless")
 
@@ -223,10 +223,13 @@ def opened_bundle(runtime: VaeRuntime) -> Candidate:
     """Return an opened bundle as a candidate."""
 
     def run(graph: str, array: Array) -> Array:
+        space, converted = runtime.latent_space, not runtime.graphs_are_raw
         if graph == "decoder":
-            return cast(Array, runtime.decode(array)[0])
+            return cast(Array, runtime.decode(space.denormalise(array) if converted else array)[0])
         encoded = runtime.encode(array)[0]
-        return cast(Array, encoded.parameters if runtime.latent_space.posterior else encoded)
+        if converted:
+            return cast(Array, space.normalise(encoded))
+        return cast(Array, encoded.parameters if space.posterior else encoded)
 
     return run
 
@@ -268,7 +271,8 @@ def inputs(model: ReferenceVae, shapes: Sequence[tuple[int, int, int]] | None = 
     `shapes` are (batch, height, width) in latents: noise has all of them, photographs and the single colour the first.
     Without `shapes`, noise has batches of 1 and 3, non-square sizes, and the smallest legal size.
     """
-    config, factor = model.config, model.config.downscale
+    config, space = model.config, model.latent_space
+    factor = space.factor
     rng = np.random.default_rng(0)
     if shapes is None:
         photo_shape, flat_shape = (1, *PHOTO_SIZE), (1, 8, 12)
@@ -290,11 +294,11 @@ def inputs(model: ReferenceVae, shapes: Sequence[tuple[int, int, int]] | None = 
     b, h, w = flat_shape
     yield Input("encoder", "black", np.full((b, config.in_channels, h * factor, w * factor), -1, np.float32))
     for name, photo in photos.items():
-        latents = _reference(model, "encoder", photo)[:, : config.latent_channels]
+        latents = _reference(model, "encoder", photo)[:, : space.channels]
         yield Input("decoder", f"photo {name}", latents, photo=True)
     for b, h, w in shapes:
         # Diffusion models produce latents of unit variance, which are unscaled before decoding.
-        yield Input("decoder", "noise", model.latent_space.raw_noise(rng, b, h, w).astype(np.float32))
+        yield Input("decoder", "noise", space.raw_noise(rng, b, h, w).astype(np.float32))
 
 
 def _minimum_psnr(case: Case, thresholds: Thresholds) -> float:

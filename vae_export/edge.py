@@ -30,7 +30,7 @@ def check_model(model: Any) -> None:
             raise ConfigError(f"the model is on the meta device and has no weights ({name}): load them first")
         if tensor.device.type != "cpu":
             raise ConfigError(f"{name} is on {tensor.device}; models are exported from the CPU: model.to('cpu')")
-        if tensor.dtype != torch.float32:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ConfigError(
                 f"{name} is {tensor.dtype}; the model is the fp32 reference that bundles of every precision are "
                 "compared with. Load it again, which gives fp32, or, if its weights were trained so, model.float()"

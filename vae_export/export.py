@@ -13,7 +13,7 @@ from typing import Any
 
 from runtimes import Bundle
 from runtimes.errors import ConfigError
-from runtimes.manifest import Engine, Manifest
+from runtimes.manifest import LATENTS, Engine, Manifest
 from runtimes.names import GRAPHS
 from runtimes.progress import Progress, no_progress
 from vae_export import __version__
@@ -33,6 +33,7 @@ from vae_export.comparison import (
 from vae_export.edge import check_model, check_path, ordinary_torch
 from vae_export.families import family_of
 from vae_export.families.base import ReferenceVae
+from vae_export.normalised import as_written
 from vae_export.options import ExportOptions
 from vae_export.rewrites.apply import fitted, rewrite
 from vae_export.rewrites.form import Form
@@ -94,6 +95,7 @@ def export_bundle(
             precision=export.precision,
             config=model.config,
             latent_space=model.latent_space,
+            latents=options.latents,
             family=model.family,
             files=writer.entries(),
             graphs=graphs,
@@ -138,6 +140,7 @@ def check_choices(model: ReferenceVae, target: Target, options: ExportOptions) -
         ("precision", options.precision, tuple(THRESHOLDS)),
         ("io precision", options.io_precision, IO_PRECISIONS),
         ("io", options.io, IOS),
+        ("latents", options.latents, LATENTS),
     ):
         if value not in known:
             raise ConfigError(f"{name} {value!r} is not known; known are {', '.join(known)}")
@@ -177,8 +180,9 @@ def prepare(
     assert options.forms is not None
     records += form_records(options.forms)
     records += [options.tuning] if options.tuning else []
-    shapes = shapes_of(options.engine, model)
-    cases = reference_cases(model, progress, shapes, options.io) if options.run_validation else []
+    written = as_written(model, options.latents)
+    shapes = shapes_of(options.engine, written)
+    cases = reference_cases(written, progress, shapes, options.io) if options.run_validation else []
     return Export(model, options, exact, cases, progress), records
 
 
@@ -189,12 +193,13 @@ def simulate_half(export: Export) -> list[Measurement]:
     """
     if not export.cases or export.precision not in HALVES:
         return []
-    half = simulated(rewrite(export.exact, export.form("decoder")._replace(attention_blocks=1)), export.precision)
+    form = export.form("decoder")._replace(attention_blocks=1)
+    half = simulated(export.written(rewrite(export.exact, form)), export.precision)
     io = export.options.io
     half = through_pixels(half) if io == "uint8" else half
     # An engine takes no small images, and the simulation of a large one takes minutes.
     engine = export.options.engine
-    cases = export.cases if engine is None else reference_cases(export.model, export.progress, io=io)
+    cases = export.cases if engine is None else reference_cases(export.written(export.model), export.progress, io=io)
     return compare(cases, f"simulated {export.precision}", half, export.precision, export.progress)
 
 
@@ -243,7 +248,7 @@ def shapes_of(engine: Engine | None, model: ReferenceVae) -> Sequence[tuple[int,
     """
     if engine is None:
         return None
-    factor, shapes = model.config.downscale, []
+    factor, shapes = model.latent_space.factor, []
     for profile in engine.profiles:
         b, h, w = profile.batch, profile.height, profile.width
         high, wide = ((size.min + min(size.max, 2 * size.min)) // 2 // factor for size in (h, w))

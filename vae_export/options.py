@@ -25,6 +25,8 @@ class ExportOptions:
     io_precision: str = "fp32"
     #: format of images: "float" is [B, C, H, W] in [-1, 1]; "uint8" is pixels [B, H, W, C], converted by the graphs
     io: str = "float"
+    #: latents that the graphs take and give: "raw" ones of the VAE, or "normalised" ones of the diffusion model
+    latents: str = "raw"
     #: whether activations are divided by powers of two, which is exact, so that half precision does not overflow
     rescale: bool = True
     #: directory of the photographs on which activations are measured; None means the embedded ones

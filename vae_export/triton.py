@@ -116,7 +116,7 @@ def _parameters(manifest: Manifest) -> Mapping[str, object]:
     config = manifest.config
     parameters: dict[str, object] = {
         "precision": manifest.precision,
-        "downscale": manifest.latent_space.factor,
+        "downscale": manifest.graph_space.factor,
         "scaling_factor": getattr(config, "scaling_factor", None),
         "shift_factor": getattr(config, "shift_factor", None),
     }
@@ -139,8 +139,8 @@ def _warm_up(manifest: Manifest, graph: str, spec: GraphSpec) -> str:
         best = manifest.engine.profiles[0]
         height, width = best.height.opt, best.width.opt
     else:
-        height = width = WARM_UP_SIDE - WARM_UP_SIDE % manifest.latent_space.factor
-    divide = manifest.latent_space.factor if graph == "decoder" else 1
+        height = width = WARM_UP_SIDE - WARM_UP_SIDE % manifest.graph_space.factor
+    divide = manifest.graph_space.factor if graph == "decoder" else 1
     channels_last = isinstance(spec.input.shape[-1], int)
     sides = (height // divide, width // divide)
     dims = (*sides, spec.input.shape[-1]) if channels_last else (spec.input.shape[1], *sides)

@@ -27,6 +27,7 @@ from vae_export.bundle import check_output
 from vae_export.edge import check_path, ordinary_torch
 from vae_export.export import check_choices, export_bundle
 from vae_export.families.base import ReferenceVae
+from vae_export.normalised import as_written
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import Form
 from vae_export.rewrites.winograd import wide_convolutions
@@ -97,7 +98,7 @@ def tune_bundle(
     target.choices("decoder", str(options.precision))  # raises `ConfigError` if there is nothing to choose
     check_path(out, "out")
     check_output(out, options.overwrite)
-    factor = model.config.downscale
+    factor = model.latent_space.factor
     if height % factor or width % factor or min(height, width, rounds) < 1:
         raise ConfigError(
             f"cannot time {height}x{width} pixels in {rounds} rounds; sides are multiples of {factor}, rounds 1 or more"
@@ -142,11 +143,11 @@ class _Bench:
         self._model, self._target, self._options = model, target, options
         self._rounds, self._directory, self._progress = rounds, directory, progress
         self._bundles: dict[Form, Path] = {}
-        rng, config = np.random.default_rng(0), model.config
-        latent = [side // config.downscale for side in size]
+        rng, config, space = np.random.default_rng(0), model.config, as_written(model, options.latents).latent_space
+        latent = [side // space.factor for side in size]
         self._inputs = {
             "encoder": rng.uniform(-1, 1, (1, config.in_channels, *size)).astype(np.float32),
-            "decoder": rng.standard_normal((1, config.latent_channels, *latent)).astype(np.float32),
+            "decoder": rng.standard_normal((1, space.channels, *latent)).astype(np.float32),
         }
 
     def winner(self, graph: Graph) -> Trial:

@@ -15,6 +15,7 @@ from vae_export.comparison import Measurement, check, reference_cases
 from vae_export.edge import check_model, ordinary_torch
 from vae_export.export import shapes_of
 from vae_export.families.base import ReferenceVae
+from vae_export.normalised import as_written
 from vae_export.targets import target_named
 
 
@@ -40,7 +41,8 @@ def validate_bundle(
     check_model(model)
     check_weights(model, manifest)
     io = "uint8" if manifest.graphs["encoder"].input.dtype == "uint8" else "float"
-    cases = reference_cases(model, progress, shapes_of(manifest.engine, model), io)
+    written = as_written(model, manifest.latents)
+    cases = reference_cases(written, progress, shapes_of(manifest.engine, written), io)
     measurements = []
     for validator in target_named(manifest.target).validators(bundle, device):
         measurements += check(cases, validator, manifest.precision, progress)
@@ -84,5 +86,5 @@ def load_recorded(manifest: Manifest) -> ReferenceVae:
         given = place
     hub = Hub(revision=source.get("commit"))
     if is_single_file(given):
-        return load_model(given, config=manifest.config.to_dict(), hub=hub)
+        return load_model(given, config=manifest.config.to_dict(), decoder=source.get("decoder"), hub=hub)
     return load_model(given, subfolder=source.get("subfolder"), variant=source.get("variant"), hub=hub)

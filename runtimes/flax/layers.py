@@ -220,13 +220,11 @@ class Decoder(Layer):
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        config, widths = self.config, self.config.block_out_channels[::-1]
+        config, widths = self.config, self.config.decoder_widths[::-1]
         x = self.part(MidBlock, name="mid_block")(self.conv(widths[0], 3, "conv_in")(z))
         for i, (width, kind) in enumerate(zip(widths, config.up_block_types, strict=True)):
             up = Upsample if i < len(widths) - 1 else None
-            block = self.part(
-                Block, width, config.layers_per_block + 1, kind, up, "upsamplers_0", name=f"up_blocks_{i}"
-            )
+            block = self.part(Block, width, config.decoder_layers, kind, up, "upsamplers_0", name=f"up_blocks_{i}")
             x = block(x)
         x = jax.nn.silu(self.part(GroupNorm, name="conv_norm_out")(x))
         return self.conv(config.out_channels, 3, "conv_out")(x)

@@ -130,7 +130,78 @@ class FlaxDecoderOutput:
 # The model --------------------------------------------------------------------------------------------------------
 
 
-class FlaxAutoencoderKL(nn.Module):
+class FlaxKLBase(nn.Module):
+    """The network of AutoencoderKL and of its relatives, as a subclass's `config`, `dtype` and `precision` say."""
+
+    def setup(self) -> None:
+        config, settings = self.config, (self.config, self.dtype, self.precision)
+        point = functools.partial(nn.Conv, kernel_size=(1, 1), dtype=self.dtype, precision=self.precision)
+        self.encoder, self.decoder = Encoder(*settings), Decoder(*settings)
+        self.quant_conv = point(2 * config.latent_channels) if config.use_quant_conv else None
+        self.post_quant_conv = point(config.latent_channels) if config.use_post_quant_conv else None
+
+    def init_weights(self, rng: Array) -> Params:
+        """Return random parameters in fp32, as a tree of dictionaries."""
+        side = self.config.downscale
+        # Under jit only the random numbers are computed: XLA removes the forward pass, whose result is unused.
+        init = jax.jit(lambda rng: self.init(rng, jnp.zeros((1, self.config.in_channels, side, side)))["params"])
+        params: Params = init(rng)
+        return params
+
+    def encode(
+        self, sample: Array, deterministic: bool = True, return_dict: bool = True
+    ) -> FlaxAutoencoderKLOutput | tuple[FlaxDiagonalGaussianDistribution]:
+        """Encode images, float [B, in_channels, H, W] in [-1, 1], to the posterior over latents [B, H//f, W//f, C].
+
+        `deterministic` is accepted for compatibility with diffusers and ignored: there is no dropout. Raises
+        `ShapeError` for a wrong shape or dtype.
+        """
+        _check("images", sample, "NCHW", self.config.in_channels)
+        moments = self.encoder(sample.transpose(0, 2, 3, 1))
+        moments = moments if self.quant_conv is None else self.quant_conv(moments)
+        posterior = FlaxDiagonalGaussianDistribution(moments)
+        return FlaxAutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(
+        self, latents: Array, deterministic: bool = True, return_dict: bool = True, layout: str = "NCHW"
+    ) -> FlaxDecoderOutput | tuple[Array]:
+        """Decode raw float latents to images [B, out_channels, f*h, f*w], not clipped.
+
+        `layout` is the layout of the latents: "NCHW" [B, C, h, w], or "NHWC" [B, h, w, C], which the posterior returns.
+        It is never guessed: diffusers mistook a width of C for channels. Raises `ShapeError` for wrong shapes.
+        """
+        _check("latents", latents, layout, self.config.latent_channels)
+        z = latents.transpose(0, 2, 3, 1) if layout == "NCHW" else latents
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        sample = self.decoder(z).transpose(0, 3, 1, 2)
+        return FlaxDecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def __call__(
+        self, sample: Array, sample_posterior: bool = False, deterministic: bool = True, return_dict: bool = True
+    ) -> FlaxDecoderOutput | tuple[Array]:
+        """Encode images and decode the posterior's mode, or a sample of it with `sample_posterior`.
+
+        The key for sampling is passed to `apply` as `rngs={"gaussian": key}`.
+        """
+        posterior = self.encode(sample)[0]
+        z = posterior.sample(self.make_rng("gaussian")) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict, layout="NHWC")
+
+    def shapes(self) -> Params:
+        """Return the tree of the parameters' shapes and dtypes, without computing values."""
+        shapes: Params = jax.eval_shape(self.init_weights, jax.random.key(0))
+        return shapes
+
+
+class FlaxKLNetwork(FlaxKLBase):
+    """The network of a config of AutoencoderKL or of a relative: what bundles are written from."""
+
+    config: Any
+    dtype: Any = jnp.float32
+    precision: Any = None
+
+
+class FlaxAutoencoderKL(FlaxKLBase):
     """The VAE: encodes images in [-1, 1] to a posterior over latents, and decodes latents to images.
 
     The fields are those of `VaeConfig`; `config` returns them checked. `dtype` is the type of all activations:
@@ -172,60 +243,6 @@ class FlaxAutoencoderKL(nn.Module):
         """Create the model from a `VaeConfig` or a diffusers config dictionary; `options` are dtype and precision."""
         config = config if isinstance(config, VaeConfig) else VaeConfig.from_dict(config)
         return cls(**{name: getattr(config, name) for name in VaeConfig.__dataclass_fields__}, **options)
-
-    def setup(self) -> None:
-        config, settings = self.config, (self.config, self.dtype, self.precision)
-        point = functools.partial(nn.Conv, kernel_size=(1, 1), dtype=self.dtype, precision=self.precision)
-        self.encoder, self.decoder = Encoder(*settings), Decoder(*settings)
-        self.quant_conv = point(2 * config.latent_channels) if config.use_quant_conv else None
-        self.post_quant_conv = point(config.latent_channels) if config.use_post_quant_conv else None
-
-    def init_weights(self, rng: Array) -> Params:
-        """Return random parameters in fp32, as a tree of dictionaries."""
-        side = self.config.downscale
-        # Under jit only the random numbers are computed: XLA removes the forward pass, whose result is unused.
-        init = jax.jit(lambda rng: self.init(rng, jnp.zeros((1, self.in_channels, side, side)))["params"])
-        params: Params = init(rng)
-        return params
-
-    def encode(
-        self, sample: Array, deterministic: bool = True, return_dict: bool = True
-    ) -> FlaxAutoencoderKLOutput | tuple[FlaxDiagonalGaussianDistribution]:
-        """Encode images, float [B, in_channels, H, W] in [-1, 1], to the posterior over latents [B, H//f, W//f, C].
-
-        `deterministic` is accepted for compatibility with diffusers and ignored: there is no dropout. Raises
-        `ShapeError` for a wrong shape or dtype.
-        """
-        _check("images", sample, "NCHW", self.in_channels)
-        moments = self.encoder(sample.transpose(0, 2, 3, 1))
-        moments = moments if self.quant_conv is None else self.quant_conv(moments)
-        posterior = FlaxDiagonalGaussianDistribution(moments)
-        return FlaxAutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-    def decode(
-        self, latents: Array, deterministic: bool = True, return_dict: bool = True, layout: str = "NCHW"
-    ) -> FlaxDecoderOutput | tuple[Array]:
-        """Decode raw float latents to images [B, out_channels, f*h, f*w], not clipped.
-
-        `layout` is the layout of the latents: "NCHW" [B, C, h, w], or "NHWC" [B, h, w, C], which the posterior returns.
-        It is never guessed: diffusers mistook a width of C for channels. Raises `ShapeError` for wrong shapes.
-        """
-        _check("latents", latents, layout, self.latent_channels)
-        z = latents.transpose(0, 2, 3, 1) if layout == "NCHW" else latents
-        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-        sample = self.decoder(z).transpose(0, 3, 1, 2)
-        return FlaxDecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def __call__(
-        self, sample: Array, sample_posterior: bool = False, deterministic: bool = True, return_dict: bool = True
-    ) -> FlaxDecoderOutput | tuple[Array]:
-        """Encode images and decode the posterior's mode, or a sample of it with `sample_posterior`.
-
-        The key for sampling is passed to `apply` as `rngs={"gaussian": key}`.
-        """
-        posterior = self.encode(sample)[0]
-        z = posterior.sample(self.make_rng("gaussian")) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict, layout="NHWC")
 
     @nn.nowrap
     def scale_latents(self, latents: Array, layout: str = "NCHW") -> Array:
@@ -304,11 +321,6 @@ class FlaxAutoencoderKL(nn.Module):
         for file, content in ((name, data), (CONFIG_FILE, self.config.to_json().encode())):
             with written_whole(Path(directory) / file) as partial:
                 partial.write_bytes(content)
-
-    def shapes(self) -> Params:
-        """Return the tree of the parameters' shapes and dtypes, without computing values."""
-        shapes: Params = jax.eval_shape(self.init_weights, jax.random.key(0))
-        return shapes
 
 
 def _check(what: str, x: Array, layout: str, channels: int) -> None:

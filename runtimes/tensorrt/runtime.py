@@ -102,7 +102,7 @@ class TensorRtVae(VaeRuntime):
         settings = Settings(contexts, cuda_graphs, max_graphs, runtime_cache, kernel_specialization)
         self._engines: dict[str, LoadedPlan] = {}
         for graph in GRAPHS:
-            pixels = self.latent_space.factor if graph == "decoder" else 1
+            pixels = self.graph_space.factor if graph == "decoder" else 1
             self._engines[graph] = LoadedPlan(
                 flavour,
                 cuda,
@@ -126,7 +126,7 @@ class TensorRtVae(VaeRuntime):
 
     def _engine_of(self, flavour: Flavour, gpu: str, profiles: Sequence[Profile | str] | None) -> Engine:
         """What an ONNX bundle is built for here."""
-        factor = self.latent_space.factor
+        factor = self.graph_space.factor
         chosen = [parse_profile(p, factor) if isinstance(p, str) else checked(p, factor) for p in profiles or [DEFAULT]]
         return Engine(flavour.name, flavour.version, (gpu,), system(), tuple(chosen))
 
@@ -135,7 +135,7 @@ class TensorRtVae(VaeRuntime):
         plans: dict[Graph, bytes] = {}
         for graph in GRAPHS:
             spec = self.spec[graph]
-            job = job_of(engine, graph, spec, self.latent_space.factor)
+            job = job_of(engine, graph, spec, self.graph_space.factor)
             if engine.flavour == "tensorrt":
                 job = job.with_timing_cache(cache.directory / f"{TIMING}{engine.version}-{engine.gpus[0]}")
             made_of = {"onnx": bundle.manifest.files[spec.file].sha256, **engine.to_dict(), "input": spec.input.name}

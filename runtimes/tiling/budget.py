@@ -11,13 +11,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from runtimes.config import VaeConfig
+from runtimes.config import level_widths
 from runtimes.errors import ConfigError
 from runtimes.manifest import Manifest
+from runtimes.names import Graph
 
 
 class Rate(NamedTuple):
-    """Bytes for each value of a map of full size: image pixels times `block_out_channels[0]`."""
+    """Bytes for each value of a map of full size: image pixels times the channels of the first level."""
 
     encoder: float
     decoder: float
@@ -40,6 +41,9 @@ RATES: dict[tuple[str, str], Rate] = {
     ("openvino", "bf16"): Rate(encoder=7.0, decoder=8.9, encoder_fixed=225e6, decoder_fixed=386e6),
 }
 
+#: families with the network that was measured
+MEASURED = ("AutoencoderKL", "AutoencoderKLFlux2", "AsymmetricAutoencoderKL")
+
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -55,13 +59,13 @@ def parse_bytes(value: int | str) -> int:
 
 def rate_of(family: str, backend: str, device: str, precision: str) -> Rate:
     """The measured rates; `ConfigError` where nothing was measured."""
-    measured = device == "cpu" and family == "AutoencoderKL"
+    measured = device == "cpu" and family in MEASURED
     rate = RATES.get((backend, precision)) if measured else None
     if rate is None:
         known = ", ".join(f"{name} in {measured}" for name, measured in RATES)
         raise ConfigError(
-            f"memory_budget needs a measured model of memory: there is one for AutoencoderKL in {known}, on the CPU, "
-            f"and none for {family} in {backend} in {precision} on {device}. tile_sample_min_size and "
+            f"memory_budget needs a measured model of memory: there is one for {' and '.join(MEASURED)} in {known}, on "
+            f"the CPU, and none for {family} in {backend} in {precision} on {device}. tile_sample_min_size and "
             "tile_latent_min_size set tiles by hand"
         )
     return rate
@@ -74,21 +78,31 @@ class Budget:
     bytes: int
     rate: Rate
     config: Any
+    factor: int  #: pixels for each raw latent
 
     @classmethod
     def of(cls, value: int | str, manifest: Manifest, backend: str, device: str) -> Budget:
         """From a number of bytes or a text such as "2GiB". `ConfigError` where nothing was measured."""
-        return cls(parse_bytes(value), rate_of(manifest.family, backend, device, manifest.precision), manifest.config)
+        return cls(
+            parse_bytes(value),
+            rate_of(manifest.family, backend, device, manifest.precision),
+            manifest.config,
+            manifest.latent_space.factor,
+        )
 
-    def call_bytes(self, graph: str, batch: int, height: int, width: int) -> int:
+    def call_bytes(self, graph: Graph, batch: int, height: int, width: int) -> int:
         """Working memory of one call of the whole graph on images of this size in pixels."""
-        return call_bytes(self.rate, self.config, graph, batch, height, width)
+        return call_bytes(self.rate, self.config, self.factor, graph, batch, height, width)
 
 
-def call_bytes(rate: Rate, config: VaeConfig, graph: str, batch: int, height: int, width: int) -> int:
-    """Peak memory of one call of the whole graph on images of this size in pixels, in bytes."""
-    values = batch * height * width * config.block_out_channels[0]
-    positions = (height // config.downscale) * (width // config.downscale)
+def call_bytes(rate: Rate, config: Any, factor: int, graph: Graph, batch: int, height: int, width: int) -> int:
+    """Peak memory of one call of the whole graph on images of this size in pixels, in bytes.
+
+    `factor` is the number of pixels for each raw latent, along each side.
+    """
+    channels = level_widths(config, graph)[0]
+    values = batch * height * width * channels
+    positions = (height // factor) * (width // factor)
     per_value, fixed = (rate.encoder, rate.encoder_fixed) if graph == "encoder" else (rate.decoder, rate.decoder_fixed)
-    scores = rate.score * batch * positions**2 if config.mid_block_add_attention else 0.0
-    return int(fixed * (config.block_out_channels[0] / 128) ** 2 + per_value * values + scores)
+    scores = rate.score * batch * positions**2 if getattr(config, "mid_block_add_attention", True) else 0.0
+    return int(fixed * (channels / 128) ** 2 + per_value * values + scores)

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from runtimes.arrays import Array, answer_in_kind
+from runtimes.config import level_widths, norm_groups
 from runtimes.errors import NumericsError
-from runtimes.manifest import GraphSpec, Step
-from runtimes.names import FP16_LARGEST, Graph
+from runtimes.manifest import Manifest, Step
+from runtimes.names import FP16_LARGEST, GRAPHS, Graph
 from runtimes.pixels import to_levels, to_samples
 from runtimes.tiling.budget import Budget
 from runtimes.tiling.settings import OnTile
@@ -83,12 +84,15 @@ class StepBackend(Protocol):
 class SeamlessGraphs:
     """Both graphs of a tileable bundle, cut into steps."""
 
-    def __init__(self, steps: Mapping[str, Sequence[Step]], spec: Mapping[Graph, GraphSpec], config: Any) -> None:
-        self._steps, self._spec = steps, spec
-        self._factor: int = config.downscale
-        self._groups: int = config.norm_num_groups
-        self._width: int = config.block_out_channels[0]  #: channels of a map of the image's size
-        self._inner_width: int = config.block_out_channels[-1]  #: channels of a map of the latents' size
+    def __init__(self, manifest: Manifest) -> None:
+        assert manifest.tileable is not None
+        self._steps, self._spec = manifest.tileable, manifest.graphs
+        self._space = manifest.latent_space
+        self._patch = self._space.patch if manifest.latents == "normalised" else 1  #: raw latents a latent of a graph
+        self._normalised = manifest.latents == "normalised"
+        self._factor = self._space.factor
+        self._groups = norm_groups(manifest.config)
+        self._widths = {graph: level_widths(manifest.config, graph) for graph in GRAPHS}
         self._opened: set[str] = set()
         self._opening = threading.Lock()
 
@@ -97,7 +101,7 @@ class SeamlessGraphs:
 
         Images have their channels first here; pixels (uint8) are taken as they are and given as floats in 0..255.
         """
-        return answer_in_kind(lambda array: self._run(backend, graph, array, side, on_tile), x)
+        return answer_in_kind(lambda array: self._run(backend, graph, array, side * self._patch, on_tile), x)
 
     def _run(self, backend: StepBackend, graph: Graph, x: Array, side: int, on_tile: OnTile | None) -> Array:
         steps = self._steps[graph]
@@ -107,6 +111,8 @@ class SeamlessGraphs:
                 self._opened.add(graph)
         if x.dtype == np.uint8:
             x = to_samples(x.astype(np.float32))
+        if self._normalised and graph == "decoder":  # the steps are those of raw latents
+            x = self._space.denormalise(x.astype(np.float32, copy=False))
         parts = [
             run_seamless(
                 steps,
@@ -114,24 +120,27 @@ class SeamlessGraphs:
                 x[i : i + 1].astype(np.float32, copy=False),
                 factor=self._factor,
                 groups=self._groups,
-                tile_values=(side * self._factor) ** 2 * self._width,
+                tile_values=(side * self._factor) ** 2 * self._widths[graph][0],
                 on_tile=on_tile,
             )
             for i in range(len(x))
         ]
         result = np.concatenate(parts)
+        if self._normalised and graph == "encoder":
+            result = self._space.normalise(result[:, : self._space.channels])
         if self._spec[graph].output.dtype == "uint8":
             return np.asarray(to_levels(result))
         return result.astype(self._spec[graph].output.dtype, copy=False)
 
     def bytes_needed(self, budget: Budget, graph: Graph, shape: Sequence[int], side: int) -> int:
         """Working memory of a call: what lies between the steps, with a tile or with what runs on the whole."""
+        height, width = (length if graph == "encoder" else length * self._patch for length in shape[-2:])
         pixels_per_unit = 1 if graph == "encoder" else self._factor
-        positions = (shape[-2] * pixels_per_unit // self._factor) * (shape[-1] * pixels_per_unit // self._factor)
-        rate = budget.rate
-        whole = positions * self._inner_width * rate.step + rate.whole_score * positions**2
-        tile = (side * self._factor) ** 2 * self._width * rate.step
-        return int(max(whole, tile)) + largest_maps(self._steps[graph], shape[-2], shape[-1], self._factor)
+        positions = (height * pixels_per_unit // self._factor) * (width * pixels_per_unit // self._factor)
+        rate, widths = budget.rate, self._widths[graph]
+        whole = positions * widths[-1] * rate.step + rate.whole_score * positions**2
+        tile = (side * self._patch * self._factor) ** 2 * widths[0] * rate.step
+        return int(max(whole, tile)) + largest_maps(self._steps[graph], height, width, self._factor)
 
 
 def run_seamless(

@@ -12,6 +12,7 @@ from typing import Any
 
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
+from runtimes.names import Graph
 
 __all__ = ["VaeConfig", "complete_config", "find_public_vae", "infer_architecture"]
 
@@ -98,22 +99,11 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """
 
     def shape(key: str) -> tuple[int, ...]:
-        """Of a convolution: [out, in, height, width]."""
-        if key not in shapes:
-            raise ConfigError(
-                f"not an AutoencoderKL: there is no tensor {key!r} (nor its name in the original format) among the "
-                f"{len(shapes)} encoder and decoder tensors of the file"
-            )
-        if len(shapes[key]) != 4:
-            raise ConfigError(
-                f"not an AutoencoderKL: tensor {key!r} has shape {list(shapes[key])}, and the weight of a 2-D "
-                "convolution has four dimensions"
-            )
-        return shapes[key]
+        return _convolution_shape(shapes, key)
 
-    levels = _count(shapes, r"encoder\.down_blocks\.(\d+)\.")
+    channels = widths_of(shapes, "encoder")
+    levels = len(channels)
     layers = _count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
-    channels = tuple(shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
 
     def block_types(side: str, plain: str, attention: str) -> tuple[str, ...]:
         prefixes = (f"{side}.{i}.attentions." for i in range(levels))
@@ -131,6 +121,28 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "mid_block_add_attention": any(key.startswith("encoder.mid_block.attentions.") for key in shapes),
     }
+
+
+def widths_of(shapes: Mapping[str, tuple[int, ...]], side: Graph) -> tuple[int, ...]:
+    """Channels of the levels of the encoder or the decoder, in the order of the computation."""
+    blocks = f"{side}.{'down' if side == 'encoder' else 'up'}_blocks"
+    levels = _count(shapes, rf"{re.escape(blocks)}\.(\d+)\.")
+    return tuple(_convolution_shape(shapes, f"{blocks}.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
+
+
+def _convolution_shape(shapes: Mapping[str, tuple[int, ...]], key: str) -> tuple[int, ...]:
+    """[out, in, height, width] of a convolution's weight; `ConfigError` where there is none of this name."""
+    if key not in shapes:
+        raise ConfigError(
+            f"not an AutoencoderKL: there is no tensor {key!r} (nor its name in the original format) among the "
+            f"{len(shapes)} encoder and decoder tensors of the file"
+        )
+    if len(shapes[key]) != 4:
+        raise ConfigError(
+            f"not an AutoencoderKL: tensor {key!r} has shape {list(shapes[key])}, and the weight of a 2-D "
+            "convolution has four dimensions"
+        )
+    return shapes[key]
 
 
 def complete_config(
@@ -162,10 +174,20 @@ def complete_config(
     return VaeConfig(**values)
 
 
-def with_factors(config: VaeConfig, scaling_factor: float | None, shift_factor: float | None) -> VaeConfig:
-    """The config with the factors that the caller gives; None leaves a factor as it is."""
+def with_factors(config: Any, scaling_factor: float | None, shift_factor: float | None) -> Any:
+    """The config with the factors that the caller gives; None leaves a factor as it is.
+
+    Raises `ConfigError` where the config has no such factors.
+    """
     given: dict[str, Any] = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
-    return replace(config, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    foreign = [name for name in given if name not in config.to_dict()]
+    if foreign:
+        raise ConfigError(
+            f"an {config.to_dict()['_class_name']} has no {' and no '.join(foreign)}: its checkpoint says how its "
+            "latents are normalised; leave the option out"
+        )
+    return replace(config, **given) if given else config
 
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 
 from runtimes.errors import ConfigError
+from runtimes.names import Graph
 
 PREFIXES = ("first_stage_model.", "vae.model.", "vae.")
 
@@ -28,11 +29,6 @@ _VAE_KEY = re.compile(rf"(?:{'|'.join(map(re.escape, PREFIXES))})?(?:encoder|dec
 
 # Names that only another VAE has, and which it is.
 _OTHER_VAES = (
-    (
-        re.compile(r"bn\.running_mean|encoder\.quant_conv\..*|decoder\.post_quant_conv\..*"),
-        "FLUX.2 (AutoencoderKLFlux2)",
-    ),
-    (re.compile(r"(?:encoder|decoder)\.layers\.\d+\..*"), "TAESD and its kin (AutoencoderTiny)"),
     (re.compile(r"(?:encoder|decoder)\..*\.gamma"), "Wan or Qwen-Image (AutoencoderKLWan, AutoencoderKLQwenImage)"),
     (re.compile(r"(?:encoder|decoder)\.stages\..*|encoder\.down_blocks\.\d+\.\d+\..*"), "SANA (AutoencoderDC)"),
     (
@@ -55,6 +51,33 @@ def tensor_names(keys: Iterable[str]) -> dict[str, str]:
     refuse_other_vaes(selected)
     names = to_diffusers_names(selected)
     return {names[bare]: key for bare, key in selected.items()}
+
+
+def bare_names(keys: Iterable[str]) -> dict[str, str]:
+    """{key without wrappers and the VAE's prefix: key in the file}, of all tensors of a file."""
+    names = {}
+    for key in keys:
+        name = _WRAPPERS.sub("", key).removeprefix("state_dict.")
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+        names[name.removeprefix(prefix)] = key
+    return names
+
+
+def half_of(names: Iterable[str]) -> Graph | None:
+    """Which half of a VAE a file holds alone, by names that lack "encoder." and "decoder."; None for a whole VAE.
+
+    FLUX.2's small decoder and the original TAESD are published so.
+    """
+    names = set(names)
+    if any(name.startswith(("encoder.", "decoder.")) for name in names):
+        return None
+    numbered = any(re.fullmatch(r"\d+\.conv\.\d+\.weight", name) for name in names)
+    if numbered:  # the original TAESD: the decoder begins with a clamp, which has no weights
+        return "encoder" if "0.weight" in names else "decoder"
+    if "conv_in.weight" in names:
+        found = {name.partition(".")[0] for name in names}
+        return "decoder" if found & {"up", "up_blocks"} else "encoder" if found & {"down", "down_blocks"} else None
+    return None
 
 
 def select_vae_keys(keys: Iterable[str]) -> dict[str, str]:
@@ -112,7 +135,7 @@ def refuse_other_vaes(names: Iterable[str]) -> None:
     for name in names:
         for pattern, kind in _OTHER_VAES:
             if pattern.fullmatch(name):
-                raise ConfigError(f"it is the VAE of {kind}, not an AutoencoderKL, and is not supported ({name!r})")
+                raise ConfigError(f"it is the VAE of {kind}, which is not supported ({name!r})")
 
 
 def is_fused_projection(name: str) -> bool:

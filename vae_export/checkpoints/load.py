@@ -6,18 +6,19 @@ runs whatever code its author put into it.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from runtimes.config import VaeConfig, is_vae_config, read_json
+from runtimes.config import ConfigFile, is_vae_config, read_json
 from runtimes.errors import BundleError, ConfigError
 from runtimes.files import written_whole
-from vae_export.checkpoints.architecture import complete_config, find_public_vae, infer_architecture, with_factors
+from vae_export.checkpoints.architecture import find_public_vae, with_factors
 from vae_export.checkpoints.files import (
     WEIGHTS_FILE,
     WeightsFiles,
@@ -29,7 +30,7 @@ from vae_export.checkpoints.files import (
 )
 from vae_export.checkpoints.hub import Hub, check_repository, commit_of, parse_hub_url
 from vae_export.checkpoints.source import Source
-from vae_export.checkpoints.weights import PICKLES, build_model, conversion, read_weights, refuse_pickle
+from vae_export.checkpoints.weights import DECODER, PICKLES, build_model, conversion, read_weights, refuse_pickle
 from vae_export.families import DEFAULT, FAMILIES, family_named
 
 if TYPE_CHECKING:
@@ -48,13 +49,20 @@ def load_model(
     *,
     subfolder: str | None = None,
     variant: str | None = None,
-    config: VaeConfig | Mapping[str, Any] | str | Path | None = None,
+    config: Any = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
+    decoder: str | Path | None = None,
     hub: Hub | None = None,
 ) -> ReferenceVae:
-    """Load what the command line's --model names: directory, Hub id, URL or file; None is the embedded model."""
+    """Load what the command line's --model names: directory, Hub id, URL or file; None is the embedded model.
+
+    `decoder` names a single file with another decoder for the same encoder, as FLUX.2's small decoder is, or with the
+    decoder of a file that has the encoder alone, as the original TAESD is published.
+    """
     if source is None:
+        if decoder is not None:
+            raise ConfigError("decoder= (--decoder) needs the file of the model that it belongs to (--model)")
         model = load_pretrained(EMBEDDED)
         model.source = model.source._replace(given="embedded", kind="embedded", absolute=None)
     elif is_single_file(source):
@@ -62,9 +70,16 @@ def load_model(
             if value:
                 raise ConfigError(f"{source} is a single file, and {name}={value!r} is for directories; leave it out")
         return load_single_file(
-            source, config=config, scaling_factor=scaling_factor, shift_factor=shift_factor, hub=hub or Hub()
+            source,
+            config=config,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            decoder=decoder,
+            hub=hub or Hub(),
         )
     else:
+        if decoder is not None:
+            raise ConfigError(f"decoder={str(decoder)!r} is for a model that is a single file, and {source} is none")
         if config is not None:
             raise ConfigError(f"{source} has a config.json of its own; config= is for single files")
         model = load_pretrained(source, subfolder=subfolder, variant=variant, hub=hub)
@@ -107,38 +122,42 @@ def load_pretrained(
 def load_single_file(
     source: str | Path,
     *,
-    config: VaeConfig | Mapping[str, Any] | str | Path | None = None,
+    config: Any = None,
     scaling_factor: float | None = None,
     shift_factor: float | None = None,
+    decoder: str | Path | None = None,
     hub: Hub | None = None,
 ) -> ReferenceVae:
-    """`from_single_file`: a local file or the URL of a file on the Hub."""
+    """`from_single_file`: a local file or the URL of a file on the Hub, of any family; `decoder`: see `load_model`."""
     hub = hub or Hub()
-    located = parse_hub_url(str(source))
     complete = _complete_config_from(config, hub)
-    repo, commit, beside = None, None, None
-    if located is not None:
-        repo, revision, filename = located
-        hub = hub._replace(revision=hub.revision or revision)
-        refuse_pickle(filename)
-        path = hub.download(repo, filename)
-        assert path is not None
-        commit = commit_of(path)
-        beside = _config_of_repository(hub.pinned(path), repo, filename) if complete is None else None
-    else:
-        path = Path(source)
-        beside = _config_beside(path) if complete is None else None
-    family = family_named(DEFAULT)
-    weights = read_weights(path, family)
-    architecture = infer_architecture({name: tuple(tensor.shape) for name, tensor in weights.tensors.items()})
+    expected = None if complete is None else family_named(complete.class_names[0])
+    file = _located(source, hub)
+    weights = read_weights(file.path, expected, half=None if decoder is None else "encoder")
+    family, tensors = weights.family, weights.tensors
+    other = None
+    if decoder is not None:
+        other = _located(decoder, hub)
+        parts = read_weights(other.path, family, half="decoder").tensors
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(DECODER)}
+        tensors |= {name: tensor for name, tensor in parts.items() if name.startswith(DECODER)}
 
+    if family.architecture is None or family.complete_config is None:
+        raise ConfigError(f"{source}: an {family.name} is not read from a single file; give a diffusers directory")
+    architecture = family.architecture({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if complete is None:
+        beside = file.config_beside(family) if decoder is None else None
         given = dict(config) if isinstance(config, Mapping) else {}
         given = _agreed(beside, architecture) | given
-        complete = complete_config(architecture, given=given, public=find_public_vae(repo, weights.sha256))
+        public = find_public_vae(file.repo, weights.sha256)
+        complete = family.complete_config(architecture, given=given, public=public)
     complete = with_factors(complete, scaling_factor, shift_factor)
-    kind = "file" if repo is None else "hub"
-    return build_model(family, complete, weights.tensors, Source(str(source), kind, weights.sha256, repo, commit))
+    kind = "file" if file.repo is None else "hub"
+    origin = Source(str(source), kind, weights.sha256, file.repo, file.commit)
+    if other is not None:
+        place = str(decoder) if other.repo else os.path.abspath(other.path)
+        origin = origin._replace(decoder=place)
+    return build_model(family, complete, tensors, origin)
 
 
 def save_pretrained(model: ReferenceVae, directory: Path) -> None:
@@ -157,57 +176,86 @@ def save_pretrained(model: ReferenceVae, directory: Path) -> None:
 def read_config(path: Path) -> tuple[Family, Any]:
     """The family that a config.json names, and its config."""
     data = read_json(path)
+    return _family_of_config(data), _read_as_its_family(data, str(path))
+
+
+def _family_of_config(data: Any) -> Family:
     name = data.get("_class_name", DEFAULT) if isinstance(data, Mapping) else DEFAULT
-    family = family_named(name if name in FAMILIES else DEFAULT)  # which refuses other classes, and says what they are
-    return family, family.config_class.from_dict(data, origin=str(path))
+    return family_named(name if name in FAMILIES else DEFAULT)  # which refuses other classes, and says what they are
+
+
+def _read_as_its_family(data: Any, origin: str) -> Any:
+    """The config that a dictionary describes, of the class of its family."""
+    return _family_of_config(data).config_class.from_dict(data, origin=origin)
 
 
 # Configs ----------------------------------------------------------------------------------------------------------
 
 
-def _complete_config_from(config: VaeConfig | Mapping[str, Any] | str | Path | None, hub: Hub) -> VaeConfig | None:
+def _complete_config_from(config: Any, hub: Hub) -> Any:
     """The caller's config where it is a whole one (object, file, directory, Hub id, full dictionary), else None."""
-    if config is None or isinstance(config, VaeConfig):
+    if config is None or isinstance(config, ConfigFile):
         return config
     if isinstance(config, Mapping):
-        return VaeConfig.from_dict(config) if "block_out_channels" in config else None
+        return _read_as_its_family(config, "config") if "_class_name" in config or is_vae_config(config) else None
     path = Path(config)
     if path.exists():
-        return VaeConfig.from_json(path / CONFIG_FILE if path.is_dir() else path)
+        return read_config(path / CONFIG_FILE if path.is_dir() else path)[1]
     repo = check_repository(str(config))
     plain = hub._replace(revision=None)
     found = plain.download(repo, CONFIG_FILE, optional=True) or plain.download(repo, f"vae/{CONFIG_FILE}")
     assert found is not None
-    return VaeConfig.from_json(found)
+    return read_config(found)[1]
 
 
-def _config_of_repository(hub: Hub, repo: str, filename: str) -> tuple[VaeConfig, Path] | None:
-    """The config beside a file on the Hub, or in the repository's vae folder, where it is one of an AutoencoderKL."""
-    folder = filename.rpartition("/")[0]
-    names = dict.fromkeys((f"{folder}/{CONFIG_FILE}".lstrip("/"), f"vae/{CONFIG_FILE}"))
-    return _first_vae_config(hub.download(repo, name, optional=True) for name in names)
+class _Located(NamedTuple):
+    """A single file on this machine, and the repository that it was downloaded from."""
+
+    path: Path
+    hub: Hub
+    repo: str | None = None
+    filename: str = ""
+    commit: str | None = None
+
+    def config_beside(self, family: Family) -> tuple[Any, Path] | None:
+        """The config beside the file, or in the folder `vae` there, where it is one of this family."""
+        if self.repo is None:
+            folder = self.path.parent
+            candidates: Iterable[Path | None] = (folder / CONFIG_FILE, folder / "vae" / CONFIG_FILE)
+            return _first_config(family, (path if path is not None and path.is_file() else None for path in candidates))
+        folder_name, pinned, repo = self.filename.rpartition("/")[0], self.hub.pinned(self.path), self.repo
+        names = dict.fromkeys((f"{folder_name}/{CONFIG_FILE}".lstrip("/"), f"vae/{CONFIG_FILE}"))
+        return _first_config(family, (pinned.download(repo, name, optional=True) for name in names))
 
 
-def _config_beside(path: Path) -> tuple[VaeConfig, Path] | None:
-    """The config beside a local file, or in the vae folder there, as for a file at the root of a repository."""
-    candidates = (path.parent / CONFIG_FILE, path.parent / "vae" / CONFIG_FILE)
-    return _first_vae_config(candidate if candidate.is_file() else None for candidate in candidates)
+def _located(source: str | Path, hub: Hub) -> _Located:
+    """A local file as it is, or the file of a URL on the Hub, downloaded."""
+    found = parse_hub_url(str(source))
+    if found is None:
+        return _Located(Path(source), hub)
+    repo, revision, filename = found
+    hub = hub._replace(revision=hub.revision or revision)
+    refuse_pickle(filename)
+    path = hub.download(repo, filename)
+    assert path is not None
+    return _Located(path, hub, repo, filename, commit_of(path))
 
 
-def _first_vae_config(paths: Iterable[Path | None]) -> tuple[VaeConfig, Path] | None:
-    """The first that is the config of an AutoencoderKL; a warning names one that should be and cannot be read."""
+def _first_config(family: Family, paths: Iterable[Path | None]) -> tuple[Any, Path] | None:
+    """The first that is a config of this family; a warning names one that should be and cannot be read."""
     for path in paths:
         if path is not None:
             try:
                 data = read_json(path)
-                if is_vae_config(data):
-                    return VaeConfig.from_dict(data, origin=str(path)), path
+                default = family.name == DEFAULT and is_vae_config(data)
+                if default or (isinstance(data, Mapping) and data.get("_class_name") == family.name):
+                    return family.config_class.from_dict(data, origin=str(path)), path
             except ConfigError as error:
                 warnings.warn(f"the config beside the weights is left out: {error}", UserWarning, stacklevel=2)
     return None
 
 
-def _agreed(found: tuple[VaeConfig, Path] | None, architecture: Mapping[str, Any]) -> dict[str, Any]:
+def _agreed(found: tuple[Any, Path] | None, architecture: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the config beside the weights; none, and a warning, where it is not the config of these weights."""
     if found is None:
         return {}
@@ -218,7 +266,7 @@ def _agreed(found: tuple[VaeConfig, Path] | None, architecture: Mapping[str, Any
         if getattr(config, name) != value
     ]
     if not other:
-        return config.to_dict()
+        return dict(config.to_dict())
     warnings.warn(
         f"{path} is not the config of these weights and is left out: {'; '.join(other)}; give the right one with "
         "config= (--config)",

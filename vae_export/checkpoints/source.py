@@ -21,6 +21,7 @@ class Source(NamedTuple):
     subfolder: str | None = None
     variant: str | None = None  #: of the weights file, as in diffusion_pytorch_model.fp16.safetensors
     absolute: str | None = None  #: of a local path, which another working directory would change
+    decoder: str | None = None  #: the file that the decoder is from, where it is another one: an absolute path or a URL
     tensors_sha256: str | None = None  #: `tensors_sha256` of the model as it was loaded
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,13 +21,17 @@ from torch import Tensor
 
 from runtimes.errors import ConfigError, NumericsError
 from runtimes.files import what_it_is_instead
+from runtimes.names import Graph
 from vae_export.checkpoints.files import WeightsFiles, shortened
 from vae_export.checkpoints.hub import first_line
-from vae_export.checkpoints.keys import is_attention_projection, is_fused_projection
+from vae_export.checkpoints.keys import bare_names, half_of, is_attention_projection, is_fused_projection
 from vae_export.checkpoints.source import Source, tensors_sha256
+from vae_export.families import DEFAULT, family_named, recognised_family
 
 if TYPE_CHECKING:
     from vae_export.families.base import Family, ReferenceVae
+
+DECODER = ("decoder.", "post_quant_conv.")  #: beginnings of the names of a decoder's tensors in diffusers
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
@@ -35,12 +39,16 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 class Weights(NamedTuple):
     tensors: dict[str, Tensor]  #: fp32, diffusers names
     sha256: str  #: as `WeightsFiles.sha256` has it
+    family: Family  #: that of the config, else the one that the names tell
 
 
-def read_weights(source: Path | WeightsFiles, family: Family) -> Weights:
+def read_weights(source: Path | WeightsFiles, family: Family | None = None, *, half: Graph | None = None) -> Weights:
     """The VAE's tensors of a .safetensors file, or of parts with an index, in fp32 under diffusers names.
 
-    Other tensors are not even read.
+    `family` is that of the config; without one the names tell, and AutoencoderKL is the default. `half` is the half of
+    a VAE that the file may hold alone. Other tensors are not even read.
+
+    Raises `ConfigError` for a file that holds the weights of another family, or half a VAE where a whole one is wanted.
     """
     refuse_pickle(source if isinstance(source, Path) else source.path)
     files = WeightsFiles.at(source) if isinstance(source, Path) else source
@@ -50,7 +58,9 @@ def read_weights(source: Path | WeightsFiles, family: Family) -> Weights:
         files.check(held)
         part_of = {key: part for part, keys in held.items() for key in keys}
         try:
-            names = family.tensor_names(part_of)
+            keys = _whole_names(part_of, half)
+            family = _family_of(keys, family)
+            names = {name: keys[key] for name, key in family.tensor_names(keys).items()}
         except ConfigError as error:
             raise ConfigError(f"{files.path}: {error}") from None
         try:
@@ -58,12 +68,46 @@ def read_weights(source: Path | WeightsFiles, family: Family) -> Weights:
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{files.path} could not be read: {first_line(error)}") from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and not name.endswith(".num_batches_tracked"):
             raise ConfigError(f"{files.path}: tensor {name} is {tensor.dtype}, and weights are floating point")
         if is_attention_projection(name):
             tensor = tensor.reshape(tensor.shape[:2]) if math.prod(tensor.shape[2:]) == 1 else tensor
         tensors[name] = tensor.to(torch.float32)
-    return Weights(_without_fused(tensors, files.path), files.sha256())
+    return Weights(_without_fused(tensors, files.path), files.sha256(), family)
+
+
+def _whole_names(keys: Iterable[str], half: Graph | None) -> dict[str, str]:
+    """{key as in a file of a whole VAE: key in this file}; `ConfigError` for half a VAE that is not the `half` asked.
+
+    Files of half a VAE have their names without "encoder." or "decoder.".
+    """
+    keys = list(keys)
+    bare = bare_names(keys)
+    held = half_of(bare)
+    if held is None:
+        return {key: key for key in keys}
+    if held != half:
+        asked = f"its {half} is asked for" if half else "a whole VAE is needed"
+        way = {
+            "decoder": "give the VAE that it belongs to as the model, and this file as decoder= (--decoder)",
+            "encoder": "give the file of its decoder as well, with decoder= (--decoder)",
+        }
+        raise ConfigError(f"it holds {'an' if held == 'encoder' else 'a'} {held} alone, and {asked}; {way[held]}")
+    return {name if name.startswith(("quant_conv.", "post_quant_conv.")) else f"{held}.{name}": key
+            for name, key in bare.items()}  # fmt: skip
+
+
+def _family_of(keys: Iterable[str], expected: Family | None) -> Family:
+    """The family whose tensors have these names; `ConfigError` where the config's family is another."""
+    recognised = recognised_family(bare_names(keys))
+    if recognised is None:
+        return expected or family_named(DEFAULT)
+    if expected is not None and expected.name != recognised.name:
+        raise ConfigError(
+            f"its weights are of an {recognised.name}, and the config describes an {expected.name}: put the config and "
+            "the weights of one model together"
+        )
+    return recognised
 
 
 def _without_fused(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -108,6 +152,7 @@ def _opened(path: Path) -> Any:
 
 def build_model(family: Family, config: Any, tensors: Mapping[str, Tensor], source: Source) -> ReferenceVae:
     """The reference model with these weights, in eval mode. Strict: `ConfigError` or `NumericsError` otherwise."""
+    tensors = family.checked_tensors(tensors, source.given)
     layers = getattr(config, "layers_per_block", 1)
     if layers > len(tensors):  # checked here since a network of a billion layers would take for ever to make
         raise ConfigError(

@@ -86,6 +86,9 @@ def export(
     io: Annotated[
         str, typer.Option("--io", help="Format of images: float [B, 3, H, W] in [-1, 1], or uint8 [B, H, W, 3].")
     ] = "float",
+    latents: Annotated[
+        str, typer.Option(help="Latents of the graphs: raw, or normalised as the diffusion model has them.")
+    ] = "raw",
     calibrate: Calibrate = None,
     no_rescale: Annotated[
         bool,
@@ -128,6 +131,7 @@ def export(
         precision=target.default_precision if precision is None else precision,
         io_precision=io_precision,
         io=io,
+        latents=latents,
         rescale=not no_rescale,
         calibrate=calibrate,
         tileable=tileable,
@@ -138,10 +142,13 @@ def export(
     with progress_bar() as progress:
         progress(f"Loading {loading.model or 'the embedded model'}", 0, 1)
         loaded = loading.load()
-        from vae_export.export import check_choices  # it imports PyTorch: `load` has said how to install it
+        from vae_export.export import check_choices  # both import PyTorch: `load` has said how to install it
+        from vae_export.normalised import as_written
 
         check_choices(loaded, target, options)  # before an engine is planned, or its memory estimated, for them
-        profiles = profiles_of(loaded.config.downscale, height, width, batch, opt, profile or [])
+        profiles = profiles_of(
+            as_written(loaded, latents).latent_space.factor, height, width, batch, opt, profile or []
+        )
         options = replace(options, engine=target.plan(profiles, [gpu.strip() for gpu in (gpu or "").split(",") if gpu]))
         for line in target.notes(loaded, options):
             say(line, err)

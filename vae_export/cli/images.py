@@ -50,9 +50,9 @@ def _opened(
         progress_bar() as progress,
     ):
         if tile is not None:
-            if tile % vae.latent_space.factor or tile <= 0:
-                raise ShapeError(f"--tile {tile} is not a multiple of {vae.latent_space.factor}")
-            vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // vae.latent_space.factor
+            if tile % vae.graph_space.factor or tile <= 0:
+                raise ShapeError(f"--tile {tile} is not a multiple of {vae.graph_space.factor}")
+            vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // vae.graph_space.factor
 
         def begin(what: str) -> None:
             progress(what, 0, 1)

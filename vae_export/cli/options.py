@@ -142,6 +142,15 @@ class Loading:
             rich_help_panel=_PANEL,
         ),
     ] = None
+    decoder: Annotated[
+        Optional[str],
+        typer.Option(
+            help="For a single file: another file with the decoder, such as FLUX.2's small one.",
+            show_default=False,
+            parser=typed_name,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
     scaling_factor: Annotated[
         Optional[float],
         typer.Option(help="Where the checkpoint does not say it.", show_default=False, rich_help_panel=_PANEL),
@@ -153,7 +162,7 @@ class Loading:
 
     def load(self) -> ReferenceVae:
         """Load the model, or the embedded one if none is named."""
-        self.refuse_without_model("subfolder", "variant", "revision", "config")
+        self.refuse_without_model("subfolder", "variant", "revision", "config", "decoder")
         limit_torch_threads()
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         revision = given.pop("revision", None)

@@ -10,6 +10,7 @@ under the class name that stands in a checkpoint's config.json.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 from runtimes.errors import ConfigError
@@ -18,7 +19,14 @@ from runtimes.registry import Registry
 if TYPE_CHECKING:
     from vae_export.families.base import Family, ReferenceVae
 
-FAMILIES = Registry("family", ConfigError, {"AutoencoderKL": "vae_export.families.autoencoder_kl:FAMILY"})
+FAMILIES = Registry(
+    "family",
+    ConfigError,
+    {
+        "AutoencoderKL": "vae_export.families.autoencoder_kl:FAMILY",
+        "AutoencoderKLFlux2": "vae_export.families.flux2:FAMILY",
+    },
+)
 ALIASES = {"FlaxAutoencoderKL": "AutoencoderKL"}  #: other class names of the same configs
 
 DEFAULT = "AutoencoderKL"  #: the family of a config that names no class
@@ -37,3 +45,13 @@ def family_named(class_name: str, origin: str = "the config") -> Family:
 def family_of(model: ReferenceVae) -> Family:
     """The family of a reference model."""
     return cast("Family", FAMILIES[model.family])
+
+
+def recognised_family(names: Iterable[str]) -> Family | None:
+    """The family that alone has tensors of these names, without prefix; None where names do not tell."""
+    names = list(names)
+    for name in FAMILIES:
+        family = cast("Family", FAMILIES[name])
+        if family.recognises is not None and family.recognises(names):
+            return family
+    return None

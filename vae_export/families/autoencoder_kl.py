@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
 from runtimes.names import Graph
-from vae_export.checkpoints.architecture import infer_architecture
+from vae_export.checkpoints.architecture import complete_config, infer_architecture
 from vae_export.checkpoints.keys import tensor_names
 from vae_export.families.base import Family, ReferenceVae, Stage
 from vae_export.rewrites.form import Form
@@ -202,13 +202,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
-        channels, groups, act_fn = config.block_out_channels[::-1], config.norm_num_groups, config.act_fn
+        channels, groups, act_fn = config.decoder_widths[::-1], config.norm_num_groups, config.act_fn
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups, act_fn, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList()
         width = channels[0]
         for kind, out in zip(config.up_block_types, channels, strict=True):
-            block = Block(width, out, config.layers_per_block + 1, groups, act_fn, kind.startswith("Attn"))
+            block = Block(width, out, config.decoder_layers, groups, act_fn, kind.startswith("Attn"))
             if len(self.up_blocks) < len(channels) - 1:
                 block.upsamplers = nn.ModuleList([Upsample(out)])
             self.up_blocks.append(block)
@@ -224,25 +224,19 @@ class Decoder(nn.Module):
         return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))
 
 
-class AutoencoderKL(ReferenceVae):
-    """The VAE: images in [-1, 1] to a posterior over latents, and latents back to images.
+class KLNetwork(ReferenceVae):
+    """Encoder, decoder and the two 1x1 convolutions between them: the network of AutoencoderKL and of its relatives.
 
-    Build one from a `VaeConfig` or from its fields (`AutoencoderKL(latent_channels=16, ...)`, random weights), or load
-    one with `from_pretrained` or `from_single_file` (fp32, eval mode).
-
-    Latents are raw: `scaling_factor` and `shift_factor` are the business of whoever feeds them to a diffusion model.
+    Build one from a config or from its fields (`AutoencoderKL(latent_channels=16, ...)`, random weights), or load one
+    with `from_pretrained` or `from_single_file` (fp32, eval mode).
 
     Tiling and slicing: see `TilingSettings`.
     """
 
-    family = "AutoencoderKL"
-    config_class = VaeConfig
-    config: VaeConfig
-
-    def __init__(self, config: VaeConfig | None = None, **config_fields: Any) -> None:
+    def __init__(self, config: Any = None, **config_fields: Any) -> None:
         if config is not None and config_fields:
-            raise ConfigError("give a VaeConfig or its fields, not both")
-        super().__init__(VaeConfig(**config_fields) if config is None else config)
+            raise ConfigError(f"give a {self.config_class.__name__} or its fields, not both")
+        super().__init__(self.config_class(**config_fields) if config is None else config)
         latent = self.config.latent_channels
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
@@ -255,7 +249,8 @@ class AutoencoderKL(ReferenceVae):
 
         At one latent a norm with one channel a group has no variance (PyTorch refuses it), and with two a noisy one.
         """
-        return 1 if min(self.config.block_out_channels[-2:]) > 2 * self.config.norm_num_groups else 2
+        narrowest = min(*self.config.block_out_channels[-2:], *self.config.decoder_widths[-2:])
+        return 1 if narrowest > 2 * self.config.norm_num_groups else 2
 
     def encode_moments(self, x: Tensor) -> Tensor:
         """The whole encoder, quant_conv included: [B, in_channels, H, W] -> [B, 2*latent_channels, H//f, W//f]."""
@@ -280,10 +275,21 @@ class AutoencoderKL(ReferenceVae):
                 module.unfuse()
 
 
+class AutoencoderKL(KLNetwork):
+    """The VAE: images in [-1, 1] to a posterior over latents, and latents back to images.
+
+    Latents are raw: `scaling_factor` and `shift_factor` are the business of whoever feeds them to a diffusion model.
+    """
+
+    family = "AutoencoderKL"
+    config_class = VaeConfig
+    config: VaeConfig
+
+
 # What rewrites and estimates ask of the family ------------------------------------------------------------------------
 
 
-def stages(model: AutoencoderKL, side: Graph) -> Iterator[Stage]:
+def stages(model: KLNetwork, side: Graph) -> Iterator[Stage]:
     """The stages of the encoder or the decoder, in the order of the computation."""
     part = cast(Any, getattr(model, side))
     names = {module: name for name, module in model.named_modules()}
@@ -330,8 +336,7 @@ def _resnet(inside: int, outside: int, pixels: int) -> int:
     return max(2 * inside + outside, inside + 2 * outside) * pixels
 
 
-def _middle(config: VaeConfig, batch: int, tokens: int, form: Form) -> Iterator[int]:
-    channels = config.block_out_channels[-1]
+def _middle(config: VaeConfig, channels: int, batch: int, tokens: int, form: Form) -> Iterator[int]:
     yield _resnet(channels, channels, batch * tokens)
     if config.mid_block_add_attention:
         scores = 2 * batch * tokens * -(-tokens // form.attention_blocks)  # and their softmax
@@ -341,12 +346,12 @@ def _middle(config: VaeConfig, batch: int, tokens: int, form: Form) -> Iterator[
 def _decoder_places(config: VaeConfig, batch: int, height: int, width: int, form: Form) -> Iterator[int]:
     """Elements that are alive, place by place."""
     tokens = (height // config.downscale) * (width // config.downscale)
-    yield from _middle(config, batch, tokens, form)
-    pixels, inside = batch * tokens, config.block_out_channels[-1]
-    for index, outside in enumerate(reversed(config.block_out_channels)):
+    pixels, inside = batch * tokens, config.decoder_widths[-1]
+    yield from _middle(config, inside, batch, tokens, form)
+    for index, outside in enumerate(reversed(config.decoder_widths)):
         yield _resnet(inside, outside, pixels)
         yield _resnet(outside, outside, pixels)
-        if index < len(config.block_out_channels) - 1:
+        if index < len(config.decoder_widths) - 1:
             # Repeated, or computed as four maps, and then the result; a transposed convolution has the result alone.
             maps = 4 if form.upsample == "deconv" else 8
             yield outside * pixels * (1 + maps)
@@ -363,7 +368,7 @@ def _encoder_places(config: VaeConfig, batch: int, height: int, width: int, form
             yield outside * (2 * pixels + pixels // 4)  # padded, and a quarter of it
             pixels //= 4
         inside = outside
-    yield from _middle(config, batch, pixels // batch, form)
+    yield from _middle(config, inside, batch, pixels // batch, form)
 
 
 FAMILY = Family(
@@ -371,6 +376,7 @@ FAMILY = Family(
     rewrites=frozenset({"upsample", "norm", "attention", "last_block", "winograd", "rescale", "tileable"}),
     tensor_names=tensor_names,
     architecture=infer_architecture,
+    complete_config=complete_config,
     stages=stages,
     activation_places=activation_places,
 )

@@ -246,6 +246,11 @@ def _checkpoints(module: str) -> Any:
     return importlib.import_module(f"vae_export.checkpoints.{module}")
 
 
+def unchanged(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor]:
+    """Tensors that need no check of their own."""
+    return tensors
+
+
 def same_names(names: Iterable[str]) -> dict[str, str]:
     """Names of tensors that are diffusers' already."""
     return {name: name for name in names}
@@ -258,10 +263,16 @@ class Family:
     network: type[ReferenceVae]
     #: exact rewrites that apply: "upsample", "norm", "attention", "last_block", "winograd", "rescale", "tileable"
     rewrites: frozenset[str] = frozenset()
+    #: whether names of tensors, without prefix, can only be of this family; None: they are never only of it
+    recognises: Callable[[Iterable[str]], bool] | None = None
     #: keys of a file -> {name in diffusers: key in the file} of the VAE's tensors, also in the original code's names
     tensor_names: Callable[[Iterable[str]], Mapping[str, str]] = same_names
-    #: (config fields that the shapes of a single file's tensors determine); None: single files are not read
+    #: shapes of a single file's tensors -> the config fields that they determine; None: single files are not read
     architecture: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
+    #: (architecture, given=config fields, public=`PublicVae` or None) -> the whole config of a single file
+    complete_config: Callable[..., Any] | None = None
+    #: (tensors in diffusers names, where they are from) -> the same, checked for what is particular to the family
+    checked_tensors: Callable[[Mapping[str, Tensor], str], Mapping[str, Tensor]] = unchanged
     #: the stages of a graph's residual stream in the order of the computation, for "rescale"
     stages: Callable[[Any, Graph], Iterator[Stage]] | None = None
     #: (config, graph, batch, height, width, form) -> elements that are alive, place by place: device memory of engines

@@ -130,7 +130,7 @@ def probe(model: ReferenceVae, inputs: Iterable[tuple[str, Tensor]]) -> Ranges:
         with watch.watching():
             result = _run(watched, graph, x)
             if graph == "encoder":
-                _run(watched, "decoder", result[:, : model.config.latent_channels])
+                _run(watched, "decoder", result[:, : model.latent_space.channels])
         if watch.first_not_finite is not None:
             raise NumericsError(
                 f"{watch.first_not_finite} gives NaN or infinity already in fp32: the weights are unusable"
@@ -171,7 +171,7 @@ def calibration_inputs(
 
     `directory` holds the user's photographs, at any depth; the default is the embedded photographs.
     """
-    config, factor = model.config, model.config.downscale
+    config, factor = model.config, model.latent_space.factor
     photos = photographs(directory)
     total = len(photos) + len(LATENT_SIZES)
     for done, (path, (height, width)) in enumerate(zip(photos, itertools.cycle(LATENT_SIZES))):
@@ -182,7 +182,8 @@ def calibration_inputs(
     generator = torch.Generator().manual_seed(0)
     for done, (height, width) in enumerate(LATENT_SIZES, start=len(photos)):
         progress("Measuring activations on noise", done, total)
-        noise = torch.randn(1, config.latent_channels, height, width, generator=generator)
+        channels, patch = (space.normalised_channels, space.patch) if space.is_known else (space.channels, 1)
+        noise = torch.randn(1, channels, height // patch, width // patch, generator=generator)
         yield "decoder", space.denormalise(noise) if space.is_known else noise
     progress("Measured", total, total)
 

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from runtimes.manifest import Step
-from vae_export.families.autoencoder_kl import AutoencoderKL, Block, ResnetBlock, Upsample
+from vae_export.families.autoencoder_kl import Block, KLNetwork, ResnetBlock, Upsample
 from vae_export.rewrites.apply import rewrite
 from vae_export.rewrites.form import Form
 from vae_export.rewrites.upsample import DeconvUpsample, FourConvUpsample
@@ -33,7 +33,7 @@ _ONNX_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": T
 class HeadGraph(nn.Module):
     """The decoder up to and including the last attention: latent_sample [1, C, h, w] -> stream, fp16."""
 
-    def __init__(self, model: AutoencoderKL, blocks: int) -> None:
+    def __init__(self, model: KLNetwork, blocks: int) -> None:
         super().__init__()
         self.model, self.blocks = model, blocks
 
@@ -51,7 +51,7 @@ class HeadGraph(nn.Module):
 class TailGraph(nn.Module):
     """The encoder from its first attention block on: stream, fp16 -> latent_parameters [1, 2 * C, h, w], fp32."""
 
-    def __init__(self, model: AutoencoderKL, first: int) -> None:
+    def __init__(self, model: KLNetwork, first: int) -> None:
         super().__init__()
         self.model, self.first = model, first
 
@@ -172,7 +172,7 @@ class StepGraph:
 class TileableExport:
     """Writer of the steps of a model. The model must be rescaled, because maps between steps are stored in fp16."""
 
-    def __init__(self, model: AutoencoderKL, directory: Path, precision: str, form: Form) -> None:
+    def __init__(self, model: KLNetwork, directory: Path, precision: str, form: Form) -> None:
         # Not the lean last block: its two convolutions share an input, and here each of them is a separate step.
         form = form._replace(last_block="plain", convolutions="direct", attention_blocks=ATTENTION_BLOCKS)
         self.model = rewrite(model, form).to(DTYPES[precision])
@@ -203,7 +203,7 @@ class TileableExport:
         decoder, config = self.model.decoder, self.model.config
         blocks = cast("list[Block]", list(decoder.up_blocks))
         whole = 1 + max((n for n, block in enumerate(blocks) if block.has_attention), default=0)
-        width = config.block_out_channels[::-1][whole - 1]
+        width = config.decoder_widths[::-1][whole - 1]
         traced = TracedGraph(
             *(HeadGraph(self.model, whole), "latent_sample", torch.float32),
             *((1, config.latent_channels, "latent_height", "latent_width"), "stream", torch.float16),

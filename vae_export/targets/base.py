@@ -18,6 +18,7 @@ from runtimes.errors import ConfigError
 from runtimes.manifest import Engine, GraphSpec, Step
 from runtimes.names import Graph
 from vae_export.comparison import Case, Validator, bundle_validators
+from vae_export.normalised import as_written
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import CONVOLUTIONS, LAST_BLOCKS, NORMS, UPSAMPLES, Form
 
@@ -49,6 +50,10 @@ class Export:
         """The precision of the bundle."""
         assert self.options.precision is not None
         return self.options.precision
+
+    def written(self, model: ReferenceVae) -> ReferenceVae:
+        """Return a model as the graphs compute it, with the latents of the options: `as_written`."""
+        return as_written(model, self.options.latents)
 
     def form(self, graph: str) -> Form:
         """Return the form in which a graph is written."""

@@ -63,16 +63,14 @@ def check_memory(
 
 
 def largest_fitting(
-    config: Any, places: Places, form: Form, precision: str
+    config: Any, factor: int, places: Places, form: Form, precision: str
 ) -> Callable[[Profile, int], Profile | None]:
     """Return a function (profile, bytes) -> the profile with the largest height and width that fit, or None.
 
-    The function scales the maxima of height and width by the same ratio.
+    Sizes are multiples of `factor` pixels. The function scales the maxima of height and width by the same ratio.
     """
 
     def search(profile: Profile, available: int) -> Profile | None:
-        factor = config.downscale
-
         def shrunk(part: float) -> Profile:
             ranges = {}
             for name in ("height", "width"):

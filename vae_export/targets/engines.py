@@ -91,7 +91,7 @@ def rebuild_bundle(
             onnx = writer.directory / f"vae_{graph}" / ONNX_FILE
             if not onnx.exists():
                 raise CompatibilityError(f"{path} does not hold {onnx.relative_to(writer.directory)} to build from")
-            spec = build_graph(engine, graph, manifest.graphs[graph], onnx, manifest.latent_space.factor, progress)
+            spec = build_graph(engine, graph, manifest.graphs[graph], onnx, manifest.graph_space.factor, progress)
             graphs[graph] = replace(spec, file=f"vae_{graph}/{PLAN_FILE}")
         writer.write_manifest(
             replace(

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from runtimes.errors import ConfigError
 from runtimes.manifest import GraphSpec, TensorSpec
 from runtimes.names import Graph
 from vae_export.bundle import BundleWriter
 from vae_export.families.base import ReferenceVae
+from vae_export.normalised import as_written
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import Form
 from vae_export.targets.base import Export, FormChoices, Target, Written
@@ -37,6 +40,7 @@ def export_stablehlo(
     *,
     precision: str = "fp32",
     io_precision: str = "fp32",
+    latents: str = "raw",
     form: Form = FORM,
 ) -> GraphSpec:
     """Write a graph, "encoder" or "decoder", in jax.export's format: (parameters, float32 [B, C, H, W]) -> float32.
@@ -51,20 +55,24 @@ def export_stablehlo(
     jax, flax_model = _import_jax()
     jnp, export = jax.numpy, importlib.import_module("jax.export")
     dtype, products = DTYPES[precision]
-    vae = flax_model.FlaxAutoencoderKL.from_config(model.config, dtype=getattr(jnp, dtype), precision=products)
+    vae = flax_model.FlaxKLNetwork(model.config, getattr(jnp, dtype), products)
+    space, written = model.latent_space, as_written(model, latents)
 
     def encoder(params: Any, sample: Any) -> Any:
         posterior = vae.apply({"params": params}, sample, method=vae.encode).latent_dist
+        if latents == "normalised":
+            return space.normalise(posterior.mode().transpose(0, 3, 1, 2).astype(jnp.float32))
         return posterior.parameters.transpose(0, 3, 1, 2).astype(jnp.float32)
 
     def decoder(params: Any, latent_sample: Any) -> Any:
+        latent_sample = space.denormalise(latent_sample) if latents == "normalised" else latent_sample
         return vae.apply({"params": params}, latent_sample, method=vae.decode).sample.astype(jnp.float32)
 
     function, own = (encoder, "quant_conv") if graph == "encoder" else (decoder, "post_quant_conv")
     used = {name: tree for name, tree in vae.shapes().items() if name in (graph, own)}
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), used)
-    traced = traced_graphs(model, ONNX_DTYPES["fp32"], "float")[graph]
-    scale = model.config.downscale if graph == "encoder" else 1  #: pixels of the input per latent
+    traced = traced_graphs(written, ONNX_DTYPES["fp32"], "float")[graph]
+    scale = written.latent_space.factor if graph == "encoder" else 1  #: pixels of the input per latent
     # Sizes are multiples of the factor, so that every division inside the graph is exact.
     batch, height, width = export.symbolic_shape("batch, latent_height, latent_width")
     shape = (batch, traced.input_shape[1], height * scale, width * scale)
@@ -86,9 +94,16 @@ def write_params(model: ReferenceVae, directory: Path, precision: str) -> None:
     _import_jax()
     flax_params = importlib.import_module("runtimes.flax.params")
     dtype = getattr(flax_params.jnp, DTYPES[precision][0])
-    tensors = {name: tensor.detach().cpu().numpy().astype(dtype) for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().numpy().astype(dtype) for name, tensor in graph_weights(model)}
     data = flax_params.write_msgpack(flax_params.from_torch(tensors, "the model"))
     (directory / flax_params.FLAX_FILE).write_bytes(data)
+
+
+def graph_weights(model: ReferenceVae) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the weights that the graphs use: no statistics of latents, which are in the manifest."""
+    for name, tensor in model.state_dict().items():
+        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
+            yield name, tensor
 
 
 def check_available(io_precision: str) -> None:
@@ -126,14 +141,22 @@ class FlaxTarget(Target):
     graph_file = "model.stablehlo"
     forms: ClassVar = {"fp32": FORM, "bf16": FORM}
     ios = ("float",)
-    families = ("AutoencoderKL",)  # the families whose networks are implemented in JAX
+    families = ("AutoencoderKL", "AutoencoderKLFlux2")  # the families whose networks are implemented in JAX
     rescales = False  # bf16 has the range of fp32; unchanged parameters can be trained further in JAX
 
     def check(self, model: ReferenceVae, options: ExportOptions) -> None:
         check_available(options.io_precision)
 
     def write(self, export: Export, graph: Graph, path: Path) -> Written:
-        return Written(export_stablehlo(export.exact, graph, path, precision=export.precision, form=export.form(graph)))
+        spec = export_stablehlo(
+            export.exact,
+            graph,
+            path,
+            precision=export.precision,
+            latents=export.options.latents,
+            form=export.form(graph),
+        )
+        return Written(spec)
 
     def finish(self, export: Export, writer: BundleWriter) -> None:
         write_params(export.model, writer.directory, export.precision)

@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 
 from runtimes.manifest import Step
 from runtimes.names import GRAPHS, Graph
-from vae_export.families.autoencoder_kl import AutoencoderKL
+from vae_export.families.autoencoder_kl import KLNetwork
 from vae_export.families.base import ReferenceVae
 from vae_export.rewrites.form import Form
 from vae_export.rewrites.tileable import TileableExport
@@ -40,5 +40,5 @@ class OnnxTarget(Target):
         return None
 
     def write_steps(self, export: Export, divided: ReferenceVae, directory: Path) -> Mapping[str, tuple[Step, ...]]:
-        steps = TileableExport(cast(AutoencoderKL, divided), directory, export.precision, export.form("decoder"))
+        steps = TileableExport(cast(KLNetwork, divided), directory, export.precision, export.form("decoder"))
         return {graph: steps.steps(graph) for graph in GRAPHS}

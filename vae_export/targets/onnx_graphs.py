@@ -23,6 +23,7 @@ from runtimes.manifest import GraphSpec, TensorSpec
 from runtimes.names import Graph
 from runtimes.pixels import to_levels, to_samples
 from vae_export.families.base import ReferenceVae
+from vae_export.normalised import as_written
 from vae_export.rewrites.apply import rewrite
 from vae_export.rewrites.form import PLAIN, Form
 from vae_export.rewrites.operators import TRANSLATIONS
@@ -45,7 +46,7 @@ NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._
 
 
 class EncoderGraph(nn.Module):
-    """The encoder graph: sample [B, 3, H, W] -> latent_parameters [B, 2*C, H/f, W/f]."""
+    """The encoder graph: sample [B, 3, H, W] -> latent_parameters [B, 2*C, H/f, W/f], or latent_sample [B, C, ...]."""
 
     def __init__(self, model: ReferenceVae, io_dtype: torch.dtype) -> None:
         super().__init__()
@@ -99,9 +100,9 @@ class TracedGraph(NamedTuple):
 
 def traced_graphs(model: ReferenceVae, io_dtype: torch.dtype, io: str) -> dict[str, TracedGraph]:
     """Return {"encoder": ..., "decoder": ...} to trace. Images are `io_dtype`, or pixels if `io` is "uint8"."""
-    config = model.config
-    latent = ("batch", config.latent_channels, "latent_height", "latent_width")
-    moments = ("batch", model.latent_space.encoder_channels, "latent_height", "latent_width")
+    config, space = model.config, model.latent_space
+    latent = ("batch", space.channels, "latent_height", "latent_width")
+    encoded = ("batch", space.encoder_channels, "latent_height", "latent_width")
     images_in, images_out = (
         ("batch", "height", "width", channels) if io == "uint8" else ("batch", channels, "height", "width")
         for channels in (config.in_channels, config.out_channels)
@@ -109,8 +110,9 @@ def traced_graphs(model: ReferenceVae, io_dtype: torch.dtype, io: str) -> dict[s
     images = torch.uint8 if io == "uint8" else io_dtype
     encoder = (PixelEncoderGraph if io == "uint8" else EncoderGraph)(model, io_dtype)
     decoder = (PixelDecoderGraph if io == "uint8" else DecoderGraph)(model, io_dtype)
+    encoded_name = "latent_parameters" if space.posterior else "latent_sample"
     return {
-        "encoder": TracedGraph(encoder, "sample", images, images_in, "latent_parameters", io_dtype, moments),
+        "encoder": TracedGraph(encoder, "sample", images, images_in, encoded_name, io_dtype, encoded),
         "decoder": TracedGraph(decoder, "latent_sample", io_dtype, latent, "sample", images, images_out),
     }
 
@@ -124,6 +126,7 @@ def write_onnx(export: Export, graph: Graph, path: Path) -> GraphSpec:
         precision=export.precision,
         io_precision=export.options.io_precision,
         io=export.options.io,
+        latents=export.options.latents,
         form=export.form(graph),
     )
 
@@ -136,26 +139,29 @@ def export_onnx(
     precision: str = "fp32",
     io_precision: str = "fp32",
     io: str = "float",
+    latents: str = "raw",
     form: Form = PLAIN,
 ) -> GraphSpec:
     """Write one graph of the model, "encoder" or "decoder", as a single ONNX file, checked by onnx.checker.
 
     `form` selects among the equivalent forms of the graph. Weights and activations have the dtype of `precision`. Input
     and output are float32, or, with `io_precision="same"`, have the dtype of `precision` as well. With `io="uint8"`
-    images are pixels, uint8 [B, H, W, 3], and the graph contains the conversion.
+    images are pixels, uint8 [B, H, W, 3], and the graph contains the conversion. With `latents="normalised"` latents
+    are those of the diffusion model: see `NormalisedVae`.
 
     Raises `ConfigError` if the weights exceed the limit of a protobuf file, 2 GiB.
     """
     rewritten = rewrite(model, form).to(DTYPES[precision])
     io_dtype = DTYPES[precision if io_precision == "same" else "fp32"]
-    traced = traced_graphs(rewritten, io_dtype, io)[graph]
+    written = as_written(rewritten, latents)
+    traced = traced_graphs(written, io_dtype, io)[graph]
     part = cast(nn.Module, getattr(rewritten, graph, rewritten))
     size = sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
     if size > LARGEST:
         raise ConfigError(
             f"the {graph} has {size / 2**30:.1f} GiB of weights, and one ONNX file holds 2 GiB; export it in fp16"
         )
-    write_graph(trace_graph(traced, f"vae_{graph}", model.config.downscale), path)
+    write_graph(trace_graph(traced, f"vae_{graph}", written.latent_space.factor), path)
     return GraphSpec(
         file=path.name,
         input=TensorSpec(traced.input_name, _NAMES[traced.input_dtype], traced.input_shape),

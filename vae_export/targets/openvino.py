@@ -46,6 +46,7 @@ def export_ir(
     precision: str = "fp32",
     io_precision: str = "fp32",
     io: str = "float",
+    latents: str = "raw",
     form: Form = PLAIN,
 ) -> GraphSpec:
     """Write one graph, "encoder" or "decoder", as IR: `path` (.xml) and the weights beside it (.bin).
@@ -54,7 +55,7 @@ def export_ir(
     precision. Raises `ConfigError` for unsupported options.
     """
     check_available(precision, io_precision)
-    ir, spec = read_graph(model, graph, precision, form, io)
+    ir, spec = read_graph(model, graph, precision, form, io, latents)
     save_ir(ir, path, precision)
     return replace(spec, file=path.name)
 
@@ -68,6 +69,7 @@ def export_int8(
     calibration: Sequence[Array],
     measure: Callable[[Callable[[Array], Array]], float] | None,
     bar: float,
+    latents: str = "raw",
 ) -> tuple[GraphSpec, list[str]]:
     """Write one graph with its convolutions in int8. Returns its spec and the layers kept in higher precision.
 
@@ -75,7 +77,7 @@ def export_int8(
     kept in higher precision to reach it. Without `measure` all layers are quantized. Raises `NumericsError`, with the
     measurements, if the quality cannot be reached.
     """
-    ir, spec = read_graph(model, graph, "int8", form)
+    ir, spec = read_graph(model, graph, "int8", form, latents=latents)
     kept: list[str] = []
     if measure is None:
         ir = quantize_ir(ir, calibration)
@@ -95,13 +97,13 @@ def check_available(precision: str, io_precision: str) -> None:
 
 
 def read_graph(
-    model: ReferenceVae, graph: str, precision: str, form: Form, io: str = "float"
+    model: ReferenceVae, graph: str, precision: str, form: Form, io: str = "float", latents: str = "raw"
 ) -> tuple[openvino.Model, GraphSpec]:
     """Return a graph as an OpenVINO model in memory, and the spec of its input and output."""
     core = _runtime_module().shared_core()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
-        spec = export_onnx(model, graph, path, precision=TYPED_AS[precision], io=io, form=form)
+        spec = export_onnx(model, graph, path, precision=TYPED_AS[precision], io=io, latents=latents, form=form)
         # Not openvino.convert_model: it does the same for a file, but sends telemetry.
         ir = core.read_model(path.read_bytes())
     return ir, spec
@@ -207,10 +209,13 @@ class OpenVinoTarget(Target):
     def write(self, export: Export, graph: Graph, path: Path) -> Written:
         form = export.form(graph)
         if export.precision != "int8":
-            spec = export_ir(export.exact, graph, path, precision=export.precision, io=export.options.io, form=form)
+            io, latents = export.options.io, export.options.latents
+            spec = export_ir(export.exact, graph, path, precision=export.precision, io=io, latents=latents, form=form)
             return Written(spec)
         if "calibration" not in export.memo:
-            export.memo["calibration"] = int8_calibration(export.model, export.options.calibrate, export.progress)
+            export.memo["calibration"] = int8_calibration(
+                export.written(export.model), export.options.calibrate, export.progress
+            )
         spec, kept = export_int8(
             export.model,
             graph,
@@ -219,6 +224,7 @@ class OpenVinoTarget(Target):
             calibration=export.memo["calibration"][graph],
             measure=worst_photo(export.cases, graph, "int8") if export.cases else None,
             bar=THRESHOLDS["int8"].psnr_db,
+            latents=export.options.latents,
         )
         return Written(spec, ({"name": "quantize", "graph": graph, "kept_in_higher_precision": kept},))
 
@@ -239,11 +245,11 @@ def int8_calibration(
     result is measured.
     """
     paths = [path for path in photographs(calibrate) if calibrate is not None or path.stem != HELD_OUT]
-    side = INT8_SIDE - INT8_SIDE % model.config.downscale
+    side = INT8_SIDE - INT8_SIDE % model.latent_space.factor
     images: list[Array] = []
     latents: list[Array] = []
     for image in crops(paths, side, INT8_COUNT, model.config.in_channels):
         progress("Encoding photographs to calibrate on", len(images), INT8_COUNT)
         images.append(image.numpy())
-        latents.append(model.encode_moments(image)[:, : model.config.latent_channels].numpy())
+        latents.append(model.encode_moments(image)[:, : model.latent_space.channels].numpy())
     return {"encoder": images, "decoder": latents}

@@ -15,6 +15,7 @@ from runtimes.tensorrt.profiles import DEFAULT, Profile, checked, make_profile
 from vae_export.comparison import Validator, bundle_validators
 from vae_export.families import family_of
 from vae_export.families.base import ReferenceVae
+from vae_export.normalised import as_written
 from vae_export.options import ExportOptions
 from vae_export.rewrites.form import UPSAMPLES, Form
 from vae_export.targets.base import Export, FormChoices, Target, Written
@@ -46,13 +47,14 @@ class EngineTarget(Target):
         Raises `OutOfMemoryError` if a profile does not fit the GPU of this machine.
         """
         engine, precision = options.engine or self.plan(), str(options.precision)
+        factor = as_written(model, options.latents).latent_space.factor
         for profile in engine.profiles:
-            checked(profile, model.config.downscale)
+            checked(profile, factor)
         form, places = self.forms[precision], family_of(model).activation_places
         if places is None:
             return []
         estimates = estimate_memory(engine, model.config, places, form, precision)
-        check_memory(estimates, largest_fitting(model.config, places, form, precision), present_gpu())
+        check_memory(estimates, largest_fitting(model.config, factor, places, form, precision), present_gpu())
         return estimates
 
     def notes(self, model: ReferenceVae, options: ExportOptions) -> list[str]:
@@ -62,7 +64,8 @@ class EngineTarget(Target):
         engine = export.options.engine
         assert engine is not None
         spec = write_onnx(export, graph, path)
-        return Written(build_graph(engine, graph, spec, path, export.model.config.downscale, export.progress))
+        factor = export.written(export.model).latent_space.factor
+        return Written(build_graph(engine, graph, spec, path, factor, export.progress))
 
     def reason_not_run(self, precision: str) -> str | None:
         return NO_GPU if present_gpu() is None else None
