@@ -243,9 +243,12 @@ class VaeRuntime(Lifetime, TilingSettings):
         self._budget = None if value is None else Budget.of(value, self.manifest, self.backend, self.device)
 
     def _tiler(self) -> Tiler:
-        return Tiler(self, self.graph_space.factor, self.limits, self._budget, self._seamless, self)
+        halo = self.manifest.halo
+        return Tiler(self, self.graph_space.factor, self.limits, self._budget, halo, self._seamless, self)
 
     def _check_seamless(self) -> None:
+        if self.manifest.halo is not None:
+            return
         if not self.runs_steps:
             raise ConfigError(f'tiling="seamless" does not run in {self.backend} yet; enable_tiling("blended") does')
         if self._seamless is None:

@@ -28,7 +28,7 @@ REQUIRED_KEYS = (
     *("version", "target", "precision", "config", "source"),
     *("graphs", "rewrites", "tools", "validation", "files"),
 )
-OPTIONAL_KEYS = ("family", "latent_space", "latents", "engine", "tileable")
+OPTIONAL_KEYS = ("family", "latent_space", "latents", "engine", "tileable", "halo")
 LATENTS = ("raw", "normalised")  #: what the graphs give and take
 DEFAULT_FAMILY = "AutoencoderKL"  #: family of manifests that were written before they named one
 DTYPES = ("float32", "float16", "bfloat16", "uint8")
@@ -140,6 +140,8 @@ class Manifest:
     validation: Mapping[str, Any] = field(default_factory=dict)
     engine: Engine | None = None  #: of TensorRT bundles
     tileable: Mapping[str, tuple[Step, ...]] | None = None  #: graph -> its steps, in bundles for seamless tiling
+    #: graph -> latents around a tile that its result depends on, for networks without norms and attention
+    halo: Mapping[Graph, int] | None = None
     latents: str = "raw"  #: what the graphs give and take: one of LATENTS
 
     @property
@@ -163,6 +165,7 @@ class Manifest:
             "tools": dict(self.tools),
             **({} if self.engine is None else {"engine": self.engine.to_dict()}),
             **({} if self.tileable is None else {"tileable": _steps_to_dict(self.tileable)}),
+            **({} if self.halo is None else {"halo": dict(self.halo)}),
             "validation": dict(self.validation),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
         }
@@ -220,6 +223,7 @@ class Manifest:
             validation=_object(fields["validation"], "validation"),
             engine=Engine.from_dict(fields["engine"], graph_space.factor) if "engine" in fields else None,
             tileable=_steps(fields["tileable"], files) if "tileable" in fields else None,
+            halo=_halo(fields["halo"]) if "halo" in fields else None,
         )
 
 
@@ -300,6 +304,14 @@ def _name(value: Any, what: str) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise IntegrityError(f"{MANIFEST_FILE}: {what} is {value!r}, not a name")
     return value
+
+
+def _halo(value: Any) -> Mapping[Graph, int]:
+    data = _exactly(_object(value, "halo"), "halo", GRAPHS)
+    for name, latents in data.items():
+        if not _is_int(latents) or not 0 <= latents <= 65536:
+            raise IntegrityError(f"{MANIFEST_FILE}: halo of the {name} is {latents!r}, not a number of latents")
+    return cast(Mapping[Graph, int], data)
 
 
 def _model(family: str, config: dict[str, Any], latent_space: Any) -> tuple[VaeConfig | OtherConfig, LatentSpace]:

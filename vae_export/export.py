@@ -14,7 +14,7 @@ from typing import Any
 from runtimes import Bundle
 from runtimes.errors import ConfigError
 from runtimes.manifest import LATENTS, Engine, Manifest
-from runtimes.names import GRAPHS
+from runtimes.names import GRAPHS, Graph
 from runtimes.progress import Progress, no_progress
 from vae_export import __version__
 from vae_export.bundle import BundleWriter, check_output, write_bundle
@@ -104,6 +104,7 @@ def export_bundle(
             tools={"python": platform.python_version(), **tool_versions(), **target.tool_versions(options)},
             engine=options.engine,
             tileable=steps,
+            halo=halo_of(model),
             validation={"verdict": "skipped", "reason": "--no-validate was given"},
         )
         writer.write_manifest(manifest)
@@ -111,6 +112,13 @@ def export_bundle(
             validation = validate_written(export, target, writer, measurements)
             writer.write_manifest(replace(manifest, validation=validation))
         return writer.finish()
+
+
+def halo_of(model: ReferenceVae) -> Mapping[Graph, int] | None:
+    """How far in latents results depend on their surroundings, for each graph; None where on the whole image."""
+    family = family_of(model)
+    halos = {graph: None if family.halo is None else family.halo(model, graph) for graph in GRAPHS}
+    return None if None in halos.values() else {graph: int(halo or 0) for graph, halo in halos.items()}
 
 
 def complete_options(model: ReferenceVae, options: ExportOptions) -> tuple[Target, ExportOptions]:
@@ -159,6 +167,8 @@ def check_choices(model: ReferenceVae, target: Target, options: ExportOptions) -
     if options.tileable and not target.tileable:
         able = " and ".join(name for name in TARGETS if TARGETS[name].tileable)
         raise ConfigError(f"bundles for seamless tiling (--tileable) are {able}, not {target.name}")
+    if options.tileable and halo_of(model) is not None:
+        raise ConfigError(f"every bundle of an {model.family} tiles without seams: leave --tileable out")
     if options.tileable and "tileable" not in family_of(model).rewrites:
         raise ConfigError(f"an {model.family} cannot be cut into steps for seamless tiling (--tileable)")
     if not model.latent_space.is_known:

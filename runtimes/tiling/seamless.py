@@ -250,13 +250,13 @@ def _plan(steps: Sequence[Step], sizes: Iterable[tuple[int, int]], tile_values: 
             plan.append([Tile(0, height, 0, width)])
         else:
             side = max(8, math.isqrt(tile_values // max(channels, step.channels)))
-            rows, columns = (list(_parts(length, side, REACH[step.kind].out)) for length in (height, width))
+            rows, columns = (list(cut(length, side, REACH[step.kind].out)) for length in (height, width))
             plan.append([Tile(*row, *column) for row in rows for column in columns])
         channels = step.channels
     return plan
 
 
-def _parts(length: int, most: int, unit: int) -> Iterator[tuple[int, int]]:
+def cut(length: int, most: int, unit: int) -> Iterator[tuple[int, int]]:
     """Cut a length into the fewest parts, multiples of `unit`, of two sizes at most: graphs are compiled for each."""
     length, most = length // unit, max(most // unit, 1)
     count = -(-length // most)

@@ -6,7 +6,7 @@ the steps of seamless tiling where there are any; it knows nothing else of the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from runtimes.errors import OutOfMemoryError, ShapeError
 from runtimes.names import Graph
 from runtimes.tiling.blended import TileGrid, run_tiled
 from runtimes.tiling.budget import Budget
+from runtimes.tiling.halo import run_with_halo
 from runtimes.tiling.seamless import SeamlessGraphs
 from runtimes.tiling.settings import SMALLEST_TILE, TilingSettings
 
@@ -38,6 +39,7 @@ class Tiler:
     factor: int  #: pixels for each latent
     limits: Callable[[Graph, int], Limits] = lambda graph, batch: NO_LIMITS  #: of a graph at a batch size
     budget: Budget | None = None
+    halo: Mapping[Graph, int] | None = None  #: of a network without norms and attention: latents around a tile
     seamless: SeamlessGraphs | None = None  #: the steps of a tileable bundle ...
     backend: Any = None  #: ... and what runs them
 
@@ -64,10 +66,22 @@ class Tiler:
             yield partial(function, x) if side is None else partial(self._tiled, function, x, graph, side)
 
     def _tiled(self, function: Callable[[Any], Any], x: Any, graph: Graph, side: int) -> Any:
+        smallest = self.limits(graph, x.shape[0]).smallest(side * self.factor)
+        if self.settings.tiling == "seamless" and self.halo is not None:
+            units = (self.factor, 1) if graph == "encoder" else (1, self.factor)
+            return run_with_halo(
+                function,
+                x,
+                side=max(side - 2 * self.halo[graph], SMALLEST_TILE),
+                halo=self.halo[graph],
+                unit=units[0],
+                unit_out=units[1],
+                smallest=-(-smallest // self.factor),
+                on_tile=self.settings.on_tile,
+            )
         if self.settings.tiling == "seamless":
             assert self.seamless is not None
             return self.seamless.run(self.backend, graph, x, side, self.settings.on_tile)
-        smallest = self.limits(graph, x.shape[0]).smallest(side * self.factor)
         smallest = smallest if graph == "encoder" else -(-smallest // self.factor)
         return run_tiled(function, x, self.grid(graph, side), smallest=smallest, on_tile=self.settings.on_tile)
 

@@ -25,6 +25,8 @@ FAMILIES = Registry(
     {
         "AutoencoderKL": "vae_export.families.autoencoder_kl:FAMILY",
         "AutoencoderKLFlux2": "vae_export.families.flux2:FAMILY",
+        "AutoencoderTiny": "vae_export.families.tiny:FAMILY",
+        "TAEF2": "vae_export.families.tiny:TAEF2_FAMILY",
     },
 )
 ALIASES = {"FlaxAutoencoderKL": "AutoencoderKL"}  #: other class names of the same configs

@@ -246,6 +246,11 @@ def _checkpoints(module: str) -> Any:
     return importlib.import_module(f"vae_export.checkpoints.{module}")
 
 
+def as_it_is(model: ReferenceVae) -> ReferenceVae:
+    """A model that rewrites take as it is."""
+    return model
+
+
 def unchanged(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor]:
     """Tensors that need no check of their own."""
     return tensors
@@ -273,6 +278,10 @@ class Family:
     complete_config: Callable[..., Any] | None = None
     #: (tensors in diffusers names, where they are from) -> the same, checked for what is particular to the family
     checked_tensors: Callable[[Mapping[str, Tensor], str], Mapping[str, Tensor]] = unchanged
+    #: model -> the same, in place, with its upsamplings as modules `Upsample` that "upsample" folds
+    prepared: Callable[[Any], Any] = as_it_is
+    #: (model, graph) -> how far in latents a result depends on its surroundings; None: on the whole image
+    halo: Callable[[Any, Graph], int | None] | None = None
     #: the stages of a graph's residual stream in the order of the computation, for "rescale"
     stages: Callable[[Any, Graph], Iterator[Stage]] | None = None
     #: (config, graph, batch, height, width, form) -> elements that are alive, place by place: device memory of engines

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vae_export.families import family_of
 from vae_export.families.autoencoder_kl import ResnetBlock, Upsample
 from vae_export.families.base import Model, ReferenceVae
 
@@ -93,5 +94,7 @@ def slim_last_block(model: Model) -> Model:
 
 def has_lean_form(model: ReferenceVae) -> bool:
     """Return whether `slim_last_block` changes the model."""
+    if "last_block" not in family_of(model).rewrites:
+        return False
     blocks = cast(Any, model).decoder.up_blocks
     return len(blocks) > 1 and blocks[-1].resnets[0].conv_shortcut is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vae_export.families import family_of
 from vae_export.families.autoencoder_kl import Upsample
 from vae_export.families.base import Model
 
@@ -67,6 +68,7 @@ def fold_upsample(model: Model, form: str) -> Model:
     """
     model = copy.deepcopy(model)
     if form != "none":
+        model = family_of(model).prepared(model)
         for parent, name, upsample in list(_children(model, Upsample)):
             parent.add_module(name, _FOLDED[form](cast(Upsample, upsample).conv))
     return model
