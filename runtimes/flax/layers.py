@@ -144,28 +144,32 @@ class FoldedConv(Layer):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        b, h, w, c = x.shape
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, c)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (c,)).astype(self.dtype)
-        x = x.astype(self.dtype)
-        parts: list[Array] = []
-        for rows in (jnp.stack([kernel[0], kernel[1] + kernel[2]]), jnp.stack([kernel[0] + kernel[1], kernel[2]])):
-            for taps in ((rows[:, 0], rows[:, 1] + rows[:, 2]), (rows[:, 0] + rows[:, 1], rows[:, 2])):
-                row, column = divmod(len(parts), 2)
-                part = lax.conv_general_dilated(
-                    x,
-                    jnp.stack(taps, axis=1).astype(self.dtype),
-                    window_strides=(1, 1),
-                    padding=(
-                        (1 - row, row),
-                        (1 - column, column),
-                    ),  # even outputs read the previous pixel, odd ones the next
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                    precision=self.precision,
-                )
-                parts.append(part + bias)
-        square = jnp.stack(parts, axis=3).reshape(b, h, w, 2, 2, c)
-        return square.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c)
+        c = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, c, c))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        return fold_nearest(x, kernel, bias, self.dtype, self.precision)
+
+
+def fold_nearest(x: Array, kernel: Array, bias: Array | None, dtype: Any, precision: Any) -> Array:
+    """Nearest x2 and a 3x3 convolution, [B, H, W, C] -> [B, 2*H, 2*W, Cout], as `FoldedConv` describes."""
+    b, h, w, _ = x.shape
+    x, kernel = x.astype(dtype), kernel.astype(jnp.float32)
+    parts: list[Array] = []
+    for rows in (jnp.stack([kernel[0], kernel[1] + kernel[2]]), jnp.stack([kernel[0] + kernel[1], kernel[2]])):
+        for taps in ((rows[:, 0], rows[:, 1] + rows[:, 2]), (rows[:, 0] + rows[:, 1], rows[:, 2])):
+            row, column = divmod(len(parts), 2)
+            part = lax.conv_general_dilated(
+                x,
+                jnp.stack(taps, axis=1).astype(dtype),
+                window_strides=(1, 1),
+                # Even outputs read the previous pixel, odd ones the next.
+                padding=((1 - row, row), (1 - column, column)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=precision,
+            )
+            parts.append(part if bias is None else part + bias.astype(dtype))
+    square = jnp.stack(parts, axis=3).reshape(b, h, w, 2, 2, -1)
+    return square.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, -1)
 
 
 class Block(Layer):

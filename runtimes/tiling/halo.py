@@ -33,16 +33,18 @@ def run_with_halo(
 
     A latent is `unit` elements of `x` and `unit_out` elements of the result, along each side. `side` is the most that a
     tile has in latents without its halo, `halo` what it reads around it, and `smallest` the least side in latents,
-    halo included, that the function takes.
+    halo included, that the function takes. All tiles have one size, halo included: runtimes compile for each size.
     """
     concatenate = array_module(x).concatenate
     height, width = (length // unit for length in x.shape[-2:])  # type: ignore[attr-defined]
     rows, columns = list(cut(height, side, 1)), list(cut(width, side, 1))
+    most_rows, most_columns = (max(end - start for start, end in parts) for parts in (rows, columns))
     done = itertools.count(1)
 
     def tile_at(row: tuple[int, int], column: tuple[int, int]) -> Any:
         (top, bottom), (left, right) = (
-            _with_halo(*part, halo, smallest, length) for part, length in ((row, height), (column, width))
+            _with_halo(*part, halo, max(smallest, largest + 2 * halo), length)
+            for part, largest, length in ((row, most_rows, height), (column, most_columns, width))
         )
         result: Any = function(x[:, :, top * unit : bottom * unit, left * unit : right * unit])  # type: ignore[index]
         if on_tile is not None:

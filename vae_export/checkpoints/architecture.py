@@ -103,7 +103,7 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
     channels = widths_of(shapes, "encoder")
     levels = len(channels)
-    layers = _count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+    layers = layers_of(shapes, "encoder")
 
     def block_types(side: str, plain: str, attention: str) -> tuple[str, ...]:
         prefixes = (f"{side}.{i}.attentions." for i in range(levels))
@@ -128,6 +128,12 @@ def widths_of(shapes: Mapping[str, tuple[int, ...]], side: Graph) -> tuple[int, 
     blocks = f"{side}.{'down' if side == 'encoder' else 'up'}_blocks"
     levels = _count(shapes, rf"{re.escape(blocks)}\.(\d+)\.")
     return tuple(_convolution_shape(shapes, f"{blocks}.{i}.resnets.0.conv1.weight")[0] for i in range(levels))
+
+
+def layers_of(shapes: Mapping[str, tuple[int, ...]], side: Graph) -> int:
+    """Number of resnets of each level of the encoder or the decoder."""
+    blocks = "down_blocks" if side == "encoder" else "up_blocks"
+    return _count(shapes, rf"{side}\.{blocks}\.0\.resnets\.(\d+)\.")
 
 
 def _convolution_shape(shapes: Mapping[str, tuple[int, ...]], key: str) -> tuple[int, ...]:

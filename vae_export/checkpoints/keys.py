@@ -35,7 +35,6 @@ _OTHER_VAES = (
         re.compile(r"decoder\..*(?:time_conv_out|temporal_res_block|time_mix_conv|time_stack)\..*"),
         "Stable Video Diffusion (AutoencoderKLTemporalDecoder)",
     ),
-    (re.compile(r"decoder\.condition_encoder\..*"), "inpainting with Stable Diffusion 1.5 (AsymmetricAutoencoderKL)"),
     (re.compile(r"quantize\.embedding\.weight"), "a vector-quantised autoencoder (VQModel)"),
 )
 _ATTENTION_LEAVES = {

@@ -155,9 +155,7 @@ def build_model(family: Family, config: Any, tensors: Mapping[str, Tensor], sour
     tensors = family.checked_tensors(tensors, source.given)
     layers = getattr(config, "layers_per_block", 1)
     if layers > len(tensors):  # checked here since a network of a billion layers would take for ever to make
-        raise ConfigError(
-            f"{source.given}: layers_per_block = {layers}, and the file has {len(tensors)} tensors in all"
-        )
+        raise ConfigError(f"{source.given}: {layers} layers a block, and the file has {len(tensors)} tensors in all")
     try:
         with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
             model = family.network(config)

@@ -25,6 +25,7 @@ FAMILIES = Registry(
     {
         "AutoencoderKL": "vae_export.families.autoencoder_kl:FAMILY",
         "AutoencoderKLFlux2": "vae_export.families.flux2:FAMILY",
+        "AsymmetricAutoencoderKL": "vae_export.families.asymmetric:FAMILY",
         "AutoencoderTiny": "vae_export.families.tiny:FAMILY",
         "TAEF2": "vae_export.families.tiny:TAEF2_FAMILY",
     },

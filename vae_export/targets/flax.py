@@ -7,11 +7,12 @@ Flax class. Batch and image size are symbolic, and each graph is written for all
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from runtimes.errors import ConfigError
@@ -52,24 +53,22 @@ def export_stablehlo(
     check_available(io_precision)
     if form != FORM:
         raise ConfigError(f"flax bundles are written in one form, {FORM}, not in {form}")
-    jax, flax_model = _import_jax()
+    jax, _ = _import_jax()
     jnp, export = jax.numpy, importlib.import_module("jax.export")
     dtype, products = DTYPES[precision]
-    vae = flax_model.FlaxKLNetwork(model.config, getattr(jnp, dtype), products)
+    network = NETWORKS[model.family](model, getattr(jnp, dtype), products)
     space, written = model.latent_space, as_written(model, latents)
 
     def encoder(params: Any, sample: Any) -> Any:
-        posterior = vae.apply({"params": params}, sample, method=vae.encode).latent_dist
-        if latents == "normalised":
-            return space.normalise(posterior.mode().transpose(0, 3, 1, 2).astype(jnp.float32))
-        return posterior.parameters.transpose(0, 3, 1, 2).astype(jnp.float32)
+        encoded = network.encode(params, sample).astype(jnp.float32)
+        return space.normalise(encoded[:, : space.channels]) if latents == "normalised" else encoded
 
     def decoder(params: Any, latent_sample: Any) -> Any:
         latent_sample = space.denormalise(latent_sample) if latents == "normalised" else latent_sample
-        return vae.apply({"params": params}, latent_sample, method=vae.decode).sample.astype(jnp.float32)
+        return network.decode(params, latent_sample).astype(jnp.float32)
 
     function, own = (encoder, "quant_conv") if graph == "encoder" else (decoder, "post_quant_conv")
-    used = {name: tree for name, tree in vae.shapes().items() if name in (graph, own)}
+    used = {name: tree for name, tree in network.shapes.items() if name in (graph, own)}
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), used)
     traced = traced_graphs(written, ONNX_DTYPES["fp32"], "float")[graph]
     scale = written.latent_space.factor if graph == "encoder" else 1  #: pixels of the input per latent
@@ -89,20 +88,72 @@ def export_stablehlo(
     )
 
 
+class JaxNetwork(NamedTuple):
+    """A family's network as functions of parameters and arrays, which are channels-first on both ends."""
+
+    encode: Callable[[Any, Any], Any]  #: images -> moments, or plain latents
+    decode: Callable[[Any, Any], Any]  #: raw latents -> images
+    shapes: Mapping[str, Any]  #: the tree of parameters, of arrays or of their shapes
+
+
+def kl_network(model: ReferenceVae, dtype: Any, precision: Any) -> JaxNetwork:
+    """Return the network of AutoencoderKL and its relatives."""
+    _, flax_model = _import_jax()
+    vae = flax_model.FlaxKLNetwork(model.config, dtype, precision)
+
+    def encode(params: Any, sample: Any) -> Any:
+        posterior = vae.apply({"params": params}, sample, method=vae.encode).latent_dist
+        return posterior.parameters.transpose(0, 3, 1, 2)
+
+    def decode(params: Any, latents: Any) -> Any:
+        return vae.apply({"params": params}, latents, method=vae.decode).sample
+
+    return JaxNetwork(encode, decode, vae.shapes())
+
+
+def tiny_network(model: ReferenceVae, dtype: Any, precision: Any) -> JaxNetwork:
+    """Return the network of AutoencoderTiny and TAEF2."""
+    tiny = importlib.import_module("runtimes.flax.tiny").TinyNetwork(model.config, dtype, precision)
+
+    def encode(params: Any, sample: Any) -> Any:
+        return tiny.encode(params, sample.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+    def decode(params: Any, latents: Any) -> Any:
+        return tiny.decode(params, latents.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+    return JaxNetwork(encode, decode, params_of(model, np.dtype(np.float32)))
+
+
+#: family -> its network in JAX
+NETWORKS: dict[str, Callable[[ReferenceVae, Any, Any], JaxNetwork]] = {
+    "AutoencoderKL": kl_network,
+    "AutoencoderKLFlux2": kl_network,
+    "AsymmetricAutoencoderKL": kl_network,
+    "AutoencoderTiny": tiny_network,
+    "TAEF2": tiny_network,
+}
+
+
+def params_of(model: ReferenceVae, dtype: Any) -> Any:
+    """Return the weights that the graphs use as a tree of Flax parameters, rounded to `dtype`."""
+    flax_params = importlib.import_module("runtimes.flax.params")
+    tensors = {name: tensor.detach().cpu().numpy().astype(dtype) for name, tensor in graph_weights(model)}
+    return flax_params.from_torch(tensors, "the model")
+
+
 def write_params(model: ReferenceVae, directory: Path, precision: str) -> None:
     """Write the parameters of both graphs, rounded to the precision, to one file in the directory."""
     _import_jax()
     flax_params = importlib.import_module("runtimes.flax.params")
-    dtype = getattr(flax_params.jnp, DTYPES[precision][0])
-    tensors = {name: tensor.detach().cpu().numpy().astype(dtype) for name, tensor in graph_weights(model)}
-    data = flax_params.write_msgpack(flax_params.from_torch(tensors, "the model"))
+    data = flax_params.write_msgpack(params_of(model, getattr(flax_params.jnp, DTYPES[precision][0])))
     (directory / flax_params.FLAX_FILE).write_bytes(data)
 
 
 def graph_weights(model: ReferenceVae) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the weights that the graphs use: no statistics of latents, which are in the manifest."""
+    """Yield (name, tensor) of the weights that the graphs use: no statistics of latents, nothing for masks."""
     for name, tensor in model.state_dict().items():
-        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
+        graphs = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+        if name.startswith(graphs) and ".condition_encoder." not in name:
             yield name, tensor
 
 
@@ -141,7 +192,7 @@ class FlaxTarget(Target):
     graph_file = "model.stablehlo"
     forms: ClassVar = {"fp32": FORM, "bf16": FORM}
     ios = ("float",)
-    families = ("AutoencoderKL", "AutoencoderKLFlux2")  # the families whose networks are implemented in JAX
+    families = tuple(NETWORKS)  # the families whose networks are implemented in JAX
     rescales = False  # bf16 has the range of fp32; unchanged parameters can be trained further in JAX
 
     def check(self, model: ReferenceVae, options: ExportOptions) -> None:
