@@ -5,6 +5,7 @@ What is particular to a target is in `vae_export.targets`, what is particular to
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -85,7 +86,7 @@ def export_bundle(
             written = target.write(export, graph, path)
             graphs[graph] = replace(written.spec, file=f"{path.parent.name}/{written.spec.file}")
             records += written.records
-            (path.parent / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
+            (path.parent / CONFIG_FILE).write_text(graph_config(model, graph), encoding="utf-8")
         steps = target.write_steps(export, for_steps(export), writer.directory) if options.tileable else None
         target.finish(export, writer)
         (writer.directory / CONFIG_FILE).write_text(model.config.to_json(), encoding="utf-8")
@@ -112,6 +113,13 @@ def export_bundle(
             validation = validate_written(export, target, writer, measurements)
             writer.write_manifest(replace(manifest, validation=validation))
         return writer.finish()
+
+
+def graph_config(model: ReferenceVae, graph: Graph) -> str:
+    """The text of the config.json beside a graph, in which other programs find what they expect."""
+    if graph == "encoder":
+        return str(model.config.to_json())
+    return json.dumps(model.config.to_dict() | dict(family_of(model).decoder_fields(model)), indent=2) + "\n"
 
 
 def halo_of(model: ReferenceVae) -> Mapping[Graph, int] | None:

@@ -246,6 +246,11 @@ def _checkpoints(module: str) -> Any:
     return importlib.import_module(f"vae_export.checkpoints.{module}")
 
 
+def no_fields(model: ReferenceVae) -> Mapping[str, Any]:
+    """No further fields."""
+    return {}
+
+
 def as_it_is(model: ReferenceVae) -> ReferenceVae:
     """A model that rewrites take as it is."""
     return model
@@ -278,6 +283,8 @@ class Family:
     complete_config: Callable[..., Any] | None = None
     #: (tensors in diffusers names, where they are from) -> the same, checked for what is particular to the family
     checked_tensors: Callable[[Mapping[str, Tensor], str], Mapping[str, Tensor]] = unchanged
+    #: model -> fields that other programs expect in the config.json beside the decoder, in addition to the config's own
+    decoder_fields: Callable[[Any], Mapping[str, Any]] = no_fields
     #: model -> the same, in place, with its upsamplings as modules `Upsample` that "upsample" folds
     prepared: Callable[[Any], Any] = as_it_is
     #: (model, graph) -> how far in latents a result depends on its surroundings; None: on the whole image

@@ -195,6 +195,12 @@ def checked_tensors(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Ten
     return {**tensors, COUNT: count.reshape(()).to(torch.int64)}
 
 
+def decoder_fields(model: AutoencoderKLFlux2) -> dict[str, Any]:
+    """The statistics of the latents, where OpenVINO GenAI and Optimum look for them."""
+    mean, variance = cast(Tensor, model.bn.running_mean), cast(Tensor, model.bn.running_var)
+    return {"bn_running_mean_data": mean.tolist(), "bn_running_var_data": variance.tolist()}
+
+
 FAMILY = Family(
     network=AutoencoderKLFlux2,
     rewrites=frozenset({"upsample", "norm", "attention", "last_block", "winograd", "rescale", "tileable"}),
@@ -203,6 +209,7 @@ FAMILY = Family(
     architecture=architecture,
     complete_config=complete_config,
     checked_tensors=checked_tensors,
+    decoder_fields=decoder_fields,
     stages=stages,
     activation_places=activation_places,
 )
