@@ -24,16 +24,13 @@ ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 
 Config = TypeVar("Config", bound="ConfigFile")
 
-# Other autoencoders of diffusers, and whose they are.
+# Autoencoders of diffusers that are recognised and not supported, and whose they are.
 OTHER_VAES = {
-    "AsymmetricAutoencoderKL": "inpainting with Stable Diffusion 1.5",
     "AutoencoderDC": "SANA",
-    "AutoencoderKLFlux2": "FLUX.2",
     "AutoencoderKLHunyuanImage": "HunyuanImage 2.1",
     "AutoencoderKLQwenImage": "Qwen-Image",
     "AutoencoderKLTemporalDecoder": "Stable Video Diffusion",
     "AutoencoderKLWan": "Wan",
-    "AutoencoderTiny": "TAESD, for previews",
     "VQModel": "a vector-quantised autoencoder",
 }
 
@@ -82,7 +79,7 @@ class ConfigFile:
         class_name = data.get("_class_name", cls.class_names[0])
         family = cls.class_names[0]
         if class_name not in cls.class_names:
-            raise ConfigError(f"{origin} describes a {class_name!r}, not an {family}{_instead_of(class_name)}")
+            raise ConfigError(f"{origin} describes a {class_name!r}, not an {family}{instead_of(class_name)}")
         values = {name: value for name, value in data.items() if not name.startswith("_")}
         unknown = sorted(values.keys() - {field.name for field in fields(cls)}, key=str)  # type: ignore[arg-type]
         grave = [name for name in unknown if strict or _may_change_the_network(name)]
@@ -274,7 +271,7 @@ def norm_groups(config: Any) -> int:
     return int(cast(int, groups))
 
 
-def _instead_of(class_name: Any) -> str:
+def instead_of(class_name: Any) -> str:
     """What follows from another `_class_name`, as the end of a message."""
     name = str(class_name)
     if name in OTHER_VAES:

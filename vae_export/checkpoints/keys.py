@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from runtimes.errors import ConfigError
 from runtimes.names import Graph
+from vae_export.families import FAMILIES
 
 PREFIXES = ("first_stage_model.", "vae.model.", "vae.")
 
@@ -134,7 +135,9 @@ def refuse_other_vaes(names: Iterable[str]) -> None:
     for name in names:
         for pattern, kind in _OTHER_VAES:
             if pattern.fullmatch(name):
-                raise ConfigError(f"it is the VAE of {kind}, which is not supported ({name!r})")
+                raise ConfigError(
+                    f"it is the VAE of {kind}, which is not supported ({name!r}); supported are {', '.join(FAMILIES)}"
+                )
 
 
 def is_fused_projection(name: str) -> bool:

@@ -31,7 +31,7 @@ from vae_export.checkpoints.files import (
 from vae_export.checkpoints.hub import Hub, check_repository, commit_of, parse_hub_url
 from vae_export.checkpoints.source import Source
 from vae_export.checkpoints.weights import DECODER, PICKLES, build_model, conversion, read_weights, refuse_pickle
-from vae_export.families import DEFAULT, FAMILIES, family_named
+from vae_export.families import DEFAULT, family_named, family_of_config
 
 if TYPE_CHECKING:
     from vae_export.families.base import Family, ReferenceVae
@@ -176,17 +176,12 @@ def save_pretrained(model: ReferenceVae, directory: Path) -> None:
 def read_config(path: Path) -> tuple[Family, Any]:
     """The family that a config.json names, and its config."""
     data = read_json(path)
-    return _family_of_config(data), _read_as_its_family(data, str(path))
-
-
-def _family_of_config(data: Any) -> Family:
-    name = data.get("_class_name", DEFAULT) if isinstance(data, Mapping) else DEFAULT
-    return family_named(name if name in FAMILIES else DEFAULT)  # which refuses other classes, and says what they are
+    return family_of_config(data, str(path)), _read_as_its_family(data, str(path))
 
 
 def _read_as_its_family(data: Any, origin: str) -> Any:
     """The config that a dictionary describes, of the class of its family."""
-    return _family_of_config(data).config_class.from_dict(data, origin=origin)
+    return family_of_config(data, origin).config_class.from_dict(data, origin=origin)
 
 
 # Configs ----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ under the class name that stands in a checkpoint's config.json.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
+from runtimes.config import instead_of
 from runtimes.errors import ConfigError
 from runtimes.registry import Registry
 
@@ -35,14 +36,22 @@ ALIASES = {"FlaxAutoencoderKL": "AutoencoderKL"}  #: other class names of the sa
 DEFAULT = "AutoencoderKL"  #: the family of a config that names no class
 
 
-def family_named(class_name: str, origin: str = "the config") -> Family:
-    """The family of a diffusers class name; `ConfigError` names `origin` and the families that there are."""
-    name = ALIASES.get(class_name, class_name)
-    if name not in FAMILIES:
+def family_named(class_name: str) -> Family:
+    """The family of a diffusers class name; `ConfigError` lists the families that there are."""
+    return cast("Family", FAMILIES[ALIASES.get(class_name, class_name)])
+
+
+def family_of_config(data: Any, origin: str) -> Family:
+    """The family that a config's `_class_name` names; without one it is AutoencoderKL.
+
+    Raises `ConfigError`, which names `origin`, for any other class: what it is, and the families that there are.
+    """
+    name = data.get("_class_name", DEFAULT) if isinstance(data, Mapping) else DEFAULT
+    if ALIASES.get(name, name) not in FAMILIES:
         raise ConfigError(
-            f"{origin} describes a {class_name!r}, and the families that can be exported are {', '.join(FAMILIES)}"
+            f"{origin} describes a {name!r}, not one of {', '.join(FAMILIES)}, which can be exported{instead_of(name)}"
         )
-    return cast("Family", FAMILIES[name])
+    return family_named(name)
 
 
 def family_of(model: ReferenceVae) -> Family:

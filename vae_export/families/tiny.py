@@ -325,7 +325,10 @@ def tensor_names(keys: Iterable[str]) -> dict[str, str]:
     """
     selected = select_vae_keys(keys)
     if not any(map(_is_tiny, selected)):
-        raise ConfigError(f"it has no tensor of an AutoencoderTiny; the first is {next(iter(selected), None)!r}")
+        raise ConfigError(
+            f"it has no tensor named as those of an AutoencoderTiny (encoder.layers.0.weight), so it is another VAE; the first is "
+            f"{next(iter(selected), None)!r}"
+        )
 
     def renamed(name: str) -> str:
         match = _ORIGINAL.fullmatch(name)
