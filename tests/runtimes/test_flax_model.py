@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_model import CASES
 
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError, ShapeError, VaeConfig
 from runtimes.errors import BundleError, CompatibilityError, IntegrityError
+from tests.helpers.model_configs import CASES
 from tools.make_flax_fixtures import random_params
 from vae_export import AutoencoderKL
 

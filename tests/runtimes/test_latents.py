@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from dataset_samples import encode, image_bytes, make_folder
 
 from runtimes import Bundle, BundleError, CompatibilityError, ConfigError, IntegrityError
 from runtimes.latents import LatentDataset
 from runtimes.latents.shards import from_stored, open_shard, to_stored
+from tests.helpers.dataset_samples import encode, image_bytes, make_folder
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 

@@ -11,7 +11,6 @@ import time
 
 import onnx
 import pytest
-from conftest import FAKES
 from onnx import TensorProto, helper
 
 from runtimes import BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError, VaeError
@@ -19,6 +18,7 @@ from runtimes.tensorrt import builder as tensorrt_builder
 from runtimes.tensorrt.builder import BuildJob, build_plan
 from runtimes.tensorrt.flavours import load_flavour
 from runtimes.tensorrt.profiles import parse_profile
+from tests.helpers.nvidia_fakes import FAKES
 from vae_export.options import ExportOptions
 from vae_export.targets import target_named
 from vae_export.targets.engines import plan_engine, rebuild_bundle

@@ -1,7 +1,5 @@
 """What the command line prints and writes elsewhere than in files, errors as JSON, which model is loaded."""
 
-# ruff: noqa: F811  (tests take the fixtures by these names)
-
 import io
 import json
 import os
@@ -12,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import COMMAND, ERRORS, files, run  # noqa: F401  (two fixtures)
 
 import vae_export
 from runtimes import Bundle
 from runtimes.errors import BundleError, ConfigError, NumericsError, ShapeError
+from tests.helpers.command import COMMAND, ERRORS
 from vae_export.cli import app as cli
 from vae_export.targets import int8 as quantize
 

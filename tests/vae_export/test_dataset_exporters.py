@@ -6,11 +6,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from dataset_samples import encode, image_bytes, make_folder
 
 from runtimes import BundleError, ConfigError
 from runtimes.image_files import load_image
 from runtimes.latents import LatentDataset
+from tests.helpers.dataset_samples import encode, image_bytes, make_folder
 from vae_export.dataset.exporters import export_latents
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")

@@ -8,9 +8,9 @@ import socket
 import tarfile
 
 import pytest
-from dataset_samples import encode, image_bytes, make_folder
 
 from runtimes import ConfigError
+from tests.helpers.dataset_samples import encode, image_bytes, make_folder
 
 pa = pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 

@@ -6,10 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from helpers.checkpoint_samples import VARIANTS, WEIGHTS, assert_same_weights, repository, source_model, weights_of
 from safetensors.torch import load_file, save, save_file
 
 from runtimes.errors import ConfigError
+from tests.helpers.checkpoint_samples import (
+    VARIANTS,
+    WEIGHTS,
+    assert_same_weights,
+    repository,
+    source_model,
+    weights_of,
+)
 from vae_export import AutoencoderKL, Hub, export_bundle, validate_bundle
 from vae_export.checkpoints.load import load_model
 
