@@ -1,4 +1,7 @@
-"""A backend is one file and one call: this one runs ONNX bundles one sample at a time."""
+"""A backend is one file and one call: this one runs ONNX bundles one sample at a time.
+
+Tests runtimes/backends.py.
+"""
 
 import functools
 import json

@@ -1,4 +1,7 @@
-"""A target is one file and one call: this one has ONNX graphs under a name of its own, and a file that says hello."""
+"""A target is one file and one call: this one has ONNX graphs under a name of its own, and a file that says hello.
+
+Tests vae_export/targets/base.py.
+"""
 
 import json
 import subprocess

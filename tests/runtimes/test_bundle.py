@@ -1,4 +1,7 @@
-"""A bundle may come from anyone: nothing in it is believed before it has been checked."""
+"""A bundle may come from anyone: nothing in it is believed before it has been checked.
+
+Tests runtimes/manifest.py.
+"""
 
 import hashlib
 import json

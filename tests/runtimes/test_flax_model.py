@@ -1,4 +1,7 @@
-"""`FlaxAutoencoderKL` against the PyTorch reference and against diffusers' own, and what JAX does to functions."""
+"""`FlaxAutoencoderKL` against the PyTorch reference and against diffusers' own, and what JAX does to functions.
+
+Tests runtimes/flax/layers.py, runtimes/flax/model.py, runtimes/flax/params.py.
+"""
 
 import functools
 import json

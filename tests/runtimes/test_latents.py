@@ -1,4 +1,7 @@
-"""Reading stored latents: by number and by id, with and without PyTorch; refused where they are not what is wanted."""
+"""Reading stored latents: by number and by id, with and without PyTorch; refused where they are not what is wanted.
+
+Tests runtimes/latents/dataset.py, runtimes/latents/shards.py.
+"""
 
 import contextlib
 import json

@@ -1,4 +1,7 @@
-"""The cache of plans: built once, found again, bounded, and nothing in it that others could have put there."""
+"""The cache of plans: built once, found again, bounded, and nothing in it that others could have put there.
+
+Tests runtimes/tensorrt/plan_cache.py, vae_export/cli/engines.py.
+"""
 
 import errno
 import hashlib

@@ -1,4 +1,7 @@
-"""Seamless tiling: what the untiled graph gives, in tiles."""
+"""Seamless tiling: what the untiled graph gives, in tiles.
+
+Tests vae_export/rewrites/tileable.py, runtimes/tiling/seamless.py.
+"""
 
 import dataclasses
 import shutil

@@ -1,6 +1,8 @@
 """A TensorRT bundle: what ONNX Runtime's tests promise of every backend, and what is its own.
 
 NVIDIA's packages are those of `tests/fakes`, which keep to the rules of the real ones; `test_gpu.py` has the real ones.
+
+Tests runtimes/tensorrt/execution.py, runtimes/tensorrt/flavours.py, runtimes/tensorrt/runtime.py.
 """
 
 import importlib

@@ -2,6 +2,8 @@
 
 `tests/data/tensorrt_api.json` lists the classes of the real modules with their members. What our code calls on objects
 of these classes is held against it through the fakes, over which all of that code runs.
+
+Tests runtimes/tensorrt/cuda.py.
 """
 
 import ast

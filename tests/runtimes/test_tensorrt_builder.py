@@ -1,6 +1,8 @@
 """The builder in its process: what it reports, what it refuses and how, and what is left when it dies.
 
 NVIDIA's packages are those of `tests/fakes`, but for the last part: TensorRT-RTX builds without a GPU.
+
+Tests runtimes/tensorrt/builder.py.
 """
 
 import json

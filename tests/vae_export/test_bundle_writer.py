@@ -1,4 +1,7 @@
-"""Writing a bundle: whole or not at all, whatever happens meanwhile."""
+"""Writing a bundle: whole or not at all, whatever happens meanwhile.
+
+Tests vae_export/bundle.py.
+"""
 
 import fcntl
 import hashlib

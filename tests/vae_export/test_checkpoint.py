@@ -1,4 +1,7 @@
-"""Loading checkpoints: whatever was published comes out as the model it is, or as an error that says what is wrong."""
+"""Loading checkpoints: whatever was published comes out as the model it is, or as an error that says what is wrong.
+
+Tests vae_export/checkpoints/architecture.py, vae_export/checkpoints/keys.py.
+"""
 
 import json
 import pickle

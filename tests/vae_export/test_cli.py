@@ -1,4 +1,8 @@
-"""The command line: what it prints and where, its exit codes, and what it leaves when it is interrupted."""
+"""The command line: what it prints and where, its exit codes, and what it leaves when it is interrupted.
+
+Tests runtimes/errors.py, vae_export/__main__.py, vae_export/cli/app.py, vae_export/cli/images.py,
+vae_export/cli/main.py, vae_export/cli/printing.py.
+"""
 
 import contextlib
 import json
@@ -35,6 +39,12 @@ from vae_export.cli import images as cli_images
 from vae_export.cli import main as cli
 
 # The main job -----------------------------------------------------------------------------------------------------
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "vae_export", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert vae_export.__version__ in done.stdout
 
 
 def test_embedded_model_is_exported_verified_and_validated_again(run, tmp_path):

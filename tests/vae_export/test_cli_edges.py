@@ -1,4 +1,7 @@
-"""What the command line prints and writes elsewhere than in files, errors as JSON, which model is loaded."""
+"""What the command line prints and writes elsewhere than in files, errors as JSON, which model is loaded.
+
+Tests vae_export/cli/options.py, vae_export/cli/streams.py.
+"""
 
 import io
 import json

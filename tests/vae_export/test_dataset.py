@@ -1,4 +1,8 @@
-"""A job over a dataset: what it writes, and that it writes the same whatever happens to it."""
+"""A job over a dataset: what it writes, and that it writes the same whatever happens to it.
+
+Tests vae_export/dataset/job.py, vae_export/dataset/plan.py, vae_export/dataset/shards.py,
+vae_export/dataset/workers.py.
+"""
 
 import errno
 import json

@@ -1,4 +1,7 @@
-"""Damaged latents: a resumed job makes them anew, the reader refuses them, and `verify-latents` names them."""
+"""Damaged latents: a resumed job makes them anew, the reader refuses them, and `verify-latents` names them.
+
+Tests vae_export/dataset/verify.py.
+"""
 
 import json
 import pickle

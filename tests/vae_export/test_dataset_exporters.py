@@ -1,4 +1,7 @@
-"""Stored latents as trainers read them: what they find there is what they would have made themselves."""
+"""Stored latents as trainers read them: what they find there is what they would have made themselves.
+
+Tests vae_export/dataset/exporters.py.
+"""
 
 import io
 import json

@@ -1,4 +1,7 @@
-"""Sizes and crops, and which images are encoded together."""
+"""Sizes and crops, and which images are encoded together.
+
+Tests vae_export/dataset/encode.py, vae_export/dataset/images.py, vae_export/dataset/items.py.
+"""
 
 import io
 

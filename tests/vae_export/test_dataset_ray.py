@@ -1,4 +1,7 @@
-"""A job on a real Ray cluster of several nodes on this machine: the same bytes, also where workers and a node die."""
+"""A job on a real Ray cluster of several nodes on this machine: the same bytes, also where workers and a node die.
+
+Tests vae_export/dataset/ray.py, vae_export/dataset/shard_work.py.
+"""
 
 import contextlib
 import os

@@ -1,4 +1,7 @@
-"""Where images come from: the same images of every kind of source, and errors that say what to do."""
+"""Where images come from: the same images of every kind of source, and errors that say what to do.
+
+Tests vae_export/dataset/sources.py, vae_export/dataset/tables.py.
+"""
 
 import contextlib
 import io

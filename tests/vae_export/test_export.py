@@ -1,4 +1,7 @@
-"""Exporting: the graphs are what the design's table says, and a bundle with wrong graphs is never written."""
+"""Exporting: the graphs are what the design's table says, and a bundle with wrong graphs is never written.
+
+Tests vae_export/targets/onnx.py, vae_export/targets/onnx_graphs.py.
+"""
 
 import os
 import re

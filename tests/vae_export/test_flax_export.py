@@ -1,4 +1,7 @@
-"""Flax bundles on disk: what is in them, and what is refused before anything is written."""
+"""Flax bundles on disk: what is in them, and what is refused before anything is written.
+
+Tests vae_export/targets/flax.py.
+"""
 
 import os
 import re

@@ -1,4 +1,7 @@
-"""The reference model against diffusers, same weights: the oracle of everything that follows."""
+"""The reference model against diffusers, same weights: the oracle of everything that follows.
+
+Tests vae_export/families/autoencoder_kl.py.
+"""
 
 import pytest
 import torch

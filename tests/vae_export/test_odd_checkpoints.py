@@ -1,4 +1,7 @@
-"""Weights files and configs as users have them: wrapped names, other files under their name, configs beside them."""
+"""Weights files and configs as users have them: wrapped names, other files under their name, configs beside them.
+
+Tests vae_export/checkpoints/load.py.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""OpenVINO bundles on disk: what is in them, who else opens them, and what is refused before anything is written."""
+"""OpenVINO bundles on disk: what is in them, who else opens them, and what is refused before anything is written.
+
+Tests vae_export/targets/openvino.py.
+"""
 
 import json
 import os

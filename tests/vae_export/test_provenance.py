@@ -1,4 +1,7 @@
-"""The record of where exported weights came from: true also where the model was changed after it was loaded."""
+"""The record of where exported weights came from: true also where the model was changed after it was loaded.
+
+Tests vae_export/checkpoints/source.py.
+"""
 
 import hashlib
 

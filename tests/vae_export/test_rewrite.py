@@ -1,4 +1,9 @@
-"""Every form of a graph computes what the reference computes, and its operators mean the same in ONNX."""
+"""Every form of a graph computes what the reference computes, and its operators mean the same in ONNX.
+
+Tests vae_export/rewrites/apply.py, vae_export/rewrites/attention.py, vae_export/rewrites/form.py,
+vae_export/rewrites/last_block.py, vae_export/rewrites/norm.py, vae_export/rewrites/operators.py,
+vae_export/rewrites/upsample.py, vae_export/rewrites/winograd.py.
+"""
 
 import copy
 import itertools

@@ -1,4 +1,7 @@
-"""Our graphs in the real TensorRT-RTX, which builds engines where there is no GPU, though it cannot run them there."""
+"""Our graphs in the real TensorRT-RTX, which builds engines where there is no GPU, though it cannot run them there.
+
+Tests vae_export/targets/engine_memory.py, vae_export/targets/engines.py, vae_export/targets/tensorrt.py.
+"""
 
 import json
 import re

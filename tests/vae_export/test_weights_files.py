@@ -1,4 +1,7 @@
-"""Which files hold the weights: variants, checkpoints in parts, and what is said where they are not complete."""
+"""Which files hold the weights: variants, checkpoints in parts, and what is said where they are not complete.
+
+Tests vae_export/checkpoints/files.py, vae_export/checkpoints/weights.py.
+"""
 
 import hashlib
 import json
