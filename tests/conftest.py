@@ -1,6 +1,5 @@
 """A small model with random weights and its bundle, shared by the tests of both packages."""
 
-import contextlib
 import functools
 import gc
 import hashlib
@@ -11,20 +10,18 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from runtimes import open_vae
-from runtimes.tensorrt import flavours as tensorrt_flavours
 from runtimes.tensorrt.profiles import parse_profile
+from tests.helpers.command import files_fixture, run_fixture  # noqa: F401  (fixtures: `files` and `run`)
+from tests.helpers.nvidia_fakes import fakes_of_nvidia, in_use
 from vae_export import AutoencoderKL, export_bundle, load_model
 from vae_export.comparison import Case
 from vae_export.targets.engines import plan_engine, rebuild_bundle
 
-FAKES = Path(__file__).parent / "fakes"
-FAKED = ("cuda", "tensorrt", "tensorrt_rtx", "cupy", "fake_gpu", "fake_tensorrt")  # and what is below them
 LEVELS = 4  # f = 8, as Stable Diffusion
 CI_VARIABLES = ("CI", "TF_BUILD", "JENKINS_URL")  # by which OpenVINO knows machines whose use does not count
 
@@ -119,31 +116,6 @@ def openvino_bundle(tiny_model, tmp_path_factory):
     return export
 
 
-@contextlib.contextmanager
-def fakes_of_nvidia(violations):
-    """In this process and those that it starts, NVIDIA's packages are those of `tests/fakes` -> the GPU.
-
-    `violations` is a file in which other processes leave the rules that they broke. Whatever real packages were loaded
-    are themselves again afterwards.
-    """
-    real = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in FAKED}
-    flavours = dict(tensorrt_flavours._loaded)
-    tensorrt_flavours._loaded.clear()
-    paths = [str(FAKES), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FAKES)
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        patch.setenv("FAKE_GPU_VIOLATIONS", str(violations))
-        try:
-            yield importlib.import_module("fake_gpu").gpu
-        finally:
-            for name in [name for name in sys.modules if name.partition(".")[0] in FAKED]:
-                del sys.modules[name]
-            sys.modules.update(real)
-            tensorrt_flavours._loaded.clear()
-            tensorrt_flavours._loaded.update(flavours)
-
-
 @pytest.fixture
 def fake_gpu(tmp_path_factory, monkeypatch):
     """The fake GPU, for one test: at its end no rule was broken, and nothing of the GPU is still in use."""
@@ -156,10 +128,6 @@ def fake_gpu(tmp_path_factory, monkeypatch):
         assert not in_use(gpu), "not given back to the GPU"
         assert not gpu.violations
         assert not violations.exists(), violations.read_text()
-
-
-def in_use(gpu):
-    return {kind: found for kind in ("blocks", "streams", "captures", "graphs") if (found := len(getattr(gpu, kind)))}
 
 
 @pytest.fixture(scope="session")

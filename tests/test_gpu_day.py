@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_tensorrt_api import names_in
 
 from benchmarks.gpu import card, report, run_jax, run_ort, run_torch
 from benchmarks.gpu.made import Made, NotMade
@@ -21,6 +20,7 @@ from benchmarks.gpu.stage import STAGES, CudaClock, HostClock, Stage, timed
 from benchmarks.gpu.supervise import Options, run_stage
 from benchmarks.models import ARCHITECTURES, config_of
 from benchmarks.peers import Case, random_input
+from tests.helpers.tensorrt_names import names_in
 
 ROOT = Path(__file__).parents[1]
 #: members of objects that TensorRT-RTX gives, beside what is taken from its module

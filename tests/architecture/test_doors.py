@@ -1,4 +1,4 @@
-"""Import directions, import circles, sizes of modules and functions, and where a target may be named."""
+"""Import directions, import circles, sizes of modules and functions, tests of modules, where a target may be named."""
 
 import ast
 from collections.abc import Iterator
@@ -68,6 +68,7 @@ def imported(name: str) -> set[str]:
     return found
 
 
+TESTS = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "tests").rglob("test_*.py"))}
 IMPORTS = {name: imported(name) for name in FILES}
 
 
@@ -119,3 +120,30 @@ def test_no_function_but_the_listed_is_longer_than_60_lines():
 def test_what_every_target_shares_names_no_target(name):
     code = FILES[f"vae_export.{name}"].read_text().lower()
     assert [word for word in ("openvino", "tensorrt", "flax") if word in code] == []
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_test_module_imports_another_or_a_conftest(path):
+    """What tests share is in `tests/helpers`."""
+    modules = []
+    for node in ast.walk(TESTS[path]):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "helpers are imported by their whole name"
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    others = {other.stem for other in TESTS} | {"conftest"}
+    assert [name for name in modules if name.split(".")[0] in others] == []
+    ours = [name for name in modules if name.split(".")[0] == "tests"]
+    assert [name for name in ours if not name.startswith("tests.helpers.")] == []
+
+
+@pytest.mark.parametrize("name", [name for name, path in FILES.items() if path.name != "__init__.py"])
+def test_each_module_has_a_test_file_or_is_named_in_the_docstring_of_one(name):
+    path = FILES[name]
+    named = path.relative_to(ROOT).as_posix()
+    docstrings = {test: " ".join((ast.get_docstring(tree) or "").split()) for test, tree in TESTS.items()}
+    assert any(
+        (test.stem == f"test_{path.stem}" and test.parent.name == named.split("/")[0]) or named in text
+        for test, text in docstrings.items()
+    ), f"no tests/{named.split('/')[0]}/test_{path.stem}.py, and no docstring of a test module names {named}"

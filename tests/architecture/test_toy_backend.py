@@ -1,5 +1,9 @@
-"""A backend is one file and one call: this one runs ONNX bundles one sample at a time."""
+"""A backend is one file and one call: this one runs ONNX bundles one sample at a time.
 
+Tests runtimes/backends.py.
+"""
+
+import functools
 import json
 
 import numpy as np
@@ -11,6 +15,7 @@ from runtimes import VaeRuntime, open_vae, register_backend
 from runtimes.arrays import answer_in_kind
 from runtimes.backends import BACKENDS_OF_TARGET, unregister_backend
 from runtimes.names import GRAPHS
+from tests.helpers.backend_contract import BackendContract
 from vae_export.cli.app import app
 from vae_export.photos import EMBEDDED
 
@@ -44,6 +49,41 @@ def toy():
     register_backend("toy", ToyVae, targets=("onnx",))
     yield
     unregister_backend("toy")
+
+
+@pytest.fixture
+def vae(tiny_bundle, toy):
+    """The tiny bundle, opened for one test."""
+    with open_vae(tiny_bundle, backend="toy") as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """All bytes that reach ONNX Runtime's parser, in a list."""
+    seen, real = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda data: seen.append(data) or real(data))
+    return seen
+
+
+class TestToy(BackendContract):
+    """The promises of every backend hold for the toy, but for those that its few lines leave out."""
+
+    backend = "toy"
+    files = ("vae_encoder/model.onnx", "vae_decoder/model.onnx")
+    count_options = ()  # it has none
+    unknown_devices = ()  # it does not look at the device
+    loads = frozenset({"onnxruntime"})
+    needs = ()  # a process of its own does not know the toy: its package cannot be missing there
+    open = staticmethod(functools.partial(open_vae, backend="toy"))
+
+    @pytest.fixture
+    def opened(self, vae):
+        """For one test: the toy is registered for one test."""
+        return vae
+
+    def test_a_config_that_does_not_fit_the_graphs_ends_in_an_error_of_ours(self):
+        pytest.skip("the toy does not compare its graphs with the config")
 
 
 def invoke(*arguments):

@@ -1,4 +1,7 @@
-"""A family is one file and one call: two convolutions, plain latents, squares of 2x2 latents as channels."""
+"""A family is one file and one call: two convolutions, plain latents, squares of 2x2 latents as channels.
+
+Tests vae_export/families/base.py.
+"""
 
 import json
 from dataclasses import asdict, dataclass

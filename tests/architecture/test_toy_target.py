@@ -1,4 +1,7 @@
-"""A target is one file and one call: this one has ONNX graphs under a name of its own, and a file that says hello."""
+"""A target is one file and one call: this one has ONNX graphs under a name of its own, and a file that says hello.
+
+Tests vae_export/targets/base.py.
+"""
 
 import json
 import subprocess
@@ -79,19 +82,17 @@ def test_tune_knows_it(two_level_model, tmp_path):
 
 
 COMMANDS = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-import test_toy_target
-test_toy_target.register()
+from tests.architecture.test_toy_target import register
+register()
 from vae_export.cli.main import main
 main()
 """
 
 
-def test_the_command_line_knows_it(tmp_path):
+def test_the_command_line_knows_it(tmp_path, pytestconfig):
     def run(*arguments):
-        command = [sys.executable, "-c", COMMANDS, str(__file__).rpartition("/")[0], *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", COMMANDS, *map(str, arguments)]
+        done = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

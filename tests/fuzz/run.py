@@ -1,7 +1,7 @@
 """Fuzz the entries with atheris: python tests/fuzz/run.py [--seconds 60] [ENTRY ...]
 
-Each gets its share of the time, in a process of its own, with the seeds of `entries` and the cases found so far. What
-is found lies in out/fuzz: put it into tests/fuzz/cases/ENTRY, and mend it.
+Each gets its share of the time, in a process of its own, with the seeds of `tests/helpers/fuzz_entries.py` and the
+cases found so far. What is found lies in out/fuzz: put it into tests/fuzz/cases/ENTRY, and mend it.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # where this file is run by its path
 OUT = ROOT / "out" / "fuzz"
 MEMORY = 2048  # MB, of a process that fuzzes
 
@@ -19,7 +20,7 @@ def fuzz(entry: str, seconds: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["runtimes", "vae_export"]):
-        import entries
+        from tests.helpers import fuzz_entries as entries
     corpus = OUT / f"corpus-{entry}"
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(entries.seeds(entry)):
@@ -35,7 +36,7 @@ def fuzz(entry: str, seconds: int) -> None:
 def main() -> int:
     if sys.argv[1:2] == ["--one"]:  # before anything is imported: what is to be fuzzed is instrumented on its way in
         fuzz(sys.argv[2], int(sys.argv[3]))
-    from entries import ENTRIES
+    from tests.helpers.fuzz_entries import ENTRIES
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("entries", nargs="*", default=list(ENTRIES), metavar="ENTRY", help=", ".join(ENTRIES))

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from entries import CASES, ENTRIES, seeds, small_checkpoint, survives
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.fuzz_entries import CASES, ENTRIES, seeds, small_checkpoint, survives
 from vae_export.checkpoints.load import EMBEDDED
 
 SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)

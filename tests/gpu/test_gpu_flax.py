@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers.gpu_arrays import cases, every_shape, latents, one_colour, run
 
 from runtimes import BackendUnavailable, open_vae
+from tests.helpers.gpu_arrays import cases, every_shape, latents, one_colour, run
 from vae_export.comparison import compare, opened_bundle
 from vae_export.export import export_bundle
 

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers.gpu_arrays import SHAPES, cases, every_shape, images, latents, one_colour, run
 
 from runtimes import CompatibilityError, NumericsError, OutOfMemoryError, ShapeError, open_vae
+from tests.helpers.gpu_arrays import SHAPES, cases, every_shape, images, latents, one_colour, run
 from tools.blow_up import blown_up, gains
 from vae_export.comparison import compare, opened_bundle
 from vae_export.export import export_bundle

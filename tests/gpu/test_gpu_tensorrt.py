@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers.gpu_arrays import SHAPES, cases, every_shape, latents, one_colour, run
 
 from runtimes import BackendUnavailable, OutOfMemoryError, open_vae
 from runtimes.tensorrt.flavours import MODULES, load_flavour
 from runtimes.tensorrt.profiles import parse_profile
+from tests.helpers.gpu_arrays import SHAPES, cases, every_shape, latents, one_colour, run
 from vae_export import export_bundle, validate_bundle
 from vae_export.comparison import compare, opened_bundle
 from vae_export.targets.engines import plan_engine

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from helpers.gpu_arrays import cases, every_shape, latents, one_colour
 
 from runtimes import open_vae
+from tests.helpers.gpu_arrays import cases, every_shape, latents, one_colour
 from tools.blow_up import blown_up, gains
 from vae_export.comparison import compare, simulated
 from vae_export.export import export_bundle

@@ -1,4 +1,7 @@
-"""Sizes that are no multiples of the VAE's factor: padded by reflection, and cropped back."""
+"""Sizes that are no multiples of the VAE's factor: padded by reflection, and cropped back.
+
+Tests runtimes/layout.py.
+"""
 
 import numpy as np
 import pytest

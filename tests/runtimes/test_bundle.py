@@ -1,4 +1,7 @@
-"""A bundle may come from anyone: nothing in it is believed before it has been checked."""
+"""A bundle may come from anyone: nothing in it is believed before it has been checked.
+
+Tests runtimes/manifest.py.
+"""
 
 import hashlib
 import json
@@ -12,6 +15,7 @@ import pytest
 from runtimes import Bundle, BundleError, CompatibilityError, IntegrityError, open_vae
 from runtimes.bundle import MANIFEST_LIMIT
 from runtimes.manifest import FILE_LIMIT, Manifest
+from tests.helpers.damage import DAMAGE, assert_damage_is_found
 
 GRAPH_FILES = ("vae_encoder/model.onnx", "vae_decoder/model.onnx")
 LISTED = (*GRAPH_FILES, "config.json", "vae_encoder/config.json", "vae_decoder/config.json")
@@ -60,27 +64,6 @@ def test_a_good_bundle_opens_and_the_parser_gets_the_very_bytes_that_were_hashed
     assert [hashlib.sha256(data).hexdigest() for data in parsed] == [
         bundle.manifest.files[f].sha256 for f in GRAPH_FILES
     ]
-
-
-DAMAGE = {
-    "first byte": lambda data: bytes([data[0] ^ 1]) + data[1:],
-    "middle byte": lambda data: data[:300] + bytes([data[300] ^ 128]) + data[301:],
-    "last byte": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-    "cut short": lambda data: data[:-1],
-    "made longer": lambda data: data + b"\0",
-    "emptied": lambda data: b"",
-}
-
-
-def assert_damage_is_found(bundle_copy, parsed, name, damage, *, opened=True):
-    """A promise of every backend; `opened` where the file is one that it reads."""
-    path = bundle_copy()
-    damaged = DAMAGE[damage]((path / name).read_bytes())
-    (path / name).write_bytes(damaged)
-    for use in (lambda: Bundle(path).verify(), *([lambda: open_vae(path)] if opened else [])):
-        with pytest.raises(IntegrityError, match=re.escape(name)):
-            use()
-    assert damaged not in parsed
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

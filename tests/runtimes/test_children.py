@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FAKES
-from dataset_samples import make_folder
 
 from runtimes import children
+from tests.helpers.dataset_samples import make_folder
+from tests.helpers.nvidia_fakes import FAKES
 
 NAMES = (
     *("runtimes", "vae_export", "numpy", "PIL", "torch", "ray", "tensorrt", "onnxruntime", "tests", "atheris"),
@@ -71,7 +71,7 @@ def test_the_builder_of_tensorrt(hostile, pytestconfig, onnx_bundle):
 
 ENCODE = """
 import sys
-from dataset_samples import encode
+from tests.helpers.dataset_samples import encode
 if __name__ == "__main__":
     options = {"ray": "local", "ray_workers": 1} if sys.argv[4] == "ray" else {"workers": 1}
     print(encode(*sys.argv[1:4], **options).encoded)
@@ -84,8 +84,7 @@ def test_the_workers_of_a_dataset(hostile, pytestconfig, onnx_bundle, tmp_path, 
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"pip install {package}")
     arguments = make_folder(tmp_path / "images", 4), onnx_bundle, tmp_path / "out", workers
-    samples = pytestconfig.rootpath / "tests" / "vae_export"
-    assert run(hostile, pytestconfig, ENCODE, *arguments, paths=[samples]) == ["4"]
+    assert run(hostile, pytestconfig, ENCODE, *arguments) == ["4"]
 
 
 def test_the_fuzzer(hostile, pytestconfig):
@@ -93,7 +92,7 @@ def test_the_fuzzer(hostile, pytestconfig):
         pytest.skip("pip install atheris")
     script = pytestconfig.rootpath / "tests" / "fuzz" / "run.py"
     program = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
-    (line,) = run(hostile, pytestconfig, program, "--seconds", "1", "manifest", paths=[script.parent])
+    (line,) = run(hostile, pytestconfig, program, "--seconds", "1", "manifest")
     assert "Done" in line
 
 

@@ -1,4 +1,7 @@
-"""What callers give: tensors of every kind, lists of them, pixels as floats; each right, warned of, or refused."""
+"""What callers give: tensors of every kind, lists of them, pixels as floats; each right, warned of, or refused.
+
+Tests runtimes/warning.py.
+"""
 
 import re
 import warnings

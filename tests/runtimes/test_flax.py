@@ -1,28 +1,16 @@
-"""A flax bundle in JAX: the promises of every backend, and what is refused before it is compiled."""
+"""Tests runtimes/flax/runtime.py: the promises of every backend, and what is refused before it is compiled."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import test_onnxruntime as shared
 import torch
-from test_bundle import DAMAGE, assert_damage_is_found
-from test_independence import BANNED
-from test_onnxruntime import (  # noqa: F401  (tests that hold for this backend as they are)
-    TOLERANCE,
-    images,
-    latents,
-    results,
-    test_a_closed_vae_says_so,
-    test_a_wrong_input_is_answered_with_the_value_and_the_rule,
-    test_an_unknown_scaling_factor_is_never_guessed,
-    test_images_of_any_kind_become_latents,
-    test_latents_are_scaled_as_the_config_says,
-    test_nan_is_reported_where_it_is_asked_for,
-)
 
-from runtimes import BackendUnavailable, CompatibilityError, ConfigError, IntegrityError, VaeError, open_vae
+from runtimes import BackendUnavailable, CompatibilityError, IntegrityError, VaeError, open_vae
+from tests.helpers.backend_contract import BackendContract
+from tests.helpers.inputs import TOLERANCE, images, latents, results
+from tests.helpers.without_torch import BANNED
 
 backend = pytest.importorskip("runtimes.flax.runtime", exc_type=BackendUnavailable)
 
@@ -43,13 +31,6 @@ def tiny_bundle(flax_bundle):
     return flax_bundle("fp32")
 
 
-@pytest.fixture(scope="module")
-def opened(tiny_bundle):
-    """One for several tests, so that no shape is compiled twice. Do not change it."""
-    with open_vae(tiny_bundle, max_shapes=16) as runtime:
-        yield runtime
-
-
 @pytest.fixture
 def vae(tiny_bundle):
     """The tiny bundle, opened for this test alone: it may tune and close it."""
@@ -67,29 +48,55 @@ def parsed(monkeypatch):
     return seen
 
 
+USE = """
+with runtimes.open_vae(sys.argv[1]) as vae:
+    latents = vae.images_to_latents(np.zeros((2, 8, 16, 3), np.uint8), generator=np.random.default_rng(0))
+    print(vae.latents_to_images(latents).shape)
+"""
+
+
+class TestFlax(BackendContract):
+    backend = "flax"
+    files = FILES
+    options = {"max_shapes": 16}  # noqa: RUF012  (so that no shape is compiled twice)
+    count_options = ("max_shapes",)
+    unknown_devices = ("cuda", "gpu.1", "cpu:", "")
+    known_devices = "'gpu:1'"
+    loads = frozenset({"jax"})
+    never_loads = frozenset(BANNED | {"onnxruntime"})
+    needs = ("jax", "flax", "flatbuffers")
+    extra = "flax"
+    use = USE  # no tiles: each of their shapes would be compiled
+    use_prints = ("(2, 8, 16, 3)",)
+
+    def test_a_size_whose_attention_goes_by_blocks_is_right(self, opened, tiny_model):
+        """More positions than are computed at a time, and no multiple of them: 37 x 31 where 1024 is a block."""
+        z = latents(1, 37, 31)
+        expected = tiny_model.decode_latents(torch.from_numpy(z)).numpy()
+        np.testing.assert_allclose(opened.decode(z).sample, expected, rtol=0, atol=TOLERANCE)
+
+    def test_arrays_of_torch_and_jax_are_taken_and_results_are_the_callers_own(self, opened):
+        x, z = images(2, 2, 2), latents(2, 2, 2)
+        expected = results(opened, x, z)
+        for kind, make in ((torch.Tensor, torch.from_numpy), (np.ndarray, jax.numpy.asarray)):
+            for answer, right in zip(results(opened, make(x), make(z)), expected, strict=True):
+                assert isinstance(answer, kind) and np.array_equal(answer, right)
+        half = opened.decode(jax.numpy.asarray(z, jax.numpy.bfloat16)).sample
+        assert half.dtype == np.float32 and half.flags.writeable and half.flags.owndata
+
+    def test_tiles_and_slices_are_those_of_the_reference(self, opened, tiny_model):
+        z = latents(2, 9, 4)
+        try:
+            for vae in (opened, tiny_model):
+                vae.enable_tiling(), vae.enable_slicing()
+            expected = tiny_model.decode(torch.from_numpy(z)).sample.numpy()
+            np.testing.assert_allclose(opened.decode(z).sample, expected, rtol=0, atol=TOLERANCE)
+        finally:
+            for vae in (opened, tiny_model):
+                vae.disable_tiling(), vae.disable_slicing()
+
+
 # Numbers ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7)], ids=str)
-def test_results_are_those_of_the_reference(opened, tiny_model, shape):
-    shared.test_results_are_those_of_the_reference(opened, tiny_model, shape)
-
-
-def test_a_size_whose_attention_goes_by_blocks_is_right(opened, tiny_model):
-    """More positions than are computed at a time, and no multiple of them: 37 x 31 where 1024 is a block."""
-    z = latents(1, 37, 31)
-    expected = tiny_model.decode_latents(torch.from_numpy(z)).numpy()
-    np.testing.assert_allclose(opened.decode(z).sample, expected, rtol=0, atol=TOLERANCE)
-
-
-def test_arrays_of_torch_and_jax_are_taken_and_results_are_the_callers_own(opened):
-    x, z = images(2, 2, 2), latents(2, 2, 2)
-    expected = results(opened, x, z)
-    for kind, make in ((torch.Tensor, torch.from_numpy), (np.ndarray, jax.numpy.asarray)):
-        for answer, right in zip(results(opened, make(x), make(z)), expected, strict=True):
-            assert isinstance(answer, kind) and np.array_equal(answer, right)
-    half = opened.decode(jax.numpy.asarray(z, jax.numpy.bfloat16)).sample
-    assert half.dtype == np.float32 and half.flags.writeable and half.flags.owndata
 
 
 def test_bf16_is_computed_in_bf16_and_answered_in_float32(flax_bundle, tiny_model):
@@ -100,18 +107,6 @@ def test_bf16_is_computed_in_bf16_and_answered_in_float32(flax_bundle, tiny_mode
     assert sample.dtype == np.float32
     # 8 bits of mantissa, rounded some dozen times, on values of about 1.
     assert 1e-4 < np.abs(sample - expected).max() < 0.1
-
-
-def test_tiles_and_slices_are_those_of_the_reference(opened, tiny_model):
-    z = latents(2, 9, 4)
-    try:
-        for vae in (opened, tiny_model):
-            vae.enable_tiling(), vae.enable_slicing()
-        expected = tiny_model.decode(torch.from_numpy(z)).sample.numpy()
-        np.testing.assert_allclose(opened.decode(z).sample, expected, rtol=0, atol=TOLERANCE)
-    finally:
-        for vae in (opened, tiny_model):
-            vae.disable_tiling(), vae.disable_slicing()
 
 
 # Shapes, threads and devices --------------------------------------------------------------------------------------
@@ -131,17 +126,6 @@ def test_the_shapes_last_used_are_kept_and_threads_compile_them_once(tiny_bundle
         vae.decode(second)
         assert len(lowered) - before == 4 and len(vae._compiled["decoder"]) == 2
     assert not vae._compiled and not vae._graphs
-
-
-def test_max_shapes_of_nothing_is_refused(tiny_bundle):
-    with pytest.raises(ConfigError, match="max_shapes must be a whole number of at least 1, not 0"):
-        open_vae(tiny_bundle, max_shapes=0)
-
-
-@pytest.mark.parametrize("device", ["cuda", "gpu.1", "cpu:", ""])
-def test_an_unknown_device_is_named_with_the_known(tiny_bundle, device):
-    with pytest.raises(BackendUnavailable, match=re.escape(f"'gpu:1', not {device!r}")):
-        open_vae(tiny_bundle, device=device)
 
 
 @pytest.mark.parametrize("device", ["gpu", "tpu", "cpu:7", "CPU:7"])
@@ -170,12 +154,6 @@ def test_what_jax_refuses_is_an_error_of_ours(vae, monkeypatch):
 def test_the_parsers_get_the_very_bytes_that_were_hashed(tiny_bundle, parsed):
     open_vae(tiny_bundle).close()
     assert parsed == [(tiny_bundle / name).read_bytes() for name in FILES]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_named_before_a_byte_of_it_is_parsed(bundle_copy, parsed, name, damage):
-    assert_damage_is_found(bundle_copy, parsed, name, damage)
 
 
 def test_parameters_that_the_manifest_does_not_list_are_not_read(bundle_copy, parsed):
@@ -276,30 +254,7 @@ def test_parameters_that_do_not_fit_are_named(bundle_copy, tiny_bundle, bad):
         open_vae(bundle_copy(files={MSGPACK: change(data, flax_params.read_msgpack(data, "bundle"))}))
 
 
-def test_a_config_that_does_not_fit_the_graphs_ends_in_an_error_of_ours(bundle_copy):
-    path = bundle_copy(lambda manifest: manifest["config"].update(latent_channels=8))
-    with pytest.raises(VaeError), open_vae(path) as vae:
-        vae.decode(np.zeros((1, 8, 1, 1), np.float32))
-
-
 # What is loaded ---------------------------------------------------------------------------------------------------
-
-
-def test_a_bundle_is_opened_and_used_without_torch_and_without_model_code(alone, tiny_bundle):
-    program = """
-import sys, numpy as np, runtimes
-print(*sys.modules)
-with runtimes.open_vae(sys.argv[1]) as vae:
-    latents = vae.images_to_latents(np.zeros((2, 8, 16, 3), np.uint8), generator=np.random.default_rng(0))
-    print(vae.latents_to_images(latents).shape)
-print(*sys.modules)
-"""
-    before, *printed, after = alone(program, tiny_bundle)
-    assert "jax" not in before.split(), "importing runtimes loads no backend"
-    assert printed == ["(2, 8, 16, 3)"]
-    loaded = {name.partition(".")[0] for name in after.split()}
-    assert {"runtimes", "jax"} <= loaded and not loaded & (BANNED | {"onnxruntime"})
-    assert not {"runtimes.flax.model", "runtimes.flax.layers"} & set(after.split())
 
 
 @pytest.mark.parametrize("missing", ["jax", "flax", "flatbuffers"])
@@ -313,3 +268,9 @@ try: import runtimes.flax.runtime
 except runtimes.BackendUnavailable as error: print(error)
 """
     assert all("pip install 'vae-export[flax]'" in line for line in alone(program, tiny_bundle))
+
+
+def test_no_code_of_the_model_is_loaded(alone, tiny_bundle):
+    (loaded,) = alone(f"import sys, numpy as np, runtimes\n{USE}\nprint(*sys.modules)", tiny_bundle)[1:]
+    assert "runtimes.flax.runtime" in loaded.split()
+    assert not {"runtimes.flax.model", "runtimes.flax.layers"} & set(loaded.split())

@@ -1,4 +1,7 @@
-"""`FlaxAutoencoderKL` against the PyTorch reference and against diffusers' own, and what JAX does to functions."""
+"""`FlaxAutoencoderKL` against the PyTorch reference and against diffusers' own, and what JAX does to functions.
+
+Tests runtimes/flax/layers.py, runtimes/flax/model.py, runtimes/flax/params.py.
+"""
 
 import functools
 import json
@@ -10,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_model import CASES
 
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError, ShapeError, VaeConfig
 from runtimes.errors import BundleError, CompatibilityError, IntegrityError
+from tests.helpers.model_configs import CASES
 from tools.make_flax_fixtures import random_params
 from vae_export import AutoencoderKL
 

@@ -1,4 +1,7 @@
-"""Files of every kind become pixels in sRGB, grey, RGB or RGBA, or an error that says why not."""
+"""Files of every kind become pixels in sRGB, grey, RGB or RGBA, or an error that says why not.
+
+Tests runtimes/image_files.py.
+"""
 
 import io
 import mmap

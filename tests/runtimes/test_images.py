@@ -1,4 +1,7 @@
-"""Images in, arrays out: the arithmetic is that of diffusers, and every odd file is either right or refused by name."""
+"""Images in, arrays out: the arithmetic is that of diffusers, and every odd file is either right or refused by name.
+
+Tests runtimes/pixels.py, runtimes/images.py.
+"""
 
 import re
 

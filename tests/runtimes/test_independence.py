@@ -6,16 +6,7 @@ import sys
 import pytest
 
 import runtimes
-
-BANNED = {"torch", "onnx", "vae_export", "safetensors", "diffusers"}
-USE = """
-with runtimes.open_vae(sys.argv[1]) as vae:
-    posterior = vae.encode(np.zeros((1, 3, 72, 80), np.float32)).latent_dist
-    print(vae.decode(posterior.sample(np.random.default_rng(0))).sample.shape)
-    vae.enable_tiling(), vae.enable_slicing()
-    latents = vae.images_to_latents(np.zeros((2, 72, 80, 3), np.uint8), generator=np.random.default_rng(0))
-    print(vae.latents_to_images(latents).shape)
-"""
+from tests.helpers.without_torch import BANNED, USE
 
 
 @pytest.fixture

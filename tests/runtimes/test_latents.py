@@ -1,4 +1,7 @@
-"""Reading stored latents: by number and by id, with and without PyTorch; refused where they are not what is wanted."""
+"""Reading stored latents: by number and by id, with and without PyTorch; refused where they are not what is wanted.
+
+Tests runtimes/latents/dataset.py, runtimes/latents/shards.py.
+"""
 
 import contextlib
 import json
@@ -9,11 +12,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from dataset_samples import encode, image_bytes, make_folder
 
 from runtimes import Bundle, BundleError, CompatibilityError, ConfigError, IntegrityError
 from runtimes.latents import LatentDataset
 from runtimes.latents.shards import from_stored, open_shard, to_stored
+from tests.helpers.dataset_samples import encode, image_bytes, make_folder
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 

@@ -1,4 +1,7 @@
-"""Opening, closing, collecting, signals and the interpreter's end, in every order: no order ends the process."""
+"""Opening, closing, collecting, signals and the interpreter's end, in every order: no order ends the process.
+
+Tests runtimes/base.py, runtimes/exits.py.
+"""
 
 import importlib.util
 

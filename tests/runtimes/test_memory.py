@@ -1,4 +1,7 @@
-"""A budget of memory: what fits is computed whole, and what does not in the largest tiles that do."""
+"""A budget of memory: what fits is computed whole, and what does not in the largest tiles that do.
+
+Tests runtimes/tiling/budget.py.
+"""
 
 import numpy as np
 import pytest

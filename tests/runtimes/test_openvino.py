@@ -1,4 +1,4 @@
-"""An OpenVINO bundle in OpenVINO: what ONNX Runtime's tests promise of every backend, and what is its own."""
+"""Tests runtimes/openvino.py: the promises of every backend, and what is OpenVINO's own."""
 
 import gc
 import re
@@ -12,24 +12,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import test_onnxruntime as shared
 import torch
-from helpers import FORMS
 from onnx import TensorProto, helper
-from test_bundle import DAMAGE, assert_damage_is_found
-from test_independence import BANNED, USE
-from test_onnxruntime import (  # noqa: F401  (every backend keeps these: here `tiny_bundle` is an OpenVINO bundle)
-    TOLERANCE,
-    images,
-    latents,
-    results,
-    test_a_closed_vae_says_so,
-    test_a_number_of_threads_that_is_none_is_refused,
-    test_eight_threads_get_what_one_gets,
-    test_every_float_type_is_taken_and_answered_in_kind,
-    test_nan_is_reported_where_it_is_asked_for,
-    test_results_are_those_of_the_reference,
-)
 
 from runtimes import (
     BackendUnavailable,
@@ -40,6 +24,10 @@ from runtimes import (
     VaeError,
     open_vae,
 )
+from tests.helpers.backend_contract import BackendContract
+from tests.helpers.forms import FORMS
+from tests.helpers.inputs import TOLERANCE, images, latents, results
+from tests.helpers.without_torch import BANNED
 from vae_export.comparison import THRESHOLDS, Case, compare, opened_bundle
 from vae_export.rewrites.apply import rewrite
 
@@ -96,6 +84,19 @@ def cases(model, arrays):
         yield Case(graph, "array", x, function(torch.from_numpy(x)).numpy())
 
 
+class TestOpenVino(BackendContract):
+    backend = "openvino"
+    files = tuple(FILES)
+    options = {"threads": 1, "max_shapes": 16}  # noqa: RUF012
+    count_options = ("threads", "max_shapes")
+    unknown_devices = ("cuda", "gpu:0", "AUTO:GPU,CPU", "")
+    known_devices = "'cpu', 'gpu', 'gpu.N' or 'npu'"
+    loads = frozenset({"openvino"})
+    never_loads = frozenset(BANNED | {"onnxruntime"})
+    needs = ("openvino",)
+    extra = "openvino"
+
+
 # Numbers ----------------------------------------------------------------------------------------------------------
 
 
@@ -141,18 +142,6 @@ def test_a_picture_of_one_colour_is_encoded_as_by_the_reference(openvino_bundle,
         for case in cases(tiny_model, arrays):
             off = vae.encode(case.array)[0].parameters.astype(np.float64) - case.expected
             assert 20 * np.log10(np.ptp(case.expected) / np.sqrt(np.mean(off**2))) >= least
-
-
-@pytest.fixture(scope="module")
-def roomy(tiny_bundle):
-    """One with room for all that tiles and slices need, for several tests."""
-    with open_vae(tiny_bundle, threads=1, max_shapes=16) as runtime:
-        yield runtime
-
-
-@pytest.mark.parametrize("make", [shared.Exchanged, np.ndarray.tolist, np.asfortranarray, shared.reversed_view])
-def test_whatever_holds_the_numbers_is_taken_and_left_as_it_is(roomy, make):
-    shared.test_whatever_holds_the_numbers_is_taken_and_left_as_it_is(roomy, make)
 
 
 # Shapes, threads and the cache ------------------------------------------------------------------------------------
@@ -237,11 +226,6 @@ def test_threads_bounds_the_threads_of_a_call(tiny_bundle, tiny_model, compiled,
         assert alive(compiled)[0].get_property("INFERENCE_NUM_THREADS") == threads
 
 
-def test_max_shapes_of_nothing_is_refused(tiny_bundle):
-    with pytest.raises(ConfigError, match="max_shapes must be a whole number of at least 1, not 0"):
-        open_vae(tiny_bundle, max_shapes=0)
-
-
 def test_a_cache_that_cannot_be_used_is_said_at_once(tiny_bundle, tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -291,12 +275,6 @@ def test_a_cache_tells_bundles_with_other_weights_apart(tiny_bundle, bundle_copy
 # Devices and memory -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cuda", "gpu:0", "AUTO:GPU,CPU", ""])
-def test_an_unknown_device_is_named_with_the_known(tiny_bundle, device):
-    with pytest.raises(BackendUnavailable, match=re.escape(f"'cpu', 'gpu', 'gpu.N' or 'npu', not {device!r}")):
-        open_vae(tiny_bundle, device=device)
-
-
 @pytest.mark.parametrize("device", ["gpu", "gpu.0", "npu", "gpu.7"])
 def test_a_device_that_is_not_here_is_named_and_nothing_falls_back(tiny_bundle, device):
     found = backend.OpenVinoVae.check_devices()
@@ -328,12 +306,6 @@ def test_too_little_memory_is_named_and_survived(vae, capfd):
 def test_the_parser_gets_the_very_bytes_that_were_hashed(tiny_bundle, parsed):
     open_vae(tiny_bundle).close()
     assert parsed == [(tiny_bundle / name).read_bytes() for name in FILES]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_named_before_a_byte_of_it_is_parsed(bundle_copy, parsed, name, damage):
-    assert_damage_is_found(bundle_copy, parsed, name, damage)
 
 
 def test_weights_that_the_manifest_does_not_list_are_not_read(bundle_copy, parsed):
@@ -428,25 +400,7 @@ def test_nothing_but_ir_is_parsed_so_no_graph_brings_weights_from_outside(
         open_vae(path)
 
 
-@pytest.mark.parametrize(("field", "use", "given"), [
-    ("latent_channels", "decode", np.zeros((1, 8, 4, 4), np.float32)),
-    ("in_channels", "encode", np.zeros((1, 8, 32, 32), np.float32)),
-])  # fmt: skip
-def test_a_config_that_does_not_fit_the_graphs_ends_in_an_error_of_ours(bundle_copy, field, use, given):
-    with pytest.raises(VaeError), open_vae(bundle_copy(lambda manifest: manifest["config"].update({field: 8}))) as vae:
-        getattr(vae, use)(given)
-
-
 # What is loaded, and what leaves the machine ----------------------------------------------------------------------
-
-
-def test_a_bundle_is_opened_and_used_without_torch(alone, tiny_bundle):
-    program = f"import sys, numpy as np, runtimes\nprint(*sys.modules)\n{USE}\nprint(*sys.modules)"
-    before, *printed, after = alone(program, tiny_bundle)
-    assert "openvino" not in before.split(), "importing runtimes loads no backend"
-    assert printed == ["(1, 3, 72, 80)", "(2, 72, 80, 3)"]
-    loaded = {name.partition(".")[0] for name in after.split()}
-    assert {"runtimes", "openvino"} <= loaded and not loaded & (BANNED | {"onnxruntime"})
 
 
 def test_opening_a_bundle_reports_to_nobody(alone, tiny_bundle, tmp_path):
@@ -468,17 +422,6 @@ import openvino_telemetry
 print(openvino_telemetry.__name__)
 """
     assert alone(program, tiny_bundle) == ["openvino_telemetry"]
-
-
-def test_where_openvino_is_missing_the_error_says_what_to_install(alone, tiny_bundle):
-    program = """
-import sys, runtimes
-sys.modules["openvino"] = None
-try: runtimes.open_vae(sys.argv[1])
-except runtimes.BackendUnavailable as error: print(error)
-"""
-    (printed,) = alone(program, tiny_bundle)
-    assert "pip install 'vae-export[openvino]'" in printed
 
 
 @pytest.mark.parametrize("device", ["CPU", "Cpu"])

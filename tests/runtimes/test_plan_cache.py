@@ -1,4 +1,7 @@
-"""The cache of plans: built once, found again, bounded, and nothing in it that others could have put there."""
+"""The cache of plans: built once, found again, bounded, and nothing in it that others could have put there.
+
+Tests runtimes/tensorrt/plan_cache.py, vae_export/cli/engines.py.
+"""
 
 import errno
 import hashlib
@@ -18,13 +21,12 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pytest
-from test_cli import run  # noqa: F401  (a fixture)
-from test_onnxruntime import images, latents, results
 
 from runtimes import ConfigError, VaeError, open_vae
 from runtimes.tensorrt import runtime as tensorrt
 from runtimes.tensorrt.plan_cache import CachedPlan, PlanCache, default_directory, key_of
 from runtimes.tensorrt.profiles import Profile, Range, parse_profile
+from tests.helpers.inputs import images, latents, results
 
 MADE_OF = {"onnx": "abc", "flavour": "tensorrt"}
 
@@ -381,7 +383,7 @@ def test_opening_a_cached_plan_hashes_at_no_less_than_500_megabytes_a_second(cac
 # The command line -------------------------------------------------------------------------------------------------
 
 
-def test_the_command_lists_and_clears(run, cache):  # noqa: F811
+def test_the_command_lists_and_clears(run, cache):
     assert run("cache", "list", "--dir", cache.directory, "--json").json == {
         "directory": str(cache.directory),
         "plans": [],
@@ -399,7 +401,7 @@ def test_the_command_lists_and_clears(run, cache):  # noqa: F811
     assert cache.get_or_build(KEY, lambda: b"again") == b"again"
 
 
-def test_clearing_a_directory_of_someone_elses_files_removes_none(run, tmp_path):  # noqa: F811
+def test_clearing_a_directory_of_someone_elses_files_removes_none(run, tmp_path):
     """As where --dir names a home directory by mistake."""
     home = tmp_path / "home"
     (home / "photographs").mkdir(parents=True, mode=0o700)
@@ -411,7 +413,7 @@ def test_clearing_a_directory_of_someone_elses_files_removes_none(run, tmp_path)
     assert files_in(home) == before
 
 
-def test_a_cache_of_others_is_refused_by_the_command_too(run, tmp_path):  # noqa: F811
+def test_a_cache_of_others_is_refused_by_the_command_too(run, tmp_path):
     tmp_path.chmod(0o777)
     for command in ("list", "clear"):
         run("cache", command, "--dir", tmp_path).check_refusal(ConfigError, "can be written to by others", "chmod go-w")

@@ -1,4 +1,7 @@
-"""Seamless tiling: what the untiled graph gives, in tiles."""
+"""Seamless tiling: what the untiled graph gives, in tiles.
+
+Tests vae_export/rewrites/tileable.py, runtimes/tiling/seamless.py.
+"""
 
 import dataclasses
 import shutil
@@ -7,13 +10,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from helpers import FORMS
 
 from runtimes import Bundle, ConfigError, IntegrityError, NumericsError, OutOfMemoryError, open_vae
 from runtimes.image_files import load_image
 from runtimes.images import psnr, to_float
 from runtimes.manifest import Step
 from runtimes.tiling.seamless import largest_maps, run_seamless
+from tests.helpers.forms import FORMS
 from vae_export import AutoencoderKL, export_bundle
 from vae_export.photos import photographs
 from vae_export.rewrites.form import Form

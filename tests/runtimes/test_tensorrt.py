@@ -1,6 +1,8 @@
 """A TensorRT bundle: what ONNX Runtime's tests promise of every backend, and what is its own.
 
 NVIDIA's packages are those of `tests/fakes`, which keep to the rules of the real ones; `test_gpu.py` has the real ones.
+
+Tests runtimes/tensorrt/execution.py, runtimes/tensorrt/flavours.py, runtimes/tensorrt/runtime.py.
 """
 
 import importlib
@@ -12,25 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import FAKES
-from test_independence import BANNED, USE
-from test_onnxruntime import (  # noqa: F401  (every backend keeps these: here `tiny_bundle` is a TensorRT bundle)
-    TOLERANCE,
-    images,
-    latents,
-    pixels,
-    results,
-    test_a_closed_vae_says_so,
-    test_a_wrong_input_is_answered_with_the_value_and_the_rule,
-    test_an_unknown_scaling_factor_is_never_guessed,
-    test_eight_threads_get_what_one_gets,
-    test_every_float_type_is_taken_and_answered_in_kind,
-    test_images_of_any_kind_become_latents,
-    test_latents_are_scaled_as_the_config_says,
-    test_nan_is_reported_where_it_is_asked_for,
-    test_results_are_those_of_the_reference,
-    test_whatever_holds_the_numbers_is_taken_and_left_as_it_is,
-)
 
 from runtimes import (
     BackendUnavailable,
@@ -47,6 +30,10 @@ from runtimes import (
 from runtimes.tensorrt import flavours as tensorrt_flavours
 from runtimes.tensorrt.profiles import parse_profile
 from runtimes.tensorrt.runtime import TensorRtRtxVae, TensorRtVae
+from tests.helpers.backend_contract import BackendContract
+from tests.helpers.inputs import TOLERANCE, images, latents, results
+from tests.helpers.nvidia_fakes import FAKES
+from tests.helpers.without_torch import USE
 from vae_export import AutoencoderKL, export_bundle
 from vae_export.targets.engines import plan_engine
 
@@ -75,11 +62,36 @@ def rtx(tensorrt_bundle, fake_gpu):
     return lambda **options: open_vae(tensorrt_bundle("tensorrt-rtx"), **options)
 
 
-def test_what_was_built_is_at_hand(vae, rtx, tiny_model):
-    assert (vae.config, vae.backend, vae.precision, vae.device) == (tiny_model.config, "tensorrt", "fp32", "cuda")
-    assert [str(profile) for profile in vae.profiles] == ["1..8 x 8..1536 x 8..1536 (best at 1x64x64)"]
-    with rtx() as other:
-        assert other.backend == "tensorrt-rtx"
+@pytest.fixture
+def parsed(fake_gpu, monkeypatch):
+    """All plans that reach TensorRT's parser, in a list."""
+    seen, runtime = [], importlib.import_module("tensorrt").Runtime
+    read = runtime.deserialize_cuda_engine
+    monkeypatch.setattr(runtime, "deserialize_cuda_engine", lambda self, data: seen.append(data) or read(self, data))
+    return seen
+
+
+class TestTensorRt(BackendContract):
+    backend = "tensorrt"
+    files = (PLAN.replace("decoder", "encoder"), PLAN)
+    count_options = ("contexts", "max_graphs", "cache_bytes")
+    unknown_devices = ("cpu", "cuda:", "cuda:x", "gpu", "")
+    known_devices = "'cuda' or 'cuda:N'"
+    loads = frozenset({"tensorrt", "cuda"})
+    needs = ("tensorrt",)
+    extra = "tensorrt"
+    use = f"sys.path.insert(0, {str(FAKES)!r})\n{USE}"
+
+    @pytest.fixture
+    def opened(self, vae):
+        """For one test: the fake GPU is there for one test."""
+        return vae
+
+    def test_what_was_built_is_at_hand(self, opened, rtx):
+        assert opened.device == "cuda"
+        assert [str(profile) for profile in opened.profiles] == ["1..8 x 8..1536 x 8..1536 (best at 1x64x64)"]
+        with rtx() as other:
+            assert other.backend == "tensorrt-rtx"
 
 
 def test_an_exported_bundle_was_run_and_compared(tmp_path, fake_gpu):
@@ -521,19 +533,6 @@ def test_an_unknown_specialization_is_named_with_the_known(rtx):
 # What may be missing ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["contexts", "max_graphs", "cache_bytes"])
-@pytest.mark.parametrize("value", [0, -1, "two", 1.5, True])
-def test_a_number_that_is_none_is_refused(tiny_bundle, name, value):
-    with pytest.raises(ConfigError, match=f"{name} must be a whole number of at least 1, not {value!r}"):
-        open_vae(tiny_bundle, **{name: value})
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda:", "cuda:x", "gpu", ""])
-def test_an_unknown_device_is_named_with_the_known(tiny_bundle, device):
-    with pytest.raises(BackendUnavailable, match=f"'cuda' or 'cuda:N', not {device!r}"):
-        open_vae(tiny_bundle, device=device)
-
-
 def test_a_gpu_that_is_not_here_is_named(tiny_bundle, fake_gpu):
     with pytest.raises(BackendUnavailable, match=r"there is no cuda:3: this machine has 1 NVIDIA GPU"):
         open_vae(tiny_bundle, device="cuda:3")
@@ -567,17 +566,3 @@ def test_a_tensorrt_that_is_too_old_or_does_not_load_is_named(tiny_bundle, monke
     monkeypatch.delitem(sys.modules, "tensorrt")
     with pytest.raises(BackendUnavailable, match=r"does not load \(libnvinfer\.so\.11.*pip install 'vae-export\["):
         open_vae(tiny_bundle)
-
-
-def test_a_bundle_is_opened_and_used_without_torch(alone, tiny_bundle):
-    program = f"""
-import sys, numpy as np, runtimes
-print(*sys.modules)
-sys.path.insert(0, sys.argv[2])
-{USE}
-print(*sys.modules)"""
-    before, *printed, after = alone(program, tiny_bundle, FAKES)
-    assert not {"tensorrt", "cuda"} & set(before.split()), "importing runtimes loads no backend"
-    assert printed == ["(1, 3, 72, 80)", "(2, 72, 80, 3)"]
-    loaded = {name.partition(".")[0] for name in after.split()}
-    assert {"runtimes", "tensorrt", "cuda"} <= loaded and not loaded & BANNED

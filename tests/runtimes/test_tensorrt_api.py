@@ -2,6 +2,8 @@
 
 `tests/data/tensorrt_api.json` lists the classes of the real modules with their members. What our code calls on objects
 of these classes is held against it through the fakes, over which all of that code runs.
+
+Tests runtimes/tensorrt/cuda.py.
 """
 
 import ast
@@ -13,40 +15,12 @@ from pathlib import Path
 import pytest
 
 import runtimes
+from tests.helpers.tensorrt_names import dotted, names_in
 
 API = json.loads((Path(__file__).parents[1] / "data" / "tensorrt_api.json").read_text())
 ROOM = Path(runtimes.__file__).parent / "tensorrt"
 MODULES = [ROOM / f"{name}.py" for name in ("builder", "execution", "flavours")]
 CUDA = ROOM / "cuda.py"
-
-
-def dotted(node):
-    """a.b.c of an expression that is that, else nothing."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and (inner := dotted(node.value)):
-        return f"{inner}.{node.attr}"
-    return ""
-
-
-def names_in(source):
-    """What is taken from the module, as "DataType.HALF": through `trt`, `flavour.trt` or a name for a part of it."""
-    names, aliases = set(), {}
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            _, found, rest = f".{dotted(node.value)}.".partition(".trt.")
-            if found and rest.strip("."):
-                aliases[node.targets[0].id] = rest.strip(".")
-    for node in ast.walk(tree):
-        path = dotted(node) if isinstance(node, ast.Attribute) else ""
-        first, _, rest = path.partition(".")
-        if first in aliases:
-            path = f"trt.{aliases[first]}.{rest}"
-        _, found, rest = f".{path}".partition(".trt.")
-        if found:
-            names.add(rest.partition("__")[0].rstrip("."))
-    return names - {""}
 
 
 def is_there(name, api):

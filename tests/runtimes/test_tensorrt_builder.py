@@ -1,6 +1,8 @@
 """The builder in its process: what it reports, what it refuses and how, and what is left when it dies.
 
 NVIDIA's packages are those of `tests/fakes`, but for the last part: TensorRT-RTX builds without a GPU.
+
+Tests runtimes/tensorrt/builder.py.
 """
 
 import json
@@ -11,7 +13,6 @@ import time
 
 import onnx
 import pytest
-from conftest import FAKES
 from onnx import TensorProto, helper
 
 from runtimes import BackendUnavailable, CompatibilityError, ConfigError, OutOfMemoryError, VaeError
@@ -19,6 +20,7 @@ from runtimes.tensorrt import builder as tensorrt_builder
 from runtimes.tensorrt.builder import BuildJob, build_plan
 from runtimes.tensorrt.flavours import load_flavour
 from runtimes.tensorrt.profiles import parse_profile
+from tests.helpers.nvidia_fakes import FAKES
 from vae_export.options import ExportOptions
 from vae_export.targets import target_named
 from vae_export.targets.engines import plan_engine, rebuild_bundle

@@ -1,4 +1,7 @@
-"""Threads: every call gets what it would get alone, and a runtime may be closed while others use it."""
+"""Threads: every call gets what it would get alone, and a runtime may be closed while others use it.
+
+Tests runtimes/cancellation.py.
+"""
 
 import threading
 import time

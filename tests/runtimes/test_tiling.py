@@ -1,4 +1,7 @@
-"""Tiling and slicing: the results of the reference model, in bounded memory."""
+"""Tiling and slicing: the results of the reference model, in bounded memory.
+
+Tests runtimes/tiling/blended.py, runtimes/tiling/settings.py, runtimes/tiling/tiler.py.
+"""
 
 import copy
 

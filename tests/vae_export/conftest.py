@@ -1,9 +1,10 @@
 """Fixtures for the tests of checkpoints."""
 
 import pytest
-from helpers.checkpoint_samples import to_ldm, weights_of
-from helpers.hub_server import hub_fixture  # noqa: F401  (a fixture: the tests take it as `hub`)
 from safetensors.torch import save_file
+
+from tests.helpers.checkpoint_samples import to_ldm, weights_of
+from tests.helpers.hub_server import hub_fixture  # noqa: F401  (a fixture: the tests take it as `hub`)
 
 
 @pytest.fixture

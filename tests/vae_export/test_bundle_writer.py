@@ -1,4 +1,7 @@
-"""Writing a bundle: whole or not at all, whatever happens meanwhile."""
+"""Writing a bundle: whole or not at all, whatever happens meanwhile.
+
+Tests vae_export/bundle.py.
+"""
 
 import fcntl
 import hashlib
@@ -7,7 +10,6 @@ import resource
 import signal
 import stat
 import subprocess
-import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -15,41 +17,11 @@ from pathlib import Path
 import pytest
 
 import vae_export.bundle
-from runtimes import Bundle, BundleError, VaeConfig
-from runtimes.manifest import GraphSpec, Manifest, TensorSpec
+from runtimes import Bundle, BundleError
+from tests.helpers.written_bundles import content, fill, make, start
 from vae_export.bundle import check_output, write_bundle
 
 MEGABYTE = 1 << 20
-
-
-def fill(writer, data):
-    """Put `data` and a manifest that lists it into a bundle in the making."""
-    (writer.directory / "graphs").mkdir()
-    (writer.directory / "graphs" / "model.onnx").write_bytes(data)
-    image, latents, moments = (TensorSpec("x", "float32", ("batch", c, "height", "width")) for c in (3, 4, 8))
-    ends = {"encoder": (image, moments), "decoder": (latents, image)}
-    graphs = {name: GraphSpec("graphs/model.onnx", *both) for name, both in ends.items()}
-    config = VaeConfig()
-    writer.write_manifest(Manifest("0", "onnx", "fp32", config, writer.entries(), graphs, config.latent_space))
-
-
-def make(out, data=b"new", overwrite=False):
-    with write_bundle(out, overwrite=overwrite) as writer:
-        fill(writer, data)
-        return writer.finish()
-
-
-def content(out):
-    return Bundle(out).read("graphs/model.onnx")
-
-
-def start(code, out):
-    """Another process, with this module's names and `out` at hand, once it has said that it is ready."""
-    setup = "import sys, time; sys.path.insert(0, sys.argv[1]); from test_bundle_writer import *; out = sys.argv[2]\n"
-    command = [sys.executable, "-c", setup + code, str(Path(__file__).parent), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
-    return process
 
 
 def test_manifest_lists_every_file_with_its_size_and_hash(tiny_bundle):

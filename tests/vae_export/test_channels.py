@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from dataset_samples import encode as encode_folder
 from PIL import Image
 from typer.testing import CliRunner
 
 from runtimes import ShapeError, open_vae
 from runtimes.image_files import load_image
 from runtimes.images import to_pil
+from tests.helpers.dataset_samples import encode as encode_folder
 from vae_export import AutoencoderKL, export_bundle
 from vae_export.cli.app import app
 from vae_export.photos import crops, middle_of, photographs

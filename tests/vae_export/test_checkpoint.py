@@ -1,4 +1,7 @@
-"""Loading checkpoints: whatever was published comes out as the model it is, or as an error that says what is wrong."""
+"""Loading checkpoints: whatever was published comes out as the model it is, or as an error that says what is wrong.
+
+Tests vae_export/checkpoints/architecture.py, vae_export/checkpoints/keys.py.
+"""
 
 import json
 import pickle
@@ -11,7 +14,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as DiffusersVae
 from diffusers import AutoencoderTiny, VQModel
-from helpers.checkpoint_samples import (
+from safetensors.torch import save_file
+
+import vae_export.checkpoints.architecture
+import vae_export.checkpoints.load
+from runtimes.errors import BundleError, ConfigError, NumericsError
+from tests.helpers.checkpoint_samples import (
     GROUPS,
     LAYOUTS,
     TOLERANCE,
@@ -25,11 +33,6 @@ from helpers.checkpoint_samples import (
     to_ldm,
     weights_of,
 )
-from safetensors.torch import save_file
-
-import vae_export.checkpoints.architecture
-import vae_export.checkpoints.load
-from runtimes.errors import BundleError, ConfigError, NumericsError
 from vae_export import AutoencoderKL, VaeConfig
 from vae_export.checkpoints.architecture import PublicVae
 from vae_export.checkpoints.load import load_model

@@ -1,4 +1,8 @@
-"""The command line: what it prints and where, its exit codes, and what it leaves when it is interrupted."""
+"""The command line: what it prints and where, its exit codes, and what it leaves when it is interrupted.
+
+Tests runtimes/errors.py, vae_export/__main__.py, vae_export/cli/app.py, vae_export/cli/images.py,
+vae_export/cli/main.py, vae_export/cli/printing.py.
+"""
 
 import contextlib
 import json
@@ -9,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -28,82 +31,20 @@ from runtimes.errors import (
     NumericsError,
     OutOfMemoryError,
     ShapeError,
-    VaeError,
 )
 from runtimes.images import psnr
+from tests.helpers.command import COMMAND, ERRORS, PHOTO, Result, heeding
 from tools.blow_up import blown_up, gains
 from vae_export.cli import images as cli_images
 from vae_export.cli import main as cli
 
-COMMAND = str(Path(sys.executable).with_name("vae-export"))
-PHOTO = Path(vae_export.__file__).parent / "assets" / "photos" / "coffee.jpg"
-ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, VaeError)]
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        assert self.code == 0, self.err
-        return json.loads(self.out, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
-
-    def check_refusal(self, kind, *said):
-        """The exit code of the class, and on standard error one readable line that holds all that is `said`.
-
-        On standard output nothing, or the error as JSON.
-        """
-        line = self.err.splitlines()[-1]
-        assert self.code == kind.exit_code, self.err
-        assert not self.out or json.loads(self.out)["error"]["class"] == kind.__name__
-        assert line.startswith(f"error ({kind.__name__}): ") and "Traceback" not in self.err
-        assert not [part for part in said if part not in line], line
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """run(arguments): the command in this process, as its console script calls it, in an empty directory."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vae-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return Result(stop.value.code, *capsys.readouterr())
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def files(tmp_path):
-    """A directory of images and latents: `photo.png`, `z.npy`, and those with something wrong."""
-    with Image.open(PHOTO) as image:
-        small = image.resize((96, 64))
-    for name, side in (("photo", (96, 64)), ("odd", (95, 63)), ("speck", (7, 7))):
-        small.crop((0, 0, *side)).save(tmp_path / f"{name}.png")
-    z = np.random.default_rng(0).standard_normal((2, 4, 3, 5), dtype=np.float32)
-    arrays = {"z": z, "channels": z[:, :3], "flat": z[0], "integers": z.astype(int), "pickled": np.array([{}, None])}
-    for name, array in arrays.items():
-        np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
-    np.savez(tmp_path / "several.npz", a=z, b=z)
-    headers = {f"{n}.npy": f"{{'descr': '<f4', 'fortran_order': False, 'shape': {s}, }}" for n, s in SHAPES.items()}
-    garbage = {n: b"\x93NUMPY\x01\x00" + len(h).to_bytes(2, "little") + h.encode() for n, h in headers.items()}
-    garbage |= {"noise.npy": os.urandom(999), "zip.npy": b"PK\x03\x04 is no zip", "empty.npy": b"", "empty.png": b""}
-    for name, data in {**garbage, "cut.npy": (tmp_path / "z.npy").read_bytes()[:-1]}.items():
-        (tmp_path / name).write_bytes(data)
-    return tmp_path
-
-
-SHAPES = {"huge": "(1, 4, 10000000, 10000000)", "header": "(1, 4,"}
-
-
 # The main job -----------------------------------------------------------------------------------------------------
+
+
+def test_the_package_runs_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "vae_export", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert vae_export.__version__ in done.stdout
 
 
 def test_embedded_model_is_exported_verified_and_validated_again(run, tmp_path):
@@ -125,15 +66,6 @@ def test_embedded_model_is_exported_verified_and_validated_again(run, tmp_path):
         assert ours["psnr_db"] == pytest.approx(theirs["psnr_db"], abs=6)
         exact = ("graph", "by", "input", "shape", "finite", "passed")
         assert [ours[name] for name in exact] == [theirs[name] for name in exact]
-
-
-def heeding(number, *arguments):
-    """The command as a process that a signal ends.
-
-    A shell has its background jobs ignore Ctrl-C, and what they start too: the tests may be one of them.
-    """
-    heed = "import os, signal as s, sys; s.signal(int(sys.argv[1]), s.SIG_DFL); os.execv(sys.argv[2], sys.argv[2:])"
-    return [sys.executable, "-c", heed, str(number), COMMAND, *map(str, arguments)]
 
 
 def test_call_in_native_code_is_interrupted_and_no_picture_is_left(tileable_bundle, tmp_path):

@@ -1,6 +1,7 @@
-"""What the command line prints and writes elsewhere than in files, errors as JSON, which model is loaded."""
+"""What the command line prints and writes elsewhere than in files, errors as JSON, which model is loaded.
 
-# ruff: noqa: F811  (tests take the fixtures by these names)
+Tests vae_export/cli/options.py, vae_export/cli/streams.py.
+"""
 
 import io
 import json
@@ -12,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import COMMAND, ERRORS, files, run  # noqa: F401  (two fixtures)
 
 import vae_export
 from runtimes import Bundle
 from runtimes.errors import BundleError, ConfigError, NumericsError, ShapeError
+from tests.helpers.command import COMMAND, ERRORS
 from vae_export.cli import app as cli
 from vae_export.targets import int8 as quantize
 

@@ -1,4 +1,8 @@
-"""A job over a dataset: what it writes, and that it writes the same whatever happens to it."""
+"""A job over a dataset: what it writes, and that it writes the same whatever happens to it.
+
+Tests vae_export/dataset/job.py, vae_export/dataset/plan.py, vae_export/dataset/shards.py,
+vae_export/dataset/workers.py.
+"""
 
 import errno
 import json
@@ -9,17 +13,16 @@ import subprocess
 import sys
 import time
 
-import dataset_samples
 import numpy as np
 import psutil
 import pytest
-from dataset_samples import BUCKETS, Deadly, encode, image_bytes, make_folder, written
 from filelock import FileLock
 from PIL import Image
 
 from runtimes import BundleError, ConfigError, NumericsError, OutOfMemoryError, open_vae
 from runtimes.base import VaeRuntime
 from runtimes.image_files import load_image
+from tests.helpers.dataset_samples import BUCKETS, Deadly, encode, image_bytes, make_folder, written
 
 pa = pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 pytest.importorskip("filelock")
@@ -154,9 +157,8 @@ def test_the_contract_says_what_the_latents_are(uninterrupted, tiny_bundle):
 
 def killed_at(moment, folder, bundle, out, root):
     """Run a job that is killed at a moment -> how many moments it had, if it ended before."""
-    command = [sys.executable, dataset_samples.__file__, folder, bundle, out, moment]
-    paths = os.pathsep.join([str(root), os.path.dirname(dataset_samples.__file__)])
-    environment = os.environ | {"PYTHONPATH": paths}
+    command = [sys.executable, "-m", "tests.helpers.dataset_samples", folder, bundle, out, moment]
+    environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return int(done.stdout) if done.returncode == 0 else None
@@ -201,7 +203,7 @@ def test_a_job_killed_at_every_moment_and_a_rerun_at_every_moment(folder, tiny_b
 def test_killed_from_outside_its_workers_end_and_nothing_is_lost(tiny_bundle, tmp_path, pytestconfig):
     folder = make_folder(tmp_path / "images", 60)
     program = (
-        "import sys; from dataset_samples import encode\n"
+        "import sys; from tests.helpers.dataset_samples import encode\n"
         "if __name__ == '__main__': encode(sys.argv[1], sys.argv[2], sys.argv[3], workers=2)"
     )
     (tmp_path / "job.py").write_text(program)

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from dataset_samples import encode, image_bytes, make_folder
 from PIL import Image
 from typer.testing import CliRunner
 
 from runtimes import ConfigError, ShapeError
 from runtimes.latents import LatentDataset
+from tests.helpers.dataset_samples import encode, image_bytes, make_folder
 from vae_export.cli.app import app
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")

@@ -1,4 +1,7 @@
-"""Damaged latents: a resumed job makes them anew, the reader refuses them, and `verify-latents` names them."""
+"""Damaged latents: a resumed job makes them anew, the reader refuses them, and `verify-latents` names them.
+
+Tests vae_export/dataset/verify.py.
+"""
 
 import json
 import pickle
@@ -6,13 +9,13 @@ import shutil
 
 import numpy as np
 import pytest
-from dataset_samples import encode, make_folder, written
 from typer.testing import CliRunner
 
 from runtimes import BundleError, CompatibilityError, IntegrityError
 from runtimes.latents import LatentDataset
 from runtimes.latents.dataset import read_contract
 from runtimes.latents.shards import check_hash, open_shard
+from tests.helpers.dataset_samples import encode, make_folder, written
 from vae_export.cli.app import app
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")

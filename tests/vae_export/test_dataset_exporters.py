@@ -1,4 +1,7 @@
-"""Stored latents as trainers read them: what they find there is what they would have made themselves."""
+"""Stored latents as trainers read them: what they find there is what they would have made themselves.
+
+Tests vae_export/dataset/exporters.py.
+"""
 
 import io
 import json
@@ -6,11 +9,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from dataset_samples import encode, image_bytes, make_folder
 
 from runtimes import BundleError, ConfigError
 from runtimes.image_files import load_image
 from runtimes.latents import LatentDataset
+from tests.helpers.dataset_samples import encode, image_bytes, make_folder
 from vae_export.dataset.exporters import export_latents
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")

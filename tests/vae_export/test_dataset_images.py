@@ -1,13 +1,16 @@
-"""Sizes and crops, and which images are encoded together."""
+"""Sizes and crops, and which images are encoded together.
+
+Tests vae_export/dataset/encode.py, vae_export/dataset/images.py, vae_export/dataset/items.py.
+"""
 
 import io
 
 import numpy as np
 import pytest
-from dataset_samples import image_bytes
 from PIL import Image
 
 from runtimes import ConfigError
+from tests.helpers.dataset_samples import image_bytes
 from vae_export.dataset.encode import MAX_WAITING_PIXELS, BatchSize, batches
 from vae_export.dataset.images import SDXL_BUCKETS, Broken, Prepared, SizePolicy, Unchanged, parse_sizes, prepare
 from vae_export.dataset.items import Item, Source

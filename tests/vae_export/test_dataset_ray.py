@@ -1,4 +1,7 @@
-"""A job on a real Ray cluster of several nodes on this machine: the same bytes, also where workers and a node die."""
+"""A job on a real Ray cluster of several nodes on this machine: the same bytes, also where workers and a node die.
+
+Tests vae_export/dataset/ray.py, vae_export/dataset/shard_work.py.
+"""
 
 import contextlib
 import os
@@ -8,9 +11,9 @@ import time
 
 import psutil
 import pytest
-from dataset_samples import encode, make_folder, written
 
 from runtimes import BackendUnavailable, ConfigError
+from tests.helpers.dataset_samples import encode, make_folder, written
 
 pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -44,7 +47,7 @@ def cluster(pytestconfig, monkeypatch):
     from ray.cluster_utils import Cluster
 
     root = pytestconfig.rootpath
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), str(root / "tests" / "vae_export")]))
+    monkeypatch.setenv("PYTHONPATH", str(root))
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     made.workers = [made.add_node(num_cpus=2) for _ in range(2)]
     yield made

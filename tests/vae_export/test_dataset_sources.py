@@ -1,4 +1,7 @@
-"""Where images come from: the same images of every kind of source, and errors that say what to do."""
+"""Where images come from: the same images of every kind of source, and errors that say what to do.
+
+Tests vae_export/dataset/sources.py, vae_export/dataset/tables.py.
+"""
 
 import contextlib
 import io
@@ -8,9 +11,9 @@ import socket
 import tarfile
 
 import pytest
-from dataset_samples import encode, image_bytes, make_folder
 
 from runtimes import ConfigError
+from tests.helpers.dataset_samples import encode, image_bytes, make_folder
 
 pa = pytest.importorskip("pyarrow", reason="pip install 'vae-export[dataset]'")
 

@@ -1,4 +1,7 @@
-"""Exporting: the graphs are what the design's table says, and a bundle with wrong graphs is never written."""
+"""Exporting: the graphs are what the design's table says, and a bundle with wrong graphs is never written.
+
+Tests vae_export/targets/onnx.py, vae_export/targets/onnx_graphs.py.
+"""
 
 import os
 import re
@@ -14,15 +17,12 @@ from onnx import numpy_helper
 from runtimes import Bundle, BundleError, ConfigError, IntegrityError, NumericsError, VaeError, open_vae
 from runtimes.manifest import TensorSpec
 from runtimes.names import GRAPHS
+from tests.helpers.files import tree
+from tests.helpers.graph_table import TABLE
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
 from vae_export.comparison import THRESHOLDS
 from vae_export.targets import onnx_graphs
 
-# Names and free dimensions of input and output; 4 latent channels.
-TABLE = {
-    "encoder": (("sample", 3, "height", "width"), ("latent_parameters", 8, "latent_height", "latent_width")),
-    "decoder": (("latent_sample", 4, "latent_height", "latent_width"), ("sample", 3, "height", "width")),
-}
 # Another order of summation in fp32, on values of about 1 to 10.
 TOLERANCE = 1e-4
 SMALL = {
@@ -33,10 +33,6 @@ SMALL = {
     "use_post_quant_conv": False,
     "mid_block_add_attention": False,
 }
-
-
-def tree(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def scaled(name, factor):

@@ -1,4 +1,7 @@
-"""Flax bundles on disk: what is in them, and what is refused before anything is written."""
+"""Flax bundles on disk: what is in them, and what is refused before anything is written.
+
+Tests vae_export/targets/flax.py.
+"""
 
 import os
 import re
@@ -6,11 +9,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from test_export import TABLE, tree
 
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError
 from runtimes.manifest import GraphSpec, TensorSpec
 from runtimes.names import GRAPHS
+from tests.helpers.files import tree
+from tests.helpers.graph_table import TABLE
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
 from vae_export.comparison import THRESHOLDS
 from vae_export.rewrites.form import PLAIN

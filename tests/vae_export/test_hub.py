@@ -6,7 +6,13 @@ import json
 
 import huggingface_hub
 import pytest
-from helpers.checkpoint_samples import (
+from huggingface_hub import constants
+from safetensors.torch import save
+
+import vae_export.checkpoints.architecture
+import vae_export.checkpoints.load
+from runtimes.errors import ConfigError
+from tests.helpers.checkpoint_samples import (
     GROUPS,
     REPO,
     VARIANTS,
@@ -19,13 +25,7 @@ from helpers.checkpoint_samples import (
     to_ldm,
     weights_of,
 )
-from helpers.hub_server import MEMBER_TOKEN
-from huggingface_hub import constants
-from safetensors.torch import save
-
-import vae_export.checkpoints.architecture
-import vae_export.checkpoints.load
-from runtimes.errors import ConfigError
+from tests.helpers.hub_server import MEMBER_TOKEN
 from vae_export import AutoencoderKL, VaeConfig
 from vae_export.checkpoints.load import Hub, load_model, parse_hub_url
 

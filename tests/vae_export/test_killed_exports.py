@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import heeding
 
 from runtimes import Bundle, open_vae
+from tests.helpers.command import heeding
 
 KILLS, FILLS = 100, 30
 
@@ -26,12 +25,11 @@ EVERY_MOMENT = """
 import fcntl, os, signal, sys
 from pathlib import Path
 
-sys.path.insert(0, sys.argv[1])
 import vae_export.bundle
 from runtimes import BundleError
-from test_bundle_writer import content, make
+from tests.helpers.written_bundles import content, make
 
-place, one_step = Path(sys.argv[2]), sys.argv[3] == "one step"
+place, one_step = Path(sys.argv[1]), sys.argv[2] == "one step"
 if not one_step:
     vae_export.bundle.ctypes.CDLL = lambda _: object()  # a system without renameat2
 moments = []
@@ -94,7 +92,7 @@ print("moments", whole)
 
 @pytest.mark.parametrize("way", ["one step", "three steps"])
 def test_killed_before_any_step_of_writing_there_is_a_whole_bundle(tmp_path, alone, way):
-    (said,) = alone(EVERY_MOMENT, Path(__file__).parent, tmp_path / "out", way)
+    (said,) = alone(EVERY_MOMENT, tmp_path / "out", way)
     assert int(said.split()[1]) > 15
 
 

@@ -1,4 +1,7 @@
-"""Weights files and configs as users have them: wrapped names, other files under their name, configs beside them."""
+"""Weights files and configs as users have them: wrapped names, other files under their name, configs beside them.
+
+Tests vae_export/checkpoints/load.py.
+"""
 
 import json
 
@@ -6,11 +9,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL as DiffusersVae
-from helpers.checkpoint_samples import GROUPS, VARIANTS, assert_same_weights, source_model, weights_of
 from safetensors.torch import load_file, save_file
 
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
+from tests.helpers.checkpoint_samples import GROUPS, VARIANTS, assert_same_weights, source_model, weights_of
 from vae_export.checkpoints.load import EMBEDDED, WEIGHTS_FILE, load_model, read_weights
 from vae_export.families.autoencoder_kl import FAMILY
 

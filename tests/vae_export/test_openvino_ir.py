@@ -1,4 +1,7 @@
-"""OpenVINO bundles on disk: what is in them, who else opens them, and what is refused before anything is written."""
+"""OpenVINO bundles on disk: what is in them, who else opens them, and what is refused before anything is written.
+
+Tests vae_export/targets/openvino.py.
+"""
 
 import json
 import os
@@ -8,12 +11,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import FORMS
-from test_export import TABLE, tree
 
 from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError
 from runtimes.manifest import GraphSpec, TensorSpec
 from runtimes.names import GRAPHS
+from tests.helpers.files import tree
+from tests.helpers.forms import FORMS
+from tests.helpers.graph_table import TABLE
 from vae_export import AutoencoderKL, export_bundle, validate_bundle
 from vae_export.comparison import THRESHOLDS
 from vae_export.rewrites import winograd

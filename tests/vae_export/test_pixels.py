@@ -7,7 +7,6 @@ import onnx
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from helpers import FORMS
 from PIL import Image
 
 from runtimes import Bundle, ConfigError, NumericsError, ShapeError, VaeError, open_vae
@@ -16,6 +15,7 @@ from runtimes.manifest import TensorSpec
 from runtimes.tensorrt.builder import build_plan
 from runtimes.tensorrt.profiles import parse_profile
 from runtimes.tensorrt.runtime import job_of
+from tests.helpers.forms import FORMS
 from vae_export import export_bundle, validate_bundle
 from vae_export.comparison import compare, opened_bundle, reference_cases, thresholds_of, through_pixels
 from vae_export.export import complete_options

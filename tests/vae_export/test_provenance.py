@@ -1,13 +1,16 @@
-"""The record of where exported weights came from: true also where the model was changed after it was loaded."""
+"""The record of where exported weights came from: true also where the model was changed after it was loaded.
+
+Tests vae_export/checkpoints/source.py.
+"""
 
 import hashlib
 
 import pytest
 import torch
-from helpers.checkpoint_samples import GROUPS, LAYOUTS, weights_of
 from safetensors.torch import save_file
 
 from runtimes.errors import ConfigError
+from tests.helpers.checkpoint_samples import GROUPS, LAYOUTS, weights_of
 from vae_export import export_bundle, load_model, validate_bundle
 from vae_export.checkpoints.load import WEIGHTS_FILE
 from vae_export.checkpoints.source import tensors_sha256

@@ -1,4 +1,7 @@
-"""int8: good enough on a photograph that nothing was fitted to, or refused with the numbers."""
+"""int8: good enough on a photograph that nothing was fitted to, or refused with the numbers.
+
+Tests vae_export/targets/int8.py.
+"""
 
 import sys
 

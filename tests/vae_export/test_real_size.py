@@ -84,9 +84,8 @@ def test_a_real_model_is_exported_to_every_target(target, precision, tmp_path):
 def test_an_engine_of_a_real_model_builds_in_15_seconds_and_2_gb(graph, precision, tmp_path):
     """For one RTX target, with two cores and no GPU."""
     pytest.importorskip("tensorrt_rtx")
-    from helpers import FORMS
-
     from benchmarks.models import stable_diffusion_sized
+    from tests.helpers.forms import FORMS
     from vae_export.targets.onnx_graphs import export_onnx
 
     model, path = stable_diffusion_sized(), tmp_path / "m.onnx"

@@ -8,46 +8,15 @@ import pytest
 import torch
 
 from runtimes.errors import NumericsError
+from tests.helpers.small_models import inputs_of, run_graph, small_model
 from tools.blow_up import blown_up, gains
-from vae_export import AutoencoderKL, export_bundle
+from vae_export import export_bundle
 from vae_export.checkpoints.load import load_model
 from vae_export.families.autoencoder_kl import Attention
-from vae_export.photos import middle_of, photographs
 from vae_export.rewrites.attention import use_portable_attention
 from vae_export.rewrites.ranges import Ranges, SimulatedHalf, Watch, probe
 from vae_export.rewrites.rescale import TARGET, rescale_activations
 from vae_export.rewrites.upsample import fold_upsample
-
-
-def small_model(*, attention=True, quant=True, levels=3, seed=0):
-    """Random weights, norms too, so that no two groups are alike."""
-    torch.manual_seed(seed)
-    model = AutoencoderKL(
-        block_out_channels=(16, 32, 32)[:levels],
-        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "DownEncoderBlock2D")[:levels],
-        up_block_types=("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D")[:levels],
-        norm_num_groups=8,
-        layers_per_block=1,
-        use_quant_conv=quant,
-        use_post_quant_conv=quant,
-        mid_block_add_attention=attention,
-    )
-    for module in model.modules():
-        if isinstance(module, torch.nn.GroupNorm):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
-    return model.eval().requires_grad_(False)
-
-
-def inputs_of(model):
-    factor, latents = model.config.downscale, model.config.latent_channels
-    generator = torch.Generator().manual_seed(1)
-    photos = [("encoder", middle_of(path, 12 * factor, 16 * factor)) for path in photographs()[:2]]
-    return [*photos, ("decoder", torch.randn(1, latents, 12, 10, generator=generator))]
-
-
-def run(model, graph, x):
-    return model.encode_moments(x) if graph == "encoder" else model.decode_latents(x)
 
 
 def psnr(actual, expected):
@@ -62,14 +31,14 @@ def rescue_and_compare(model, draw):
     assert max(probe(rescued, inputs).largest.values()) <= TARGET
     lost = []
     for graph, x in inputs:
-        expected = run(blown, graph, x)
-        assert torch.equal(run(rescued, graph, x), expected), "fp32 must be the same to the last bit"
+        expected = run_graph(blown, graph, x)
+        assert torch.equal(run_graph(rescued, graph, x), expected), "fp32 must be the same to the last bit"
         before, plain, after = (SimulatedHalf(m, "fp16") for m in (model, blown, rescued))
         assert plain.run(graph, x).isnan().all(), "the test must blow the model up far enough"
         assert plain.first_not_finite
         quality = psnr(after.run(graph, x), expected)
         assert after.first_not_finite is None
-        lost.append(psnr(before.run(graph, x), run(model, graph, x)) - quality)
+        lost.append(psnr(before.run(graph, x), run_graph(model, graph, x)) - quality)
     return lost
 
 
@@ -125,8 +94,8 @@ def test_values_lost_among_the_subnormals_are_scaled_up():
     rescued, exponents = rescale_activations(faint, probe(faint, inputs))
     assert min(exponents.values()) < 0
     graph, x = inputs[0]
-    expected = run(faint, graph, x)
-    assert torch.equal(run(rescued, graph, x), expected)
+    expected = run_graph(faint, graph, x)
+    assert torch.equal(run_graph(rescued, graph, x), expected)
     better, worse = (psnr(SimulatedHalf(m, "fp16").run(graph, x), expected) for m in (rescued, faint))
     assert math.isfinite(better)
     assert not worse > better - 20  # the faint one has few significant bits left, or none: then it is NaN
@@ -152,7 +121,7 @@ def test_queries_and_keys_lost_among_the_subnormals_are_balanced(faint):
             q, k = seen.at(f"{name}.to_q"), seen.at(f"{name}.to_k")
             assert 0.5 <= q / k <= 2
     for graph, x in inputs:
-        assert torch.equal(run(rescued, graph, x), run(model, graph, x))
+        assert torch.equal(run_graph(rescued, graph, x), run_graph(model, graph, x))
 
 
 def test_the_model_given_is_not_changed():
@@ -176,7 +145,7 @@ def test_a_rescaled_model_can_be_folded():
     rescued, _ = rescale_activations(blown, probe(blown, inputs_of(blown)))
     graph, x = inputs_of(blown)[2]
     half = SimulatedHalf(fold_upsample(rescued, "conv"), "fp16")
-    assert psnr(half.run(graph, x), run(blown, graph, x)) > 50  # the threshold of validation
+    assert psnr(half.run(graph, x), run_graph(blown, graph, x)) > 50  # the threshold of validation
     assert half.first_not_finite is None
 
 
@@ -198,7 +167,7 @@ def test_the_simulated_half_rounds_every_operation():
     watch._seen = spy
     graph, x = inputs_of(model)[0]
     with watch.watching():
-        run(model, graph, x)
+        run_graph(model, graph, x)
     assert len(seen) > 50
     assert all(torch.equal(tensor, tensor.half().float()) for tensor in seen)
 
@@ -209,8 +178,8 @@ def test_the_simulated_half_is_near_pytorchs_own(precision):
     model = small_model()
     graph, x = inputs_of(model)[2]
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    real = run(copy.deepcopy(model).to(dtype), graph, x.to(dtype)).float()
-    simulated, expected = SimulatedHalf(model, precision).run(graph, x), run(model, graph, x)
+    real = run_graph(copy.deepcopy(model).to(dtype), graph, x.to(dtype)).float()
+    simulated, expected = SimulatedHalf(model, precision).run(graph, x), run_graph(model, graph, x)
     assert abs(psnr(real, expected) - psnr(simulated, expected)) < 3  # dB; the fused attention rounds less often
 
 

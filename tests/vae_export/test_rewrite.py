@@ -1,4 +1,9 @@
-"""Every form of a graph computes what the reference computes, and its operators mean the same in ONNX."""
+"""Every form of a graph computes what the reference computes, and its operators mean the same in ONNX.
+
+Tests vae_export/rewrites/apply.py, vae_export/rewrites/attention.py, vae_export/rewrites/form.py,
+vae_export/rewrites/last_block.py, vae_export/rewrites/norm.py, vae_export/rewrites/operators.py,
+vae_export/rewrites/upsample.py, vae_export/rewrites/winograd.py.
+"""
 
 import copy
 import itertools
@@ -8,11 +13,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import FORMS
 from onnx import TensorProto
-from test_rescale import inputs_of, run, small_model
 from torch.nn import functional as F
 
+from tests.helpers.forms import FORMS
+from tests.helpers.small_models import inputs_of, run_graph, small_model
 from vae_export import AutoencoderKL
 from vae_export.checkpoints.load import load_model
 from vae_export.comparison import Case, compare
@@ -90,13 +95,13 @@ def same(actual, expected, tolerance=TOLERANCE):
 
 
 def test_every_form_gives_the_numbers_of_the_reference(any_model):
-    given = [(graph, x, run(any_model, graph, x)) for graph, x in arrays_for(any_model)]
+    given = [(graph, x, run_graph(any_model, graph, x)) for graph, x in arrays_for(any_model)]
     for form in ALL_FORMS:
         rewritten = rewrite(any_model, form)
         decoder_alone = (form.upsample, form.last_block) != (PLAIN.upsample, PLAIN.last_block)
         for graph, x, expected in given:
             if graph == "decoder" or not decoder_alone:
-                same(run(rewritten, graph, x), expected)
+                same(run_graph(rewritten, graph, x), expected)
 
 
 def test_no_form_changes_the_model_that_it_is_given_or_shares_its_weights():
@@ -112,13 +117,13 @@ def test_no_form_changes_the_model_that_it_is_given_or_shares_its_weights():
 
 def test_fused_projections_stay_fused_and_right():
     model = model_of(attention_at=(1,))
-    expected = [run(model, graph, x) for graph, x in arrays_for(model)]
+    expected = [run_graph(model, graph, x) for graph, x in arrays_for(model)]
     model.fuse_qkv_projections()
     for form in (PLAIN, *FORMS.values()):
         rewritten = rewrite(model, form)
         assert all(m.qkv_weight is not None for m in rewritten.modules() if isinstance(m, Attention))
         for (graph, x), right in zip(arrays_for(model), expected, strict=True):
-            same(run(rewritten, graph, x), right)
+            same(run_graph(rewritten, graph, x), right)
 
 
 def test_a_form_holds_what_it_says():
@@ -138,7 +143,7 @@ def test_a_form_of_a_form_is_still_the_same_function():
     model = model_of(attention_at=(1,))
     for graph, x in arrays_for(model):
         twice = use_row_norms(rewrite(model, Form("conv", "rows", LAST_BLOCKS[-1], 16)))
-        same(run(use_portable_attention(twice), graph, x), run(model, graph, x))
+        same(run_graph(use_portable_attention(twice), graph, x), run_graph(model, graph, x))
 
 
 # Upsampling -------------------------------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ def test_models_with_wide_convolutions_are_the_same_at_odd_sizes_too(monkeypatch
     odd = ("mid_block", "decoder.up_blocks.0", f"encoder.down_blocks.{len(model.encoder.down_blocks) - 1}")
     assert not [path for path in replaced if any(part in path for part in odd)]
     for graph, x in arrays_for(model):
-        same(run(rewritten, graph, x.double()), run(model, graph, x.double()), 1e-12)
+        same(run_graph(rewritten, graph, x.double()), run_graph(model, graph, x.double()), 1e-12)
 
 
 def test_narrow_convolutions_are_left_as_they_are_and_the_manifest_does_not_tell_of_them():
@@ -199,7 +204,7 @@ def test_the_lean_last_block_is_the_same_to_twice_the_digits_of_fp32(name):
     slim = slim_last_block(model)
     assert repr(slim) != repr(model), "there was something to do"
     for graph, x in arrays_for(model):
-        same(run(slim, graph, x.double()), run(model, graph, x.double()), 1e-12)
+        same(run_graph(slim, graph, x.double()), run_graph(model, graph, x.double()), 1e-12)
 
 
 @pytest.mark.parametrize("name", ["no shortcut in the last block", "one level"])
@@ -207,7 +212,7 @@ def test_a_model_without_a_shortcut_there_is_left_as_it_is(name):
     model = model_of(**MODELS[name])
     slim = slim_last_block(model)
     assert slim is not model and repr(slim) == repr(model)
-    assert all(torch.equal(run(slim, graph, x), run(model, graph, x)) for graph, x in arrays_for(model))
+    assert all(torch.equal(run_graph(slim, graph, x), run_graph(model, graph, x)) for graph, x in arrays_for(model))
 
 
 # Norms by rows ----------------------------------------------------------------------------------------------------
@@ -316,7 +321,7 @@ def test_portable_attention_is_the_same_attention():
     for graph, x in inputs_of(model):
         # Another kernel sums in another order.
         torch.testing.assert_close(
-            run(use_portable_attention(model), graph, x), run(model, graph, x), rtol=0, atol=1e-5
+            run_graph(use_portable_attention(model), graph, x), run_graph(model, graph, x), rtol=0, atol=1e-5
         )
 
 

@@ -7,7 +7,6 @@ import sys
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from test_cli import run  # noqa: F401  (a fixture)
 
 from runtimes import BundleError, ConfigError, IntegrityError, open_vae
 from vae_export.signing import SIGNATURE_FILE, sign_bundle, verify_bundle
@@ -152,7 +151,7 @@ def test_a_key_that_is_none_is_named(bundle_copy, signed, keys, tmp_path, which)
             verify_bundle(signed, key)
 
 
-def test_the_commands_say_what_they_did(run, bundle_copy, keys, tmp_path):  # noqa: F811
+def test_the_commands_say_what_they_did(run, bundle_copy, keys, tmp_path):
     path = bundle_copy()
     said = run("sign", path, "--key", keys[0])
     assert said.code == 0 and "model.sig signs" in " ".join(said.out.split())

@@ -1,4 +1,7 @@
-"""Our graphs in the real TensorRT-RTX, which builds engines where there is no GPU, though it cannot run them there."""
+"""Our graphs in the real TensorRT-RTX, which builds engines where there is no GPU, though it cannot run them there.
+
+Tests vae_export/targets/engine_memory.py, vae_export/targets/engines.py, vae_export/targets/tensorrt.py.
+"""
 
 import json
 import re
@@ -10,7 +13,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from helpers import FORMS
 from onnx import TensorProto, helper
 
 from runtimes import Bundle, open_vae
@@ -20,6 +22,7 @@ from runtimes.names import GRAPHS
 from runtimes.tensorrt.builder import BuildJob, build, build_plan
 from runtimes.tensorrt.flavours import load_flavour, system
 from runtimes.tensorrt.profiles import DEFAULT, Profile, Range, parse_profile
+from tests.helpers.forms import FORMS
 from vae_export import export_bundle
 from vae_export.comparison import THRESHOLDS, Thresholds
 from vae_export.families.autoencoder_kl import activation_places

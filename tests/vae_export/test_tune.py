@@ -6,11 +6,11 @@ from contextlib import nullcontext
 
 import onnx
 import pytest
-from helpers import FORMS
 from typer.testing import CliRunner
 
 from runtimes import BackendUnavailable, Bundle, ConfigError
 from runtimes.progress import no_progress
+from tests.helpers.forms import FORMS
 from vae_export import AutoencoderKL, tune
 from vae_export.cli.app import app
 from vae_export.options import ExportOptions

@@ -1,4 +1,7 @@
-"""Validation: everything that a bundle computes is compared, by the thresholds of what it is."""
+"""Validation: everything that a bundle computes is compared, by the thresholds of what it is.
+
+Tests vae_export/comparison.py.
+"""
 
 import hashlib
 import json

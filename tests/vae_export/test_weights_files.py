@@ -1,4 +1,7 @@
-"""Which files hold the weights: variants, checkpoints in parts, and what is said where they are not complete."""
+"""Which files hold the weights: variants, checkpoints in parts, and what is said where they are not complete.
+
+Tests vae_export/checkpoints/files.py, vae_export/checkpoints/weights.py.
+"""
 
 import hashlib
 import json
@@ -6,10 +9,17 @@ import subprocess
 import sys
 
 import pytest
-from helpers.checkpoint_samples import VARIANTS, WEIGHTS, assert_same_weights, repository, source_model, weights_of
 from safetensors.torch import load_file, save, save_file
 
 from runtimes.errors import ConfigError
+from tests.helpers.checkpoint_samples import (
+    VARIANTS,
+    WEIGHTS,
+    assert_same_weights,
+    repository,
+    source_model,
+    weights_of,
+)
 from vae_export import AutoencoderKL, Hub, export_bundle, validate_bundle
 from vae_export.checkpoints.load import load_model
 

@@ -1,6 +1,6 @@
 """Small datasets, jobs over them, and what they wrote; also a program: a job that is killed at a chosen moment.
 
-    python dataset_samples.py SOURCE BUNDLE OUT MOMENT
+    python -m tests.helpers.dataset_samples SOURCE BUNDLE OUT MOMENT
 
 kills itself, as kill -9 does, before the MOMENT-th time that it is about to encode, flush, rename or remove something;
 it prints how many such moments there were if it gets to the end.

@@ -28,7 +28,7 @@ from vae_export.checkpoints.load import EMBEDDED, load_model
 from vae_export.families.autoencoder_kl import AutoencoderKL
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-CASES = Path(__file__).parent / "cases"  #: CASES/ENTRY/*: what was found, to be found no more
+CASES = Path(__file__).parents[1] / "fuzz" / "cases"  #: CASES/ENTRY/*: what was found, to be found no more
 
 
 #: what the seed of checkpoints is one of
