@@ -326,8 +326,8 @@ def tensor_names(keys: Iterable[str]) -> dict[str, str]:
     selected = select_vae_keys(keys)
     if not any(map(_is_tiny, selected)):
         raise ConfigError(
-            f"it has no tensor named as those of an AutoencoderTiny (encoder.layers.0.weight), so it is another VAE; the first is "
-            f"{next(iter(selected), None)!r}"
+            "it is another VAE: no tensor is named as those of an AutoencoderTiny (encoder.layers.0.weight); the first "
+            f"is {next(iter(selected), None)!r}"
         )
 
     def renamed(name: str) -> str:
