@@ -31,7 +31,8 @@ def one_colour() -> list[np.ndarray]:
 
 def run(vae, x: np.ndarray) -> np.ndarray:
     """Images through the encoder of a runtime, latents through its decoder."""
-    return vae.encode(x)[0].parameters if x.shape[1] == 3 else vae.decode(x)[0]
+    found: np.ndarray = vae.encode(x)[0].parameters if x.shape[1] == 3 else vae.decode(x)[0]
+    return found
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import struct
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -52,7 +53,7 @@ class Hostile:
         (self.path / "manifest.json").write_bytes(raw)
 
 
-HOSTILE = {}
+HOSTILE: dict[str, tuple[Any, ...]] = {}
 
 
 def hostile(error, says):

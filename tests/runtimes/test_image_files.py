@@ -222,7 +222,9 @@ def test_the_transparent_value_of_16_bit_grey_is_transparent():
     assert load_image(content, 1)[0, :, 0].tolist() == [255, 117]
 
 
-@pytest.mark.parametrize("levels", [np.int32([[0, 255]]), np.int32([[0, 65535]]), np.float32([[0, 1]])])
+@pytest.mark.parametrize(
+    "levels", [np.array([[0, 255]], np.int32), np.array([[0, 65535]], np.int32), np.array([[0, 1]], np.float32)]
+)
 def test_grey_of_32_bits_is_never_guessed(levels):
     for source in (Image.fromarray(levels), saved(Image.fromarray(levels), "TIFF")):
         with pytest.raises(ShapeError, match=r"nobody knows which .*; (save it with|give) "):

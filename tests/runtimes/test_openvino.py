@@ -20,6 +20,7 @@ from runtimes import (
     CompatibilityError,
     ConfigError,
     IntegrityError,
+    NotInstalled,
     OutOfMemoryError,
     VaeError,
     open_vae,
@@ -31,7 +32,7 @@ from tests.helpers.without_torch import BANNED
 from vae_export.comparison import THRESHOLDS, Case, compare, opened_bundle
 from vae_export.rewrites.apply import rewrite
 
-backend = pytest.importorskip("runtimes.openvino", exc_type=BackendUnavailable)
+backend = pytest.importorskip("runtimes.openvino", exc_type=NotInstalled)
 ov = backend.ov
 
 XML, BIN = "vae_decoder/openvino_model.xml", "vae_decoder/openvino_model.bin"

@@ -132,7 +132,7 @@ KEY = {
         ("gpus", ["sm90"]),
         ("system", "win32-AMD64"),
         ("profiles", [parse_profile("1x64x72", 8).to_dict()]),
-        ("profiles", 2 * KEY["profiles"]),
+        ("profiles", [*KEY["profiles"], *KEY["profiles"]]),
         ("input", "latent_sample"),
     ],
 )

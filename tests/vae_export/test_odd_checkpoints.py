@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
 from tests.helpers.checkpoint_samples import GROUPS, VARIANTS, assert_same_weights, source_model, weights_of
-from vae_export.checkpoints.load import EMBEDDED, WEIGHTS_FILE, load_model, read_weights
+from vae_export.checkpoints.files import WEIGHTS_FILE
+from vae_export.checkpoints.load import EMBEDDED, load_model
+from vae_export.checkpoints.weights import read_weights
 from vae_export.families.autoencoder_kl import FAMILY
 
 WEIGHTS = EMBEDDED / WEIGHTS_FILE

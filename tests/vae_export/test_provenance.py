@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from runtimes.errors import ConfigError
 from tests.helpers.checkpoint_samples import GROUPS, LAYOUTS, weights_of
 from vae_export import export_bundle, load_model, validate_bundle
-from vae_export.checkpoints.load import WEIGHTS_FILE
+from vae_export.checkpoints.files import WEIGHTS_FILE
 from vae_export.checkpoints.source import tensors_sha256
 
 
