@@ -145,4 +145,5 @@ def test_the_command_line_knows_it(checkpoint, tmp_path):
     invoke("encode-dataset", folder, *options)
     contract = json.loads((latents / "contract.json").read_text())
     assert (contract["vae"]["latent_channels"], contract["vae"]["downscale"]) == (8, 8)
-    assert Bundle(bundle).manifest.config.width == 8
+    config = Bundle(bundle).manifest.config
+    assert isinstance(config, ToyConfig) and config.width == 8
