@@ -104,7 +104,8 @@ class Worker:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+                if pipe is not None:
+                    pipe.close()
 
 
 def prepare(
@@ -146,7 +147,8 @@ def measure(
     scratch: Path, case: Case, rows: Sequence[Row], rounds: int, broken: dict[str, str], status: Status
 ) -> tuple[list[Result], list[list[str]]]:
     """(a result a row, the order of the calls in each group of rows that were asked in turn)."""
-    results, orders = [], []
+    results: list[Result] = []
+    orders: list[list[str]] = []
     waiting = list(rows)
     while waiting:
         with contextlib.ExitStack() as stack:
@@ -285,8 +287,8 @@ def memory_verdicts(case: Case, results: Sequence[Result]) -> Iterator[str]:
     for precision in dict.fromkeys(result["precision"] for result in results if result["ours"]):
         known = [r for r in results if r["precision"] == precision and r.get("peak_memory_gb")]
         least = {ours: min((r for r in known if r["ours"] == ours), key=peak, default=None) for ours in (True, False)}
-        if least[True] and least[False]:
-            mine, theirs = least[True], least[False]
+        mine, theirs = least[True], least[False]
+        if mine and theirs:
             yield (
                 f"{case} {precision} peak memory: ours ({mine['row'].removeprefix('ours ')}) {peak(mine):.2f} GB, "
                 f"leanest peer ({theirs['row']}) {peak(theirs):.2f} GB: {peak(mine) / peak(theirs):.2f}"

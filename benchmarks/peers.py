@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as DiffusersVae
 
     from runtimes.config import VaeConfig
+    from runtimes.names import Graph
     from vae_export.families.autoencoder_kl import AutoencoderKL
 
 Array = npt.NDArray[np.float32]
 Run = Callable[[str, Array], Array]  #: ("encode" or "decode", images or latents) -> moments or images
 Answer = Callable[[dict[str, Any]], None]
 
-GRAPHS = {"encode": "encoder", "decode": "decoder"}
+GRAPHS: dict[str, Graph] = {"encode": "encoder", "decode": "decoder"}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRACE_BATCH, TRACE_HEIGHT, TRACE_WIDTH = 2, 6, 10  #: in latents; no shape that is measured
@@ -73,7 +74,8 @@ def open_torch(
     def run(graph: str, array: Array) -> Array:
         x = torch.from_numpy(array).to(device, model.dtype, memory_format=layout)
         y = model.encode(x).latent_dist.parameters if graph == "encode" else model.decode(x).sample
-        return y.float().cpu().numpy()
+        found: Array = y.float().cpu().numpy()
+        return found
 
     return run
 
@@ -136,7 +138,8 @@ def open_plain_openvino(path: Path, precision: str, *, reshaped: bool = False) -
         if graph not in requests:  # a benchmark's process runs one size
             models[graph].reshape(list(x.shape))
             requests[graph] = request(models[graph])
-        return requests[graph].infer([x])[0]
+        found: Array = requests[graph].infer([x])[0]
+        return found
 
     return run
 
@@ -145,7 +148,7 @@ def open_ours(path: Path, precision: str, **options: Any) -> Run:
     from runtimes import open_vae
 
     vae = open_vae(path, **options)
-    return lambda graph, x: vae.encode(x).latent_dist.parameters if graph == "encode" else vae.decode(x).sample
+    return lambda graph, x: vae.encode(x)[0].parameters if graph == "encode" else vae.decode(x)[0]
 
 
 # Writing what is opened -----------------------------------------------------------------------------------------------
@@ -173,11 +176,13 @@ def diffusers_graphs(model: AutoencoderKL, path: Path) -> Iterator[tuple[str, to
             self.vae = theirs
 
         def forward(self, sample: torch.Tensor) -> torch.Tensor:
-            return self.vae.encode(sample).latent_dist.parameters
+            moments: torch.Tensor = self.vae.encode(sample).latent_dist.parameters
+            return moments
 
     class Decode(Encode):
         def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
-            return self.vae.decode(latent_sample, return_dict=False)[0]
+            images: torch.Tensor = self.vae.decode(latent_sample, return_dict=False)[0]
+            return images
 
     config, factor = model.config, model.config.downscale
     image = (config.in_channels, TRACE_HEIGHT * factor, TRACE_WIDTH * factor)
@@ -263,7 +268,7 @@ ROWS = (
 )
 #: the same on an NVIDIA GPU (--device cuda); arrays come from the host and go back there in every row. PyTorch and ONNX
 #: Runtime convolve in TF32 there unless told otherwise: what peers call fp32 has the mantissa of fp16.
-CUDA = {"device": "cuda"}
+CUDA: dict[str, Any] = {"device": "cuda"}
 PROFILES = ("1..4x256..1024x256..1024@1x512x512",)
 
 
@@ -371,9 +376,11 @@ def export(answer: Answer, directory: Path, name: str, artifacts: Sequence[str])
 
 def make_model(name: str) -> AutoencoderKL:
     from benchmarks.models import stable_diffusion_sized
-    from vae_export import load_model
+    from vae_export import AutoencoderKL, load_model
 
-    return stable_diffusion_sized() if name == "sd" else load_model()
+    model = stable_diffusion_sized() if name == "sd" else load_model()
+    assert isinstance(model, AutoencoderKL)
+    return model
 
 
 def make_input(model: AutoencoderKL, case: Case, photos: bool) -> Array:
@@ -415,7 +422,7 @@ def count_flops(model: AutoencoderKL, graph: str, shape: Sequence[int]) -> int:
     shadow = copy.deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         (shadow.encode_moments if graph == "encode" else shadow.decode_latents)(torch.empty(shape, device="meta"))
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 # Every process --------------------------------------------------------------------------------------------------------

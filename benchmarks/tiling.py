@@ -19,7 +19,7 @@ from benchmarks.memory_model import status
 from runtimes import children, open_vae
 from runtimes.image_files import load_image
 from runtimes.images import to_float
-from runtimes.tiling.blended import TILINGS
+from runtimes.tiling.settings import TILINGS
 
 MODES = ("untiled", *TILINGS)
 PHOTO_SIDE, PHOTO_TILES = 512, (256, 128)  #: pixels
@@ -73,7 +73,7 @@ def quality(directory: Path, target: str) -> None:
         )
 
 
-def _psnr(actual: np.ndarray, expected: np.ndarray) -> float:  # type: ignore[type-arg]
+def _psnr(actual: np.ndarray, expected: np.ndarray) -> float:
     span = float(expected.max() - expected.min())
     return float(10 * np.log10(span**2 / np.mean((actual.astype(np.float64) - expected) ** 2)))
 

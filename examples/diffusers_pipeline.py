@@ -43,6 +43,7 @@ def main() -> None:
 
     if given.model is None:
         model = load_model()  # the one that comes with vae-export: really trained, unlike the rest
+        assert isinstance(model, AutoencoderKL)
         pipe = tiny_pipeline(given.pipeline, in_diffusers(model))
         given.size = given.size or 64
     else:

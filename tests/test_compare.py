@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from benchmarks import compare
 from benchmarks.peers import ROWS, Case
@@ -140,8 +142,8 @@ def test_where_memory_is_short_only_those_that_fit_are_asked_in_turn(monkeypatch
     monkeypatch.setattr(compare, "Worker", Scripted)
     monkeypatch.setattr(compare, "SETTLE", 0)
     monkeypatch.setattr(compare, "available_memory", lambda: 7 - 2 * Scripted.opened)
-    monkeypatch.setattr(compare.np, "load", lambda path: None)
-    status = compare.Console(stderr=True).status("")
+    monkeypatch.setattr(np, "load", lambda path: None)
+    status = Console(stderr=True).status("")
     results, orders = compare.measure(tmp_path, Case("decode", 64, 1), ROWS[:5], 2, {}, status)
     rows = [str(row) for row in ROWS[:5]]
     assert orders == [rows[:2] * 2, rows[2:4] * 2, rows[4:] * 2]

@@ -23,6 +23,7 @@ def server(tiny_bundle, pytestconfig):
     """The URL of examples/serve_tensorrt.py, and its process; over ONNX Runtime, since the rest is the same."""
     command = [sys.executable, EXAMPLES / "serve_tensorrt.py", tiny_bundle, "--port", "0", "--warm-up", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=pytestconfig.rootpath) as process:
+        assert process.stdout is not None
         yield process.stdout.readline().split()[-1], process
         process.kill()
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 from benchmarks.gpu import card, report, run_jax, run_ort, run_torch
 from benchmarks.gpu.made import Made, NotMade
-from benchmarks.gpu.stage import STAGES, CudaClock, HostClock, Stage, timed
+from benchmarks.gpu.stage import STAGES, CudaClock, HostClock, Stage, Way, timed
 from benchmarks.gpu.supervise import Options, run_stage
 from benchmarks.models import ARCHITECTURES, config_of
 from benchmarks.peers import Case, random_input
@@ -199,7 +200,7 @@ def test_pytorch_is_measured_with_everything_crossed():
         ("sd", "flux"), ("decode", "encode"), (512, 1024, 2048), (1, 4), ("fp32", "tf32", "bf16", "fp16"),
         ("eager", "channels-last", "compile"),
     ):  # fmt: skip
-        assert run_torch.Way(model, Case(graph, size, batch), precision, how) in ways
+        assert Way(model, Case(graph, size, batch), precision, how) in ways
 
 
 @pytest.mark.parametrize("graph", ["encode", "decode"])
@@ -276,8 +277,9 @@ def test_time_on_the_device_is_that_between_two_events_around_the_call():
 
 def test_the_median_is_of_calls_behind_the_first(tmp_path):
     seconds = iter([9.0, *itertools.repeat(0.2, 100)])
-    clock = SimpleNamespace(time=lambda call: (next(seconds), 0.1))
-    stage = Stage("toy", tmp_path, False, None, print, 1e12, frozenset())
+    clock: Any = SimpleNamespace(time=lambda call: (next(seconds), 0.1))
+    made: Any = None  # nothing is asked of it
+    stage = Stage("toy", tmp_path, False, made, print, 1e12, frozenset())
     found = timed(lambda: None, clock, stage)
     assert (found["first_seconds"], found["host_ms"], found["device_ms"]) == (9.0, 200.0, 100.0)
     assert 3 <= found["calls"] <= 30 and found["host_ms_most"] == 200.0

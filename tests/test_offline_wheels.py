@@ -63,7 +63,8 @@ def resolved(index):
 def packed_once(index, resolved, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(offline_wheels.MODULES, "toy", "toy_top")
-        return pack("toy", *resolved, index, tmp_path_factory.mktemp("packed"), SIZE)
+        found, assumed = resolved
+        return pack("toy", found, assumed, index, tmp_path_factory.mktemp("packed"), SIZE)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def blown_up(model: AutoencoderKL, draw: Draw, *, with_eps: bool = True) -> Auto
         for stage in stages(model, side):
             stream = draw(14, 18)
             stage.entry.weight *= stream / before
+            assert stage.entry.bias is not None
             stage.entry.bias *= stream
             for resnet in stage.resnets.values():
                 inner = draw(14, 20)
@@ -75,4 +76,6 @@ def gains(seed: int, powers_of_two: bool) -> Draw:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    blown_up(load_model(), gains(seed=0, powers_of_two=False), with_eps=False).save_pretrained(sys.argv[1])
+    embedded = load_model()
+    assert isinstance(embedded, AutoencoderKL)
+    blown_up(embedded, gains(seed=0, powers_of_two=False), with_eps=False).save_pretrained(sys.argv[1])

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 COMMON = {"norm_num_groups": 4, "latent_channels": 4}
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "two-levels": {**COMMON, "block_out_channels": (8, 8), "layers_per_block": 2},
     "three-levels": {**COMMON, "block_out_channels": (4, 8, 8), "scaling_factor": 0.13025},
 }
@@ -86,13 +87,13 @@ def check(directory, flax_class):
 def main():
     command, directory = sys.argv[1], Path(sys.argv[2])
     if command == "write":
-        from runtimes.flax.model import FlaxAutoencoderKL
+        from runtimes.flax.model import FlaxAutoencoderKL as Ours
 
-        write(directory, FlaxAutoencoderKL)
+        write(directory, Ours)
     else:
-        from diffusers import FlaxAutoencoderKL
+        from diffusers import FlaxAutoencoderKL as Theirs
 
-        {"make": write, "check": check}[command](directory, FlaxAutoencoderKL)
+        {"make": write, "check": check}[command](directory, Theirs)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,11 +61,9 @@ def main() -> None:
             "encoder": model.encode_moments(torch.from_numpy(inputs["encoder"])).numpy(),
             "decoder": model.decode_latents(torch.from_numpy(inputs["decoder"])).numpy(),
         }
-    np.savez(
-        arguments.out / "expected.npz",
-        **{f"{graph}_input": inputs[graph] for graph in GRAPHS},
-        **{f"{graph}_output": results[graph] for graph in GRAPHS},
-    )
+    arrays: dict[str, Any] = {f"{graph}_input": inputs[graph] for graph in GRAPHS}
+    arrays |= {f"{graph}_output": results[graph] for graph in GRAPHS}
+    np.savez(arguments.out / "expected.npz", **arrays)
 
 
 if __name__ == "__main__":

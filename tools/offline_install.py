@@ -5,6 +5,7 @@ python3 install.py --into FOLDER        # then: . FOLDER/env.sh
 
 import argparse
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -87,11 +88,11 @@ def write_environment(folder):
 def unmet(requirements):
     """Lines about what was taken to be here and is not, or is of another version."""
     try:
-        from packaging.requirements import Requirement
+        requirements_of = importlib.import_module("packaging.requirements")
     except ImportError:
-        from pip._vendor.packaging.requirements import Requirement
+        requirements_of = importlib.import_module("pip._vendor.packaging.requirements")
     for text in requirements:
-        requirement = Requirement(text)
+        requirement = requirements_of.Requirement(text)
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:

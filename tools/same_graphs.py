@@ -125,7 +125,7 @@ def exports() -> Iterator[Export]:
     for model in ("embedded", "attention", "bare"):
         for target, precisions in PRECISIONS.items():
             for precision in precisions:
-                options = {"target": target, "precision": precision}
+                options: dict[str, Any] = {"target": target, "precision": precision}
                 yield Export(f"{model}-{target}-{precision}", model, options)
                 if model == "bare" and target != "flax" and precision != "int8":
                     yield Export(f"{model}-{target}-{precision}-uint8", model, {**options, "io": "uint8"})

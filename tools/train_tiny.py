@@ -14,6 +14,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,7 +148,8 @@ def start_encoder_at_principal_components(model: AutoencoderKL, crops: Crops) ->
     deviation of each group: two constant channels in it, far larger than the rest, make that a constant too. SiLU is
     undone by carrying every component twice, with both signs: silu(x) - silu(-x) = x.
     """
-    encoder, side, constant = model.encoder, 8, 30.0
+    encoder: Any = model.encoder  # blocks of a ModuleList have no types
+    side, constant = 8, 30.0
     tiled = (crops.batch(1, 96).unfold(2, side, side).unfold(3, side, side) for _ in range(300))
     patches = torch.cat([t.reshape(3, -1, side * side) for t in tiled], dim=1)
     patches = patches.permute(1, 0, 2).reshape(-1, 192)  # channel, row, column
@@ -155,12 +157,13 @@ def start_encoder_at_principal_components(model: AutoencoderKL, crops: Crops) ->
     basis = torch.linalg.svd(patches - mean, full_matrices=False).Vh[:16]  # [16, 192]
     basis = basis / ((patches - mean) @ basis.T).std()
 
-    def clear(layer: torch.nn.Module) -> torch.nn.Module:
+    def clear(layer: Any) -> Any:
+        """Set a convolution to zero; untyped, since PyTorch's types say that its bias may be missing."""
         layer.weight.zero_()
         layer.bias.zero_()
         return layer
 
-    def copy_first(layer: torch.nn.Module, count: int) -> None:
+    def copy_first(layer: torch.nn.Conv2d, count: int) -> None:
         middle = layer.weight.shape[-1] // 2
         layer.weight[range(count), range(count), middle, middle] = 1.0
 

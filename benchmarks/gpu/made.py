@@ -224,9 +224,11 @@ _models: dict[str, AutoencoderKL] = {}
 def model_of(name: str, small: bool) -> AutoencoderKL:
     if name not in _models:
         if name == EMBEDDED:
-            from vae_export.checkpoints.load import load_model
+            from vae_export import AutoencoderKL, load_model
 
-            _models[name] = load_model()
+            model = load_model()
+            assert isinstance(model, AutoencoderKL)
+            _models[name] = model
         else:
             _models[name] = random_model(config_of(name, SMALL_WIDTHS if small else WIDTHS))
     return _models[name]

@@ -98,7 +98,9 @@ class Bench:
         """The same again and again; the process and its memory stay."""
         seconds = 2 if self.stage.rehearsal else ENDURANCE_SECONDS
         images = 6 if self.stage.rehearsal else 1000
-        start, rates, memory = time.monotonic(), [], []
+        start = time.monotonic()
+        rates: list[float] = []
+        memory: list[float] = []
         end, longest = min(start + seconds, self.stage.deadline), 0.0
         while not rates or time.monotonic() + longest < end:
             began = time.monotonic()

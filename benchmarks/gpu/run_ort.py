@@ -55,7 +55,7 @@ class FormWay(NamedTuple):
 def ways(rehearsal: bool) -> list[FormWay]:
     """All that is measured, the most telling first; those of one session beside one another."""
     sizes = (64,) if rehearsal else (512, 1024)
-    found = []
+    found: list[FormWay] = []
 
     def add(model: str, graph: str, precision: str, form: str, *settings: str, sizes: tuple[int, ...] = sizes) -> None:
         for setting in settings:
@@ -192,7 +192,8 @@ def as_users_have_it(stage: Stage, way: FormWay, x: np.ndarray) -> tuple[dict[st
     with open_vae(stage.made.bundle(way.model, "onnx", way.precision), device=stage.device) as vae:
 
         def call() -> np.ndarray:
-            return vae.decode(x).sample if way.case.graph == "decode" else vae.encode(x).latent_dist.parameters
+            found: np.ndarray = vae.decode(x)[0] if way.case.graph == "decode" else vae.encode(x)[0].parameters
+            return found
 
         found = timed(call, HostClock(), stage)
         return found, call()

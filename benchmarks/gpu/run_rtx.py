@@ -17,7 +17,7 @@ from benchmarks.gpu.engines import Engines, run_vae
 from benchmarks.gpu.made import EMBEDDED
 from benchmarks.gpu.stage import Stage, one_line
 from benchmarks.peers import Case, random_input
-from runtimes import Bundle, open_vae
+from runtimes import Bundle, VaeConfig, open_vae
 from runtimes.errors import BackendUnavailable, CompatibilityError
 from runtimes.tensorrt.cuda import Cuda
 from runtimes.tensorrt.profiles import parse_profile
@@ -81,7 +81,7 @@ def current(engines: Engines) -> dict[str, Any]:
     config.num_compute_capabilities = 1
     taken = config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
     plan = builder.build_serialized_network(network, config)
-    found = {"parsed": bool(parsed), "taken": bool(taken), "built": plan is not None}
+    found: dict[str, Any] = {"parsed": bool(parsed), "taken": bool(taken), "built": plan is not None}
     if plan is not None:
         found["validity"] = engines.validity(bytes(plan))
     return found | {"said": engines.words.take()}
@@ -98,6 +98,7 @@ def portable(stage: Stage, engines: Engines) -> dict[str, Any]:
     case = Case("decode", 512, 1)
     try:
         with open_vae(path) as vae:
+            assert isinstance(vae.config, VaeConfig)
             x = random_input(vae.config, case)
             found |= run_vae(stage, vae, x, case)
     except CompatibilityError as error:

@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from benchmarks.gpu.made import model_of, without_tf32
 from benchmarks.gpu.stage import Clock, CudaClock, HostClock, Lacks, Stage, Way, error_of, require, timed
 from benchmarks.peak import matmul_on_gpu
 from benchmarks.peers import Case
-
-if TYPE_CHECKING:
-    import torch
 
 PRECISIONS = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: how -> options of torch.compile, or None; all but "eager" are channels-last
@@ -50,12 +47,12 @@ def ways(rehearsal: bool) -> list[Way]:
             ("sd", "flux"), ("decode", "encode"), (1024, 512, 2048), (1, 4), PRECISIONS, CROSSED
         )
     ]
-    few = [
+    others = [
         Way("sd", Case(graph, 1024, 1), precision, how)
         for graph, precision, how in itertools.product(("decode", "encode"), ("fp16", "bf16"), COMPILED)
         if how not in CROSSED
     ]
-    return sorted([*crossed, *few], key=rank)
+    return sorted([*crossed, *others], key=rank)
 
 
 def rank(way: Way) -> int:
@@ -127,13 +124,13 @@ class Bench:
         dtype = getattr(torch, PRECISIONS[way.precision])
         model = self._placed(way.model, dtype, layout)
         x = torch.from_numpy(self.stage.made.input(way.model, way.case)).to(self.device, dtype, memory_format=layout)
-        function: Callable[[torch.Tensor], torch.Tensor]
+        function: Callable[[Any], Any]
         function = model.encode_moments if way.case.graph == "encode" else model.decode_latents
         options = COMPILED[way.how]
         if options is not None:
             # Whole, and for this shape: where it could not be compiled so, that is said, and nothing else is timed.
             function = torch.compile(function, fullgraph=True, dynamic=False, **options)
-        answers: list[torch.Tensor] = []
+        answers: list[Any] = []
 
         def call() -> None:
             answers.clear()  # what a CUDA graph gave is overwritten by the next replay
@@ -162,4 +159,5 @@ class Bench:
 
 @lru_cache(maxsize=1)
 def _placed(name: str, small: bool, device: str, dtype: Any, layout: Any) -> Any:
-    return copy.deepcopy(model_of(name, small)).to(device, dtype, memory_format=layout)
+    model: Any = copy.deepcopy(model_of(name, small))  # PyTorch's types have no memory_format for modules
+    return model.to(device, dtype, memory_format=layout)

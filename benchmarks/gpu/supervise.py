@@ -144,6 +144,7 @@ class _Child:
             "done": done,
             "only": options.only,
         }
+        self._said = ""
         self._errors = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  (closed in kill)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu.child", json.dumps(job)],

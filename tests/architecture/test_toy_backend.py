@@ -62,7 +62,12 @@ def vae(tiny_bundle, toy):
 def parsed(monkeypatch):
     """All bytes that reach ONNX Runtime's parser, in a list."""
     seen, real = [], onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda data: seen.append(data) or real(data))
+
+    def open_session(data, *arguments, **options):
+        seen.append(data)
+        return real(data, *arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     return seen
 
 

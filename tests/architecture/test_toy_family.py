@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from runtimes import Bundle, ConfigError, ShapeError, open_vae
+from runtimes.config import OtherConfig
 from runtimes.latent_space import LatentSpace
 from vae_export import export_bundle, load_model, tune_bundle, validate_bundle
 from vae_export.cli.app import app
@@ -145,4 +146,5 @@ def test_the_command_line_knows_it(checkpoint, tmp_path):
     invoke("encode-dataset", folder, *options)
     contract = json.loads((latents / "contract.json").read_text())
     assert (contract["vae"]["latent_channels"], contract["vae"]["downscale"]) == (8, 8)
-    assert Bundle(bundle).manifest.config.width == 8
+    config = Bundle(bundle).manifest.config
+    assert isinstance(config, OtherConfig) and config.width == 8

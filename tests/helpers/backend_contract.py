@@ -33,7 +33,7 @@ def zeros(*shape, dtype=np.float32):
 
 
 MEAN, STD = [-1.5, 2.0, -1.0, 2.5], [8.5, 6.0, 6.5, 0.25]
-M, S = (np.float32(values).reshape(1, 4, 1, 1) for values in (MEAN, STD))
+M, S = (np.array(values, np.float32).reshape(1, 4, 1, 1) for values in (MEAN, STD))
 # What the config says, and how pipelines then scale raw latents and go back.
 CONVENTIONS = {
     "scale and shift": ({}, lambda z: (z - 0.1) * 0.5, lambda z: z / 0.5 + 0.1),
@@ -73,7 +73,7 @@ class BackendContract:
     never_loads: frozenset[str] = frozenset(BANNED)
     #: program that opens and uses the bundle sys.argv[1], and what it prints
     use = USE
-    use_prints = ("(1, 3, 72, 80)", "(2, 72, 80, 3)")
+    use_prints: tuple[str, ...] = ("(1, 3, 72, 80)", "(2, 72, 80, 3)")
 
     open = staticmethod(open_vae)
 
@@ -161,13 +161,13 @@ class BackendContract:
     def test_latents_are_scaled_as_the_config_says(self, bundle_copy, convention):
         config, scaled, raw = CONVENTIONS[convention]
         u, z = pixels(2), latents(2)
-        close = {"rtol": 1e-5, "atol": 1e-5}  # the order of three roundings of numbers up to 20
+        close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}  # the order of three roundings of numbers up to 20
         with self.open(bundle_copy(lambda manifest: manifest["config"].update(config))) as vae:
             posterior = vae.encode(to_float(u)).latent_dist
             np.testing.assert_allclose(vae.images_to_latents(u), scaled(posterior.mode()), **close)
             drawn = vae.images_to_latents(u, generator=np.random.default_rng(7))
             np.testing.assert_allclose(drawn, scaled(posterior.sample(np.random.default_rng(7))), **close)
-            back = np.clip(vae.decode(raw(z)).sample.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1) * 255
+            back = np.clip(vae.decode(raw(z))[0].transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1) * 255
             for given in (z, torch.from_numpy(z)):
                 restored = vae.latents_to_images(given)
                 assert type(restored) is type(given) and str(restored.dtype).endswith("uint8")

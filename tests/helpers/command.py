@@ -57,6 +57,7 @@ def run_fixture(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["vae-export", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             cli.main()
+        assert isinstance(stop.value.code, int)
         return Result(stop.value.code, *capsys.readouterr())
 
     yield call

@@ -114,7 +114,9 @@ def seeds(entry: str) -> Iterator[bytes]:
             with tarfile.open(packed) as archive:
                 for member in archive:
                     if member.name.endswith(suffix):
-                        yield archive.extractfile(member).read()
+                        file = archive.extractfile(member)
+                        assert file is not None
+                        yield file.read()
     if entry == "onnx":
         ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
         weight = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])

@@ -29,7 +29,7 @@ def one_colour() -> list[np.ndarray]:
     return [np.full((1, 3, 256, 256), colour, np.float32) for colour in (-1, 0, 1)]
 
 
-def run(vae, x: np.ndarray) -> np.ndarray:
+def run(vae, x):
     """Images through the encoder of a runtime, latents through its decoder."""
     return vae.encode(x)[0].parameters if x.shape[1] == 3 else vae.decode(x)[0]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from runtimes import Bundle, VaeConfig
 from runtimes.manifest import GraphSpec, Manifest, TensorSpec
+from runtimes.names import Graph
 from vae_export.bundle import write_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +17,7 @@ def fill(writer, data):
     (writer.directory / "graphs").mkdir()
     (writer.directory / "graphs" / "model.onnx").write_bytes(data)
     image, latents, moments = (TensorSpec("x", "float32", ("batch", c, "height", "width")) for c in (3, 4, 8))
+    ends: dict[Graph, tuple[TensorSpec, TensorSpec]]
     ends = {"encoder": (image, moments), "decoder": (latents, image)}
     graphs = {name: GraphSpec("graphs/model.onnx", *both) for name, both in ends.items()}
     config = VaeConfig()
@@ -37,5 +39,5 @@ def start(code, out):
     setup = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from {__name__} import *; out = sys.argv[1]\n"
     command = [sys.executable, "-c", setup + code, str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     return process

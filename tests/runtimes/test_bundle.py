@@ -25,7 +25,12 @@ LISTED = (*GRAPH_FILES, "config.json", "vae_encoder/config.json", "vae_decoder/c
 def parsed(monkeypatch):
     """Everything that reaches the native parser, in a list."""
     seen, real = [], onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda data, *a, **k: seen.append(data) or real(data, *a, **k))
+
+    def open_session(data, *arguments, **options):
+        seen.append(data)
+        return real(data, *arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     return seen
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import struct
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -52,7 +53,7 @@ class Hostile:
         (self.path / "manifest.json").write_bytes(raw)
 
 
-HOSTILE = {}
+HOSTILE: dict[str, tuple[Any, ...]] = {}
 
 
 def hostile(error, says):
@@ -235,11 +236,11 @@ def later_schema(b):
 
 
 def with_graph(b, *nodes, weights=()):
-    ends = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", channels, "h", "w"])
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", channels, "h", "w"])]
         for name, channels in (("sample", 3), ("latent_parameters", 8))
     )
-    graph = helper.make_graph(list(nodes), "encoder", *([end] for end in ends), list(weights))
+    graph = helper.make_graph(list(nodes), "encoder", inputs, outputs, list(weights))
     opsets = [helper.make_opsetid("", 22), helper.make_opsetid("com.microsoft", 1)]
     b.put(ENCODER, helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
 

@@ -99,6 +99,7 @@ def test_backends_are_told_the_bound_unless_the_caller_says_how_many_threads(onn
     monkeypatch.setattr(runtimes.onnxruntime, "thread_limit", lambda: 3)
     for threads, expected in ((None, 3), (2, 2)):
         with open_vae(onnx_bundle, threads=threads) as vae:
+            assert isinstance(vae, runtimes.onnxruntime.OnnxRuntimeVae)
             options = vae._sessions["encoder"].get_session_options()
             assert options.intra_op_num_threads == expected
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from runtimes import BackendUnavailable, CompatibilityError, IntegrityError, VaeError, open_vae
+from runtimes import BackendUnavailable, CompatibilityError, IntegrityError, NotInstalled, VaeError, open_vae
 from tests.helpers.backend_contract import BackendContract
 from tests.helpers.inputs import TOLERANCE, images, latents, results
 from tests.helpers.without_torch import BANNED
 
-backend = pytest.importorskip("runtimes.flax.runtime", exc_type=BackendUnavailable)
+backend = pytest.importorskip("runtimes.flax.runtime", exc_type=NotInstalled)
 
 import jax  # noqa: E402
 from jax import export  # noqa: E402

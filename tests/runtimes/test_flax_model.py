@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError, ShapeError, VaeConfig
+from runtimes import Bundle, ConfigError, NotInstalled, NumericsError, ShapeError, VaeConfig
 from runtimes.errors import BundleError, CompatibilityError, IntegrityError
 from tests.helpers.model_configs import CASES
 from tools.make_flax_fixtures import random_params
 from vae_export import AutoencoderKL
 
-model = pytest.importorskip("runtimes.flax.model", exc_type=BackendUnavailable)
+model = pytest.importorskip("runtimes.flax.model", exc_type=NotInstalled)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from flax import serialization  # noqa: E402
 
 from runtimes.flax import layers as flax_layers  # noqa: E402
 from runtimes.flax import params as flax_params  # noqa: E402
@@ -406,7 +407,7 @@ BAD = {
     "empty": (lambda: b"", ConfigError, "not complete msgpack"),
     "text": (lambda: b"version https://git-lfs.github.com/spec/v1\n", ConfigError, "msgpack"),
     "nested without end": (lambda: b"\x81\xa1a" * 3000 + b"\x90", ConfigError, "msgpack|nested"),
-    "a list": (lambda: flax_params.serialization.msgpack_serialize([np.zeros(3)]), ConfigError, "but a list"),
+    "a list": (lambda: serialization.msgpack_serialize([np.zeros(3)]), ConfigError, "but a list"),
     "another model": (
         lambda: (FIXTURES / "three-levels" / MSGPACK).read_bytes(), ConfigError,
         r"missing: .*resnets_2.*; \d+ unexpected: .*up_blocks_2.*; \d+ of another shape: ",

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import warnings
 import zipfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,8 @@ def test_what_cannot_seek_is_read_as_it_comes(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.png", PNG)
     with zipfile.ZipFile(tmp_path / "a.zip") as archive, archive.open("a.png") as member:
-        for file in (Stream(), member):
+        files: list[Any] = [Stream(), member]
+        for file in files:
             assert np.array_equal(load_image(file), PIXELS)
 
 
@@ -112,7 +114,7 @@ def test_what_is_no_image_is_refused_in_words(source, says):
 
 
 def test_a_memoryview_of_pixels_is_an_array():
-    assert np.array_equal(as_uint8_batch(memoryview(PIXELS)), PIXELS[None])
+    assert np.array_equal(as_uint8_batch(PIXELS.data), PIXELS[None])
 
 
 # Channels ---------------------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def test_files_for_other_numbers_of_channels_are_refused():
 # Bits -------------------------------------------------------------------------------------------------------------
 
 #: mode -> what is white, or from which mode Pillow converts to it
-WHITE = {
+WHITE: dict[str, Any] = {
     "1": 1, "L": 255, "LA": (255, 255), "La": "LA", "P": "RGB", "PA": "P", "RGB": (255,) * 3, "RGBA": (255,) * 4,
     "RGBa": "RGBA", "RGBX": (255,) * 4, "CMYK": (0,) * 4, "YCbCr": (255, 128, 128), "HSV": (0, 0, 255),
     "LAB": (255, 128, 128), "I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 255, "F": 255.0,
@@ -222,7 +224,9 @@ def test_the_transparent_value_of_16_bit_grey_is_transparent():
     assert load_image(content, 1)[0, :, 0].tolist() == [255, 117]
 
 
-@pytest.mark.parametrize("levels", [np.int32([[0, 255]]), np.int32([[0, 65535]]), np.float32([[0, 1]])])
+@pytest.mark.parametrize(
+    "levels", [np.array([[0, 255]], np.int32), np.array([[0, 65535]], np.int32), np.array([[0, 1]], np.float32)]
+)
 def test_grey_of_32_bits_is_never_guessed(levels):
     for source in (Image.fromarray(levels), saved(Image.fromarray(levels), "TIFF")):
         with pytest.raises(ShapeError, match=r"nobody knows which .*; (save it with|give) "):

@@ -8,6 +8,7 @@ import json
 import pickle
 import shutil
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,9 +74,9 @@ def test_torch_gets_tensors_of_the_stored_dtype(dtype, made):
 
 
 def test_a_data_loader_takes_it_as_it_is(made):
-    dataset = LatentDataset(made("float16"), torch=True)
+    dataset: Any = LatentDataset(made("float16"), torch=True)  # not a torch.utils.data.Dataset, and need not be
     alike = np.flatnonzero((dataset.sizes == dataset.sizes[0]).all(axis=1)).tolist()
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[alike[:3], alike[3:]])
+    loader = torch.utils.data.DataLoader[Any](dataset, batch_sampler=[alike[:3], alike[3:]])
     first, *_ = loader
     assert first.latents.shape == (3, *dataset[alike[0]].latents.shape)
     assert list(first.id) == [dataset[number].id for number in alike[:3]]
@@ -117,7 +118,9 @@ def test_shards_are_safetensors_to_others(dtype, made):
 
 def test_bfloat16_is_rounded_as_torch_does():
     rng = np.random.default_rng(0)
-    values = np.concatenate([rng.standard_normal(10_000, np.float32), np.float32([0, -0.0, 1e-40, 3e38, 1.00390625])])
+    values = np.concatenate(
+        [rng.standard_normal(10_000, np.float32), np.array([0, -0.0, 1e-40, 3e38, 1.00390625], np.float32)]
+    )
     expected = torch.from_numpy(values).bfloat16()
     np.testing.assert_array_equal(from_stored(to_stored(values, "bfloat16")), expected.float().numpy())
 
@@ -129,12 +132,13 @@ def test_what_the_caller_says_is_held_against_the_contract(made, onnx_bundle):
     path = made("float32")
     LatentDataset(path, vae=onnx_bundle, stored="mean", scaled=True, policy="buckets")
     LatentDataset(path, vae=Bundle(onnx_bundle))
-    for said, error in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"stored": "sample"}, "stored is 'mean', not 'sample'"),
         ({"scaled": False}, "scaled is True, not False"),
         ({"policy": "none"}, "policy is 'buckets', not 'none'"),
         ({"size": (40, 48)}, "sizes of images are 48x40, 40x48, not 40x48 alone"),
-    ]:
+    ]
+    for said, error in refused:
         with pytest.raises(CompatibilityError, match=error):
             LatentDataset(path, **said)
 

@@ -166,7 +166,8 @@ def test_a_program_that_joins_its_daemon_threads_at_exit_does_not_hang(onnx_bund
 
 def test_all_of_openvino_shares_one_core(openvino_bundle):
     from runtimes import open_vae
-    from runtimes.openvino import shared_core
+    from runtimes.openvino import OpenVinoVae, shared_core
 
     with open_vae(openvino_bundle("fp32")) as one, open_vae(openvino_bundle("fp32")) as other:
+        assert isinstance(one, OpenVinoVae) and isinstance(other, OpenVinoVae)
         assert one._core is other._core is shared_core()

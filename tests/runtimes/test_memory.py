@@ -23,9 +23,12 @@ def vae(tileable_bundle, monkeypatch):
 def sides(vae, monkeypatch):
     """The longest sides of what the backend is given, in latents."""
     seen, run = [], vae._run
-    monkeypatch.setattr(
-        vae, "_run", lambda graph, x: seen.append(max(x.shape[2:]) // (8 if graph == "encoder" else 1)) or run(graph, x)
-    )
+
+    def spy(graph, x):
+        seen.append(max(x.shape[2:]) // (8 if graph == "encoder" else 1))
+        return run(graph, x)
+
+    monkeypatch.setattr(vae, "_run", spy)
     return seen
 
 
@@ -79,13 +82,13 @@ def test_graphs_and_batches_have_budgets_of_their_own(vae, sides):
 
 def test_seamless_tiles_leave_room_for_what_is_kept_between_them(vae, monkeypatch):
     given, run = [], vae.run_step
-    monkeypatch.setattr(
-        vae,
-        "run_step",
-        lambda step, x: (
-            given.append((step.kind, x["x"].shape)) or run(step, x) if step.kind != "whole" else run(step, x)
-        ),
-    )
+
+    def spy(step, x):
+        if step.kind != "whole":
+            given.append((step.kind, x["x"].shape))
+        return run(step, x)
+
+    monkeypatch.setattr(vae, "run_step", spy)
     z = np.random.default_rng(0).standard_normal((1, 16, 24, 24)).astype(np.float32)
     whole = vae.decode(z)[0]
     vae.enable_tiling("seamless")

@@ -11,7 +11,6 @@ import onnxruntime
 import pytest
 import torch
 
-import runtimes
 from runtimes import (
     BackendUnavailable,
     CompatibilityError,
@@ -32,7 +31,12 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 def parsed(monkeypatch):
     """All bytes that reach ONNX Runtime's parser, in a list."""
     seen, real = [], onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda data, *a, **k: seen.append(data) or real(data, *a, **k))
+
+    def open_session(data, *arguments, **options):
+        seen.append(data)
+        return real(data, *arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     return seen
 
 
@@ -89,7 +93,7 @@ def test_fp32_is_fp32_on_a_gpu_unless_tf32_is_asked_for(tiny_bundle, monkeypatch
     """What ONNX Runtime is asked for; `tests/gpu` shows what a GPU makes of it."""
     asked = []
 
-    class Session(onnxruntime.InferenceSession):
+    class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
         def __init__(self, data, options, providers):
             asked.extend(providers)
             super().__init__(data, options, providers=["CPUExecutionProvider"])
@@ -100,7 +104,7 @@ def test_fp32_is_fp32_on_a_gpu_unless_tf32_is_asked_for(tiny_bundle, monkeypatch
     preloaded = []
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
-    monkeypatch.setattr(runtimes.onnxruntime, "_preload_cuda", lambda: preloaded.append(True))
+    monkeypatch.setattr("runtimes.onnxruntime._preload_cuda", lambda: preloaded.append(True))
     with open_vae(tiny_bundle, **options) as vae:
         kind = vae.device.partition(":")[0]
         assert asked == 2 * [(PROVIDERS[kind], expected)]

@@ -24,6 +24,7 @@ import pytest
 
 from runtimes import ConfigError, VaeError, open_vae
 from runtimes.tensorrt import runtime as tensorrt
+from runtimes.tensorrt.builder import build_plan
 from runtimes.tensorrt.plan_cache import CachedPlan, PlanCache, default_directory, key_of
 from runtimes.tensorrt.profiles import Profile, Range, parse_profile
 from tests.helpers.inputs import images, latents, results
@@ -39,7 +40,7 @@ def cache(tmp_path):
 @pytest.fixture
 def builds(monkeypatch):
     """The graphs that an ONNX bundle's plans were built of, in a list."""
-    done, build = [], tensorrt.build_plan
+    done, build = [], build_plan
 
     def spy(onnx, job, what, progress):
         done.append(what)
@@ -71,6 +72,7 @@ def test_an_onnx_bundle_is_built_when_it_is_first_opened_and_found_afterwards(
     for _ in range(2):
         with open_vae(onnx_bundle, **options, progress=lambda *report: reports.append(report)) as vae:
             assert all(map(np.array_equal, results(vae, x, z), expected))
+            assert isinstance(vae, tensorrt.TensorRtVae)
             assert vae.profiles == (parse_profile("1..4x8..64x8..64", 8),)
         assert builds == ["encoder", "decoder"]
     assert ("Building the decoder: Tactic Selection", 3, 3) in reports
@@ -132,7 +134,7 @@ KEY = {
         ("gpus", ["sm90"]),
         ("system", "win32-AMD64"),
         ("profiles", [parse_profile("1x64x72", 8).to_dict()]),
-        ("profiles", 2 * KEY["profiles"]),
+        ("profiles", [*KEY["profiles"], *KEY["profiles"]]),
         ("input", "latent_sample"),
     ],
 )
@@ -207,7 +209,12 @@ clock = itertools.count(1_000_000)  # seconds, long ago: what is used now is lat
 def use(cache, name, size=100):
     """Ask for a plan, at a time of its own; whether it had to be built."""
     built = []
-    cache.get_or_build({"onnx": name}, lambda: built.append(1) or bytes(size))
+
+    def build():
+        built.append(1)
+        return bytes(size)
+
+    cache.get_or_build({"onnx": name}, build)
     os.utime(cache.directory / key_of({"onnx": name}) / "entry.json", 2 * (next(clock),))
     return bool(built)
 

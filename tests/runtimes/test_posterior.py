@@ -1,6 +1,7 @@
 """One posterior for NumPy and torch: the same numbers from the same parameters, and from the same seed."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from runtimes import ShapeError
 
 SHAPE = (3, 4, 5, 6)  # of the latents
 # exp differs by an ulp or two between the libraries, sums by their order: some 1e-7 each, relative.
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 KINDS = pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
 
 
@@ -32,16 +33,17 @@ def torch_generator(seed):
 @pytest.mark.parametrize("outside", [False, True])  # the clamp: there, a few terms drown all others
 def test_results_on_numpy_are_those_on_torch(torch_class, outside):
     x = np.random.default_rng(2).standard_normal(SHAPE).astype(np.float32)
+    pairs: list[Any] = [
+        (np.asarray, *(Posterior(parameters(seed, outside)) for seed in (0, 1))),
+        (torch.from_numpy, *(torch_class(torch.from_numpy(parameters(seed, outside))) for seed in (0, 1))),
+    ]
     on_numpy, on_torch = (
         {
             "moments": (p.mean, p.logvar, p.std, p.var, p.mode()),
             "kl": (p.kl(), p.kl(other)),
             "nll": (p.nll(kind(x)), p.nll(kind(x), dims=[1])),
         }
-        for kind, p, other in (
-            (np.asarray, *(Posterior(parameters(seed, outside)) for seed in (0, 1))),
-            (torch.from_numpy, *(torch_class(torch.from_numpy(parameters(seed, outside))) for seed in (0, 1))),
-        )
+        for kind, p, other in pairs
     )
     for name, values in on_numpy.items():
         for ours, theirs in zip(values, on_torch[name], strict=True):

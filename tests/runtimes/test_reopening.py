@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import pickle
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def test_closing_the_original_leaves_the_copy_as_it_is(tiny_bundle):
 
 def test_options_and_state_come_along(tiny_bundle):
     with open_vae(tiny_bundle, threads=1, check_finite=True, memory_budget="1GiB") as vae:
-        vae.enable_tiling(), vae.enable_slicing()
+        vae.enable_tiling()
+        vae.enable_slicing()
         vae.tile_sample_min_size, vae.tile_latent_min_size, vae.tile_overlap_factor = 32, 4, 0.5
         vae.on_tile = lambda done, of_all: None
         with pickle.loads(pickle.dumps(vae)) as copied:
@@ -93,7 +95,7 @@ def test_every_backend_is_copied(request, backend):
 
 
 def test_an_engine_is_copied_without_its_callback(fake_gpu, tensorrt_bundle):
-    options = {"contexts": 1, "progress": lambda *_: None}
+    options: dict[str, Any] = {"contexts": 1, "progress": lambda *_: None}
     with open_vae(tensorrt_bundle("tensorrt"), **options) as vae, pickle.loads(pickle.dumps(vae)) as copied:
         assert copied._options == {"contexts": 1}
         assert np.array_equal(moments(copied), moments(vae))

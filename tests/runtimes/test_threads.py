@@ -6,6 +6,7 @@ Tests runtimes/cancellation.py.
 import threading
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,8 @@ def test_a_call_at_work_ends_well_when_another_thread_closes(slow_vae):
 def test_closing_under_fire(tiny_bundle):
     """Eight threads call as fast as they can: whoever is late is told that it is closed, and nothing else happens."""
     for _ in range(5):
-        vae, others = open_vae(tiny_bundle, threads=1), []
+        vae = open_vae(tiny_bundle, threads=1)
+        others: list[Exception] = []
         expected = vae.encode(X)[0].parameters
 
         def work(vae=vae, expected=expected, others=others):
@@ -104,7 +106,8 @@ def test_a_signal_may_close_what_it_interrupts(tiny_bundle, alone):
 def test_a_good_result_is_not_lost_where_releasing_fails(slow_vae, monkeypatch):
     vae, entered, go = slow_vae
     monkeypatch.setattr(vae, "_close", lambda: 1 / 0)
-    answers, caught = [], []
+    answers: list[Any] = []
+    caught: list[str] = []
 
     def work():
         with warnings.catch_warnings(record=True) as seen:

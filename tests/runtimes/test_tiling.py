@@ -40,7 +40,12 @@ def distances(ours, theirs):
 def parts(vae, monkeypatch):
     """The shapes of all that the backend is given, in a list."""
     shapes, run = [], vae._run
-    monkeypatch.setattr(vae, "_run", lambda graph, x: shapes.append(tuple(x.shape)) or run(graph, x))
+
+    def spy(graph, x):
+        shapes.append(tuple(x.shape))
+        return run(graph, x)
+
+    monkeypatch.setattr(vae, "_run", spy)
     return shapes
 
 
@@ -139,7 +144,7 @@ def test_tiles_are_counted(vae):
     x, z = inputs(14, 20)
     vae.enable_tiling()
     for use, array in ((vae.encode, x), (vae.decode, z)):
-        seen = []
+        seen: list[tuple[int, int]] = []
         vae.on_tile = lambda done, total, seen=seen: seen.append((done, total))
         use(array)
         assert seen == [(n, 3 * 4) for n in range(1, 13)]  # every 6 latents begins one

@@ -3,6 +3,7 @@
 Tests vae_export/bundle.py.
 """
 
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -209,7 +210,7 @@ def test_many_writers_at_once_leave_one_whole_bundle(tmp_path):
 
 
 def test_without_exchange_in_one_step_a_failure_is_undone(tmp_path, monkeypatch):
-    monkeypatch.setattr(vae_export.bundle.ctypes, "CDLL", lambda _: object())  # a system without renameat2
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())  # a system without renameat2
     make(tmp_path / "b", b"old")
     make(tmp_path / "b", b"new", overwrite=True)
     rename = os.rename

@@ -9,6 +9,7 @@ import shlex
 import struct
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -269,7 +270,7 @@ def test_factors_that_nobody_states_stay_unknown(tiny_file, tmp_path):
 
 
 def test_the_callers_factors_win(tiny_file):
-    given = {"scaling_factor": 1.5, "shift_factor": -0.5}
+    given: dict[str, Any] = {"scaling_factor": 1.5, "shift_factor": -0.5}
     assert factors(AutoencoderKL.from_single_file(tiny_file, config=GROUPS, **given)) == (1.5, -0.5)
     assert factors(AutoencoderKL.from_single_file(tiny_file, config=GROUPS | given)) == (1.5, -0.5)
     assert factors(AutoencoderKL.from_single_file(tiny_file, config=VARIANTS["tiny"], **given)) == (1.5, -0.5)
@@ -286,6 +287,7 @@ def test_factors_of_a_directory_may_be_overridden(tmp_path):
 
 def test_factors_of_a_public_file_are_known_by_its_hash(tiny_file, monkeypatch):
     sha256 = AutoencoderKL.from_single_file(tiny_file, config=GROUPS).source.weights_sha256
+    assert sha256 is not None
     public = PublicVae("Test", scaling_factor=0.7, shift_factor=0.1, sample_size=64, files_sha256=(sha256,))
     monkeypatch.setattr(
         vae_export.checkpoints.architecture, "PUBLIC_VAES", (*vae_export.checkpoints.architecture.PUBLIC_VAES, public)

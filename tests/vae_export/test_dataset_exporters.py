@@ -134,8 +134,9 @@ def test_webdataset(latents, tmp_path):
         names = tar.getnames()
         assert names[:3] == ["000000000.npy", "000000000.json", "000000001.npy"] and len(names) == 40
         for number, entry in enumerate(latents):
-            array = np.load(io.BytesIO(tar.extractfile(f"{number:09d}.npy").read()))
-            about = json.load(tar.extractfile(f"{number:09d}.json"))
+            stored, record = tar.extractfile(f"{number:09d}.npy"), tar.extractfile(f"{number:09d}.json")
+            assert stored is not None and record is not None
+            array, about = np.load(io.BytesIO(stored.read())), json.load(record)
             np.testing.assert_array_equal(array, entry.latents)
             assert (about["id"], about["flipped"]) == (entry.id, entry.flipped)
             assert tuple(about["crop"]) == entry.crop

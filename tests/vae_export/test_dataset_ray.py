@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -48,7 +49,7 @@ def cluster(pytestconfig, monkeypatch):
 
     root = pytestconfig.rootpath
     monkeypatch.setenv("PYTHONPATH", str(root))
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     made.workers = [made.add_node(num_cpus=2) for _ in range(2)]
     yield made
     with contextlib.suppress(Exception):

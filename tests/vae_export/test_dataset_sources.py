@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import tarfile
+from typing import Any
 
 import pytest
 
@@ -144,7 +145,7 @@ def test_names_that_are_not_unicode(tmp_path):
 
 def listing(path, **options):
     """(ids, {path: reason}) of what a source lists and leaves out."""
-    skipped = []
+    skipped: list[Any] = []
     ids = sorted(item.id for item in open_source(path, **options).items(skipped.append))
     return ids, dict(skipped)
 
@@ -403,7 +404,7 @@ def test_tables_without_a_column_of_images_name_what_they_have(tmp_path):
     parquet.write_table(two, tmp_path / "data.parquet")
     with pytest.raises(ConfigError, match="which column"):
         open_source(tmp_path)
-    assert open_source(tmp_path, image_column="right").image_column == "right"
+    assert getattr(open_source(tmp_path, image_column="right"), "image_column") == "right"  # noqa: B009
     with pytest.raises(ConfigError, match=r"no column 'id'; it has left, right"):
         open_source(tmp_path, image_column="right", id_column="id")
 

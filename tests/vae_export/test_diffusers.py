@@ -23,7 +23,7 @@ from vae_export.diffusers import DiffusersVae, as_diffusers_vae  # noqa: E402
 
 PROMPT = "a photograph of a cat"
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-MASK = Image.fromarray(np.repeat(np.uint8([0, 255]), 32)[None].repeat(64, axis=0))
+MASK = Image.fromarray(np.repeat(np.array([0, 255], np.uint8), 32)[None].repeat(64, axis=0))
 ARGUMENTS = {
     "stable-diffusion-img2img": {"image": PHOTO, "strength": 0.7},
     "stable-diffusion-inpaint": {"image": PHOTO, "mask_image": MASK, "strength": 0.7},

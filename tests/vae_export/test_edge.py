@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,14 +91,15 @@ def products(precision):
 
 @contextlib.contextmanager
 def convolutions(precision):
-    torch.backends.mkldnn.conv.fp32_precision = precision
+    settings: Any = torch.backends.mkldnn  # its types lack `conv`
+    settings.conv.fp32_precision = precision
     try:
         yield
     finally:
-        torch.backends.mkldnn.conv.fp32_precision = "none"
+        settings.conv.fp32_precision = "none"
 
 
-STATES = {
+STATES: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,

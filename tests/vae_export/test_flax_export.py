@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtimes import BackendUnavailable, Bundle, ConfigError, NumericsError
+from runtimes import Bundle, ConfigError, NotInstalled, NumericsError
 from runtimes.manifest import GraphSpec, TensorSpec
 from runtimes.names import GRAPHS
 from tests.helpers.files import tree
@@ -21,7 +21,7 @@ from vae_export.rewrites.form import PLAIN
 from vae_export.targets import flax as flax_export
 from vae_export.tune import tune_bundle
 
-flax_params = pytest.importorskip("runtimes.flax.params", exc_type=BackendUnavailable)
+flax_params = pytest.importorskip("runtimes.flax.params", exc_type=NotInstalled)
 
 import jax  # noqa: E402
 from jax import export  # noqa: E402

@@ -72,11 +72,11 @@ def test_the_runtime_honours_an_eps_as_small_as_rescaling_makes_it(exponent):
     """Input whose variance is eps: a backend that clamps or drops eps is off by a factor of 1.4."""
     eps = 1e-6 * 4.0**-exponent
     x = (np.random.default_rng(0).standard_normal((1, 16, 8, 8)) * 1e-3 * 2.0**-exponent).astype(np.float32)
-    shape = ["n", 16, "h", "w"]
+    shape: list[str | int | None] = ["n", 16, "h", "w"]
     one, zero = (helper.make_tensor(name, TensorProto.FLOAT, [16], [v] * 16) for name, v in (("s", 1.0), ("b", 0.0)))
     node = helper.make_node("GroupNormalization", ["x", "s", "b"], ["y"], epsilon=eps, num_groups=4)
-    ends = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name in ("x", "y"))
-    graph = helper.make_graph([node], "norm", *ends, [one, zero])
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name in ("x", "y"))
+    graph = helper.make_graph([node], "norm", inputs, outputs, [one, zero])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     expected = torch.nn.functional.group_norm(torch.from_numpy(x).double(), 4, eps=eps).numpy()

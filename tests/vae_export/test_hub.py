@@ -27,7 +27,8 @@ from tests.helpers.checkpoint_samples import (
 )
 from tests.helpers.hub_server import MEMBER_TOKEN
 from vae_export import AutoencoderKL, VaeConfig
-from vae_export.checkpoints.load import Hub, load_model, parse_hub_url
+from vae_export.checkpoints.hub import Hub, parse_hub_url
+from vae_export.checkpoints.load import load_model
 
 
 def test_a_hub_id_gives_the_model_and_its_origin(hub):

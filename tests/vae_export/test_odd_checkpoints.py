@@ -4,6 +4,7 @@ Tests vae_export/checkpoints/load.py.
 """
 
 import json
+from typing import Any
 
 import diffusers
 import pytest
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from runtimes.config import VaeConfig
 from runtimes.errors import ConfigError
 from tests.helpers.checkpoint_samples import GROUPS, VARIANTS, assert_same_weights, source_model, weights_of
-from vae_export.checkpoints.load import EMBEDDED, WEIGHTS_FILE, load_model, read_weights
+from vae_export.checkpoints.files import WEIGHTS_FILE
+from vae_export.checkpoints.load import EMBEDDED, load_model
+from vae_export.checkpoints.weights import read_weights
 from vae_export.families.autoencoder_kl import FAMILY
 
 WEIGHTS = EMBEDDED / WEIGHTS_FILE
@@ -149,7 +152,7 @@ def test_the_original_layout_of_flux2_is_named(tmp_path):
 
 SMALL = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
 TWO = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "AutoencoderTiny": {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
                         "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)},
     "AutoencoderKLFlux2": SMALL | TWO,

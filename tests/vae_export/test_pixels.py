@@ -154,8 +154,8 @@ def test_images_become_latents_and_images_again(pixels_and_floats, tmp_path):
     for images in (x, x[0], Image.fromarray(x[0]), tmp_path / "a.png", [str(tmp_path / "a.png")]):
         z = ours.images_to_latents(images)
         np.testing.assert_allclose(z, expected, rtol=0, atol=TOLERANCE)
-    seeded = [runtime.images_to_latents(x, np.random.default_rng(3)) for runtime in pixels_and_floats]
-    np.testing.assert_allclose(*seeded, rtol=0, atol=4 * TOLERANCE)
+    drawn, expected = (runtime.images_to_latents(x, np.random.default_rng(3)) for runtime in pixels_and_floats)
+    np.testing.assert_allclose(drawn, expected, rtol=0, atol=4 * TOLERANCE)
     assert_same_pixels(ours.latents_to_images(z), floats.latents_to_images(z))
 
 

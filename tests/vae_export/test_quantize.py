@@ -66,7 +66,12 @@ def test_the_manifest_says_what_is_int8_and_how_good(int8_bundle):
 
 def test_the_photograph_that_measures_is_not_calibrated_on(monkeypatch):
     seen = []
-    monkeypatch.setattr(target, "crops", lambda paths, *_: seen.extend(paths) or iter(()))
+
+    def crops(paths, *_):
+        seen.extend(paths)
+        return iter(())
+
+    monkeypatch.setattr(target, "crops", crops)
     target.int8_calibration(load_model(), None, lambda *_: None)
     assert {path.stem for path in seen} == {path.stem for path in photographs()} - {HELD_OUT}
 

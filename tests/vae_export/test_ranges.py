@@ -79,8 +79,8 @@ def test_blocks_of_queries_change_neither_ranges_nor_the_simulated_half(attentiv
 def test_overflow_of_scores_is_seen_and_named(attentive, monkeypatch, scores):
     monkeypatch.setattr("vae_export.rewrites.ranges.SCORES", scores)
     model = watchable(attentive)
-    for part in (model.encoder.mid_block.attentions[0].to_q, model.encoder.mid_block.attentions[0].to_k):
-        part.weight *= 2**9
+    for name in ("to_q", "to_k"):
+        model.get_parameter(f"encoder.mid_block.attentions.0.{name}.weight").mul_(2**9)
     half = SimulatedHalf(model, "fp16")
     half.run("encoder", torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     assert half.first_not_finite == "encoder.mid_block.attentions.0 bmm"

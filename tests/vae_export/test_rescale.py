@@ -164,7 +164,7 @@ def test_the_simulated_half_rounds_every_operation():
             seen.append(rounded)
         return rounded
 
-    watch._seen = spy
+    watch._seen = spy  # type: ignore[method-assign]  # a spy on this object
     graph, x = inputs_of(model)[0]
     with watch.watching():
         run_graph(model, graph, x)

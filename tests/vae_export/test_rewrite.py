@@ -7,6 +7,7 @@ vae_export/rewrites/upsample.py, vae_export/rewrites/winograd.py.
 
 import copy
 import itertools
+from typing import Any
 
 import numpy as np
 import onnx
@@ -55,7 +56,7 @@ def model_of(*, channels=(16, 32, 32), attention_at=(), **fields):
     return model.eval().requires_grad_(False)
 
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "three levels": {},
     "attention in every block": {"attention_at": (0, 1, 2), "channels": (16, 24, 32)},
     "two layers, no attention": {"layers_per_block": 2, "mid_block_add_attention": False},
@@ -363,6 +364,7 @@ def onnx_of(module, *shapes, dtype=torch.float32, free):
         module.eval(), tuple(torch.zeros(shape, dtype=dtype) for shape in shapes), dynamo=True, opset_version=OPSET,
         dynamic_shapes=dims, custom_translation_table=TRANSLATIONS, verbose=False,
     )  # fmt: skip
+    assert program is not None
     onnx.checker.check_model(program.model_proto, full_check=True)
     return program.model_proto
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def as_tensorrt(manifest):
 def server(tmp_path):
     """server(repository): what tritonserver says of it, and of each model in its table."""
     found = importlib.util.find_spec("pytriton")
-    if found is None:
+    if found is None or found.submodule_search_locations is None:
         pytest.skip("nvidia-pytriton, which has the server, is not installed")
     home = Path(found.submodule_search_locations[0]) / "tritonserver"
     binary = home / "bin" / "tritonserver"
@@ -41,7 +42,7 @@ def server(tmp_path):
 
     def ask(repository):
         (tmp_path / "backends").mkdir(exist_ok=True)
-        command = [binary, f"--model-repository={repository}", f"--backend-directory={tmp_path / 'backends'}"]
+        command = [str(binary), f"--model-repository={repository}", f"--backend-directory={tmp_path / 'backends'}"]
         command += ["--allow-metrics=false", "--disable-auto-complete-config", "--exit-on-error=true"]
         command += ["--allow-http=false", "--allow-grpc=false"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -107,11 +108,12 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing(tiny_bundle, openvi
     out = tmp_path / "r"
     with pytest.raises(CompatibilityError, match="not of openvino; export with --to onnx"):
         write_repository(openvino_bundle("fp32"), out)
-    for options, told in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"instances": 0}, "instances must be at least 1, not 0"),
         ({"max_batch": -2}, "max_batch must be at least 1, not -2"),
         ({"queue_delay_us": -1}, "queue_delay_us must not be negative, and is -1"),
-    ):
+    ]
+    for options, told in refused:
         with pytest.raises(ConfigError, match=told):
             write_repository(tiny_bundle, out, **options)
     out.mkdir()

@@ -234,7 +234,7 @@ def test_a_bundle_of_parts_is_validated_again(tmp_path, two_level_model):
     two_level_model.save_pretrained(tmp_path / "m")
     weights = sorted(load_file(tmp_path / "m" / WEIGHTS).items())
     (tmp_path / "m" / WEIGHTS).unlink()
-    listed = {}
+    listed: dict[str, str] = {}
     for number, part in enumerate((weights[:9], weights[9:])):
         name = f"diffusion_pytorch_model-{number + 1:05}-of-00002.safetensors"
         (tmp_path / "m" / name).write_bytes(save(dict(part)))
