@@ -57,7 +57,7 @@ def test_no_budget_where_nothing_was_measured():
 
 def test_what_fits_is_computed_whole(vae, sides):
     z = np.zeros((1, 16, 20, 24), np.float32)
-    needed = call_bytes(RATE, vae.config, "decoder", 1, 160, 192)
+    needed = call_bytes(RATE, vae.config, 8, "decoder", 1, 160, 192)
     assert needed == 20 * 160 * 192 * 32
     whole = vae.decode(z)[0]
     vae.memory_budget = needed
@@ -72,7 +72,7 @@ def test_what_fits_is_computed_whole(vae, sides):
 
 
 def test_graphs_and_batches_have_budgets_of_their_own(vae, sides):
-    vae.memory_budget = call_bytes(RATE, vae.config, "decoder", 1, 128, 128)
+    vae.memory_budget = call_bytes(RATE, vae.config, 8, "decoder", 1, 128, 128)
     vae.decode(np.zeros((1, 16, 16, 16), np.float32))
     vae.encode(np.zeros((2, 3, 128, 128), np.float32))  # half of the decoder's a pixel
     assert sides == [16, 16]

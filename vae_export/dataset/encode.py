@@ -19,6 +19,7 @@ from runtimes.images import to_float
 from runtimes.latent_space import LatentSpace
 from runtimes.latents.dataset import STORED
 from runtimes.latents.shards import DTYPES, Array, to_stored
+from runtimes.manifest import Manifest
 from runtimes.posterior import DiagonalGaussianDistribution
 from vae_export.dataset.images import Broken, Prepared
 from vae_export.dataset.items import Item
@@ -51,16 +52,18 @@ class Storage:
         """Return the downscaling factor: pixels per stored latent along each side of an image."""
         return latent_space.normalised_factor if self.scaled else latent_space.factor
 
-    def check(self, latent_space: LatentSpace) -> None:
-        """Raise `ConfigError` for unknown values, and for values that this VAE cannot provide."""
+    def check(self, manifest: Manifest) -> None:
+        """Raise `ConfigError` for unknown values, and for values that the graphs of this bundle cannot provide."""
+        latent_space = manifest.latent_space
         if self.stored not in STORED:
             raise ConfigError(f"stored {self.stored!r}; known are {', '.join(STORED)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
         if self.seed < 0:
             raise ConfigError(f"seed {self.seed} is negative")
-        if self.stored != "mean" and not latent_space.posterior:
-            raise ConfigError(f"this VAE's encoder gives latents and no posterior: store mean, not {self.stored}")
+        if self.stored != "mean" and not manifest.graph_space.posterior:
+            way = ", or export with --latents raw" if latent_space.posterior else ""
+            raise ConfigError(f"the encoder of this bundle gives latents and no posterior: store mean{way}")
         if self.scaled and self.stored == "moments":
             raise ConfigError("moments are those of raw latents, and are not scaled: give --unscaled")
         if self.scaled and not latent_space.is_known:
@@ -132,7 +135,7 @@ def _moments(vae: VaeRuntime, images: Sequence[Prepared], flipped: bool) -> list
     try:
         pixels = np.stack([image.pixels[:, ::-1] if flipped else image.pixels for image in images])
         encoded = vae.encode(pixels if takes_pixels else to_float(pixels))[0]
-        return list(on_host(encoded.parameters if vae.latent_space.posterior else encoded).astype(np.float32))
+        return list(on_host(encoded.parameters if vae.graph_space.posterior else encoded).astype(np.float32))
     except (OutOfMemoryError, MemoryError, ShapeError) as error:
         # ShapeError: a batch may exceed the profiles of a TensorRT bundle.
         if len(images) > 1:
@@ -145,7 +148,7 @@ def _moments(vae: VaeRuntime, images: Sequence[Prepared], flipped: bool) -> list
 
 def _stored(vae: VaeRuntime, moments: Array, image: Prepared, flipped: bool, storage: Storage) -> Array | Broken:
     values: Any = moments
-    if storage.stored != "moments" and vae.latent_space.posterior:
+    if storage.stored != "moments" and vae.graph_space.posterior:
         posterior = DiagonalGaussianDistribution(moments[None])
         # One generator per image, seeded by its content, so that samples do not depend on batch, shard or order.
         key = [storage.seed, int(flipped), int.from_bytes(image.sha256, "big")]

@@ -91,8 +91,10 @@ def encode_dataset(
     at_once = BatchSize(
         batch_size or DEFAULT_BATCH_SIZE, CPU_BATCH_PIXELS if batch_size is None and opening.is_cpu(bundle) else None
     )
-    storage.check(bundle.manifest.latent_space)
-    channels, factor = bundle.manifest.graphs["encoder"].input.channels, storage.factor(bundle.manifest.latent_space)
+    manifest = bundle.manifest
+    storage.check(manifest)
+    channels = manifest.graphs["encoder"].input.channels
+    factor = max(storage.factor(manifest.latent_space), manifest.graph_space.factor)
     size_policy = SizePolicy(policy, sizes, factor, channels, max_pixels)
     workers = available_cpus() if workers is None else workers
     contract = make_contract(bundle, opening, size_policy, storage, at_once, images_per_shard)
