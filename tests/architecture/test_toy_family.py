@@ -108,7 +108,7 @@ def test_the_api_has_its_latent_space(checkpoint, tmp_path):
         latents = vae.images_to_latents(images)
         assert latents.shape == (1, 8, 3, 2)  # squares of 2x2 are channels
         assert vae.latents_to_images(latents).shape == (1, 24, 16, 3)
-        with pytest.raises(ShapeError, match=r"multiple of 2: images for normalised latents .* multiples of 8 pixels"):
+        with pytest.raises(ShapeError, match=r"height 20 is not a multiple of 8; pad to 24"):
             vae.images_to_latents(images[:, :20])
         vae.enable_tiling()
         assert vae.decode(np.zeros((1, 2, 40, 40), np.float32))[0].shape == (1, 3, 160, 160)
@@ -118,7 +118,7 @@ def test_the_api_has_its_latent_space(checkpoint, tmp_path):
 
 def test_what_does_not_apply_is_refused(checkpoint, tmp_path):
     model = load_model(checkpoint)
-    with pytest.raises(ConfigError, match="flax bundles are of AutoencoderKL, not of AutoencoderToy"):
+    with pytest.raises(ConfigError, match=r"flax bundles are of AutoencoderKL.* not of AutoencoderToy"):
         export_bundle(model, tmp_path / "b", target="flax")
     with pytest.raises(ConfigError, match="AutoencoderToy cannot be cut into steps"):
         export_bundle(model, tmp_path / "b", tileable=True)

@@ -1,4 +1,7 @@
-"""AutoencoderTiny and TAEF2 (vae_export/families/tiny.py, runtimes/flax/tiny.py): parity, files, bundles, tiles."""
+"""AutoencoderTiny and TAEF2: parity, files, bundles, tiles.
+
+Tests vae_export/families/tiny.py, vae_export/families/taef2.py and runtimes/flax/tiny.py.
+"""
 
 import json
 import re
@@ -15,7 +18,8 @@ from runtimes.errors import IntegrityError
 from runtimes.manifest import SEAL, Manifest
 from tests.helpers.checkpoint_samples import TOLERANCE
 from vae_export import export_bundle, load_model, validate_bundle
-from vae_export.families.tiny import TAEF2, halo
+from vae_export.families.taef2 import TAEF2
+from vae_export.families.tiny import halo
 
 SMALL: dict[str, Any] = {"encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4}
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,9 @@ from vae_export.cli.options import (
     BundlePath,
     Calibrate,
     Device,
+    Io,
+    IoPrecision,
+    Latents,
     Loading,
     Overwrite,
     alternatives,
@@ -80,15 +83,9 @@ def export(
             help="fp32, fp16 or bf16; int8 for OpenVINO. (default: fp32; fp16 for TensorRT)", show_default=False
         ),
     ] = None,
-    io_precision: Annotated[
-        str, typer.Option(help="Precision of inputs and outputs: fp32, or same for that of --precision.")
-    ] = "fp32",
-    io: Annotated[
-        str, typer.Option("--io", help="Format of images: float [B, 3, H, W] in [-1, 1], or uint8 [B, H, W, 3].")
-    ] = "float",
-    latents: Annotated[
-        str, typer.Option(help="Latents of the graphs: raw, or normalised as the diffusion model has them.")
-    ] = "raw",
+    io_precision: IoPrecision = "fp32",
+    io: Io = "float",
+    latents: Latents = "raw",
     calibrate: Calibrate = None,
     no_rescale: Annotated[
         bool,
@@ -146,9 +143,8 @@ def export(
         from vae_export.normalised import as_written
 
         check_choices(loaded, target, options)  # before an engine is planned, or its memory estimated, for them
-        profiles = profiles_of(
-            as_written(loaded, latents).latent_space.factor, height, width, batch, opt, profile or []
-        )
+        factor = as_written(loaded, latents).latent_space.factor
+        profiles = profiles_of(factor, height, width, batch, opt, profile or [])
         options = replace(options, engine=target.plan(profiles, [gpu.strip() for gpu in (gpu or "").split(",") if gpu]))
         for line in target.notes(loaded, options):
             say(line, err)

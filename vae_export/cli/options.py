@@ -77,6 +77,15 @@ Calibrate = Annotated[
         parser=typed_path,
     ),
 ]
+IoPrecision = Annotated[
+    str, typer.Option(help="Precision of inputs and outputs: fp32, or same for that of --precision.")
+]
+Io = Annotated[
+    str, typer.Option("--io", help="Format of images: float [B, 3, H, W] in [-1, 1], or uint8 [B, H, W, 3].")
+]
+Latents = Annotated[
+    str, typer.Option(help="Latents of the graphs: raw, or normalised as the diffusion model has them.")
+]
 Crop = Annotated[bool, typer.Option("--crop", help="Crop the sides of an image to multiples of the VAE's factor.")]
 Pad = Annotated[
     bool,

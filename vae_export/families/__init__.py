@@ -28,7 +28,7 @@ FAMILIES = Registry(
         "AutoencoderKLFlux2": "vae_export.families.flux2:FAMILY",
         "AsymmetricAutoencoderKL": "vae_export.families.asymmetric:FAMILY",
         "AutoencoderTiny": "vae_export.families.tiny:FAMILY",
-        "TAEF2": "vae_export.families.tiny:TAEF2_FAMILY",
+        "TAEF2": "vae_export.families.taef2:FAMILY",
     },
 )
 ALIASES = {"FlaxAutoencoderKL": "AutoencoderKL"}  #: other class names of the same configs

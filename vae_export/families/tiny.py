@@ -4,8 +4,8 @@ Public ones are taesd (Stable Diffusion), taesdxl, taesd3 and taef1 (FLUX.1). Th
 posterior, and these are already the latents of the diffusion model: there is no scaling factor to apply. Each is a
 distilled copy of the large VAE of its diffusion model (madebyollin, https://github.com/madebyollin/taesd).
 
-`TAEF2`, the one of FLUX.2, is not in diffusers. It takes and gives the normalised latents of FLUX.2, and its blocks at
-the size of the latents have a norm over the whole image.
+The network has a further part for `vae_export.families.taef2`, which is not in diffusers: blocks with a norm over the
+whole image.
 """
 
 from __future__ import annotations
@@ -104,30 +104,6 @@ class TinyConfig(ConfigFile):
         """The latents are those of the diffusion model: scaling 1 and shift 0 in every public config."""
         space = LatentSpace.scaled(self.latent_channels, self.downscale, self.scaling_factor, self.shift_factor)
         return LatentSpace(space.channels, space.factor, space.multiply, space.add, posterior=False)
-
-
-@dataclass(frozen=True)
-class Taef2Config(TinyConfig):
-    """The config of `TAEF2`, of which there is one public model: an `AutoencoderTiny` with pooled blocks."""
-
-    class_names = ("TAEF2",)
-    pooled = True
-    latent_channels: int = 32
-    patch_size: int = 2
-
-    def _check(self) -> None:
-        super()._check()
-        check_sizes(self, "patch_size")
-
-    @property
-    def latent_space(self) -> LatentSpace:
-        """FLUX.2's normalised latents: squares of 2x2 positions become the channels of the diffusion model.
-
-        The normalisation itself has been applied: TAEF2 was trained on normalised latents.
-        """
-        count = self.latent_channels * self.patch_size**2
-        zeros, ones = (0.0,) * count, (1.0,) * count
-        return LatentSpace(self.latent_channels, self.downscale, ones, zeros, self.patch_size, posterior=False)
 
 
 # The network ----------------------------------------------------------------------------------------------------------
@@ -238,13 +214,6 @@ class AutoencoderTiny(ReferenceVae):
         return cast(Tensor, self.decoder(z))
 
 
-class TAEF2(AutoencoderTiny):
-    """FLUX.2's VAE for previews: an `AutoencoderTiny` on normalised latents, with pooled blocks."""
-
-    family = "TAEF2"
-    config_class = Taef2Config
-
-
 # What rewrites and estimates ask of the family ------------------------------------------------------------------------
 
 
@@ -300,18 +269,13 @@ def activation_places(
 
 _ORIGINAL = re.compile(r"(encoder|decoder)\.(\d+)\.((?:conv\.\d+\.|skip\.|pool\.\d+\.)?(?:weight|bias))")
 _NAME = re.compile(r"(?:encoder|decoder)\.layers\.\d+\.(?:conv\.\d+\.|skip\.|pool\.\d+\.)?(?:weight|bias)")
-_POOL = re.compile(r"(?:encoder|decoder)\.(?:layers\.)?\d+\.pool\..*")
+POOL = re.compile(r"(?:encoder|decoder)\.(?:layers\.)?\d+\.pool\..*")
 
 
 def recognises(names: Iterable[str]) -> bool:
     """Whether names of tensors, without prefix, are those of an AutoencoderTiny in diffusers' or TAESD's format."""
     names = list(names)
-    return any(map(_is_tiny, names)) and not any(map(_POOL.fullmatch, names))
-
-
-def recognises_taef2(names: Iterable[str]) -> bool:
-    """Whether names of tensors, without prefix, are those of TAEF2."""
-    return any(map(_POOL.fullmatch, names))
+    return any(map(_is_tiny, names)) and not any(map(POOL.fullmatch, names))
 
 
 def _is_tiny(name: str) -> bool:
@@ -381,20 +345,13 @@ def complete_config(
 
     What shapes cannot tell (activation, upsampling, scaling) is the same for all public TAESDs: diffusers' defaults.
     """
-    return _completed("AutoencoderTiny", architecture, given)
+    return completed(TinyConfig, architecture, given)
 
 
-def complete_taef2_config(
-    architecture: Mapping[str, Any], *, given: Mapping[str, Any] | None = None, public: PublicVae | None = None
-) -> TinyConfig:
-    """As `complete_config`, for TAEF2."""
-    return _completed("TAEF2", architecture, given)
-
-
-def _completed(name: str, architecture: Mapping[str, Any], given: Mapping[str, Any] | None) -> TinyConfig:
+def completed(kind: type[TinyConfig], architecture: Mapping[str, Any], given: Mapping[str, Any] | None) -> TinyConfig:
+    """A config of this class from fields without those that begin with an underscore; `given` wins."""
     known = {field: value for field, value in (given or {}).items() if not field.startswith("_")}
-    kind = TinyConfig if name == "AutoencoderTiny" else Taef2Config
-    return cast(TinyConfig, kind.from_dict({"_class_name": name, **architecture, **known}))
+    return cast(TinyConfig, kind.from_dict({"_class_name": kind.class_names[0], **architecture, **known}))
 
 
 FAMILY = Family(
@@ -404,18 +361,6 @@ FAMILY = Family(
     tensor_names=tensor_names,
     architecture=architecture,
     complete_config=complete_config,
-    prepared=fold_upsampling,
-    halo=halo,
-    activation_places=activation_places,
-)
-
-TAEF2_FAMILY = Family(
-    network=TAEF2,
-    rewrites=frozenset({"upsample"}),
-    recognises=recognises_taef2,
-    tensor_names=tensor_names,
-    architecture=architecture,
-    complete_config=complete_taef2_config,
     prepared=fold_upsampling,
     halo=halo,
     activation_places=activation_places,
