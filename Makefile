@@ -16,6 +16,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
+# Each process has 4 GB and uses one core most of the time. A file's tests stay together: they share what they export.
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile
+
 # The machine with the GPU may have no network: nothing is installed for gpu-check, it takes what is there.
 GPU_PYTHON = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON))
 PYTHON312 ?= python3.12
@@ -36,7 +40,7 @@ demo: $(READY)
 	$(BIN)/vae-export roundtrip out/tiny vae_export/assets/photos/coffee.jpg --out out/roundtrip.png
 
 test: $(READY)
-	$(BIN)/pytest -q -m "not slow and not engines"
+	$(BIN)/pytest -q $(PARALLEL) -m "not slow and not engines"
 
 engines: $(READY)
 	$(BIN)/pytest -q -m "engines and not slow"
@@ -80,7 +84,7 @@ docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 coverage: $(READY)
-	$(BIN)/pytest -q -m "not slow and not engines" --cov=vae_export --cov=runtimes --cov-report=term
+	$(BIN)/pytest -q $(PARALLEL) -m "not slow and not engines" --cov=vae_export --cov=runtimes --cov-report=term
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)

@@ -10,6 +10,8 @@ import pytest
 
 FEW = {"threads": 8, "calls_of_each": 12, "long": 150, "opens": 25}
 MANY = {"threads": 8, "calls_of_each": 500, "long": 10_000, "opens": 500}
+#: MB that a process may grow by in FEW; with other tests beside it, an allocator's arenas grew by 17
+FEW_GROWTH = 30
 GROWTH = 10  # MB: an allocator's slack; a leak of one 64x64 image in a call would be 490 MB in 10,000
 BACKENDS = ("onnxruntime", "openvino", "flax")
 
@@ -126,7 +128,7 @@ def test_threads_get_to_the_bit_what_one_gets(run, counts):
 def test_memory_does_not_grow_with_calls(run, counts):
     before, after = run(LONG, counts)
     print(before, after)
-    assert after["mb"] - before["mb"] < GROWTH
+    assert after["mb"] - before["mb"] < (FEW_GROWTH if counts is FEW else GROWTH)
     assert (after["threads"], after["files"]) == (before["threads"], before["files"])
 
 
@@ -134,6 +136,6 @@ def test_memory_does_not_grow_with_calls(run, counts):
 def test_opening_and_closing_leaves_nothing(run, counts):
     before, after = run(OPENS, counts)
     print(before, after)
-    assert after["mb"] - before["mb"] < GROWTH
+    assert after["mb"] - before["mb"] < (FEW_GROWTH if counts is FEW else GROWTH)
     assert after["threads"] <= before["threads"]
     assert after["files"] <= before["files"]
