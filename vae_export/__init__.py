@@ -17,14 +17,22 @@ if TYPE_CHECKING:
     from vae_export.checkpoints.hub import Hub as Hub
     from vae_export.checkpoints.load import load_model as load_model
     from vae_export.export import export_bundle as export_bundle
+    from vae_export.families.asymmetric import AsymmetricAutoencoderKL as AsymmetricAutoencoderKL
     from vae_export.families.autoencoder_kl import AutoencoderKL as AutoencoderKL
+    from vae_export.families.flux2 import AutoencoderKLFlux2 as AutoencoderKLFlux2
+    from vae_export.families.taef2 import TAEF2 as TAEF2
+    from vae_export.families.tiny import AutoencoderTiny as AutoencoderTiny
     from vae_export.options import ExportOptions as ExportOptions
     from vae_export.rewrites.rescale import measure_ranges as measure_ranges
     from vae_export.tune import tune_bundle as tune_bundle
     from vae_export.validate import validate_bundle as validate_bundle
 
 _HOMES = {
+    "TAEF2": "vae_export.families.taef2",
+    "AsymmetricAutoencoderKL": "vae_export.families.asymmetric",
     "AutoencoderKL": "vae_export.families.autoencoder_kl",
+    "AutoencoderKLFlux2": "vae_export.families.flux2",
+    "AutoencoderTiny": "vae_export.families.tiny",
     "ExportOptions": "vae_export.options",
     "Hub": "vae_export.checkpoints.hub",
     "VaeConfig": "runtimes.config",
@@ -35,7 +43,11 @@ _HOMES = {
     "validate_bundle": "vae_export.validate",
 }
 __all__ = [
+    "TAEF2",
+    "AsymmetricAutoencoderKL",
     "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderTiny",
     "ExportOptions",
     "Hub",
     "VaeConfig",

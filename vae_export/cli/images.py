@@ -91,7 +91,9 @@ def roundtrip(
         # What is encoded, and what should come back: a model may give other channels than it takes.
         given, original = (load_image(image, vae.channels(graph), max_pixels=max_pixels) for graph in GRAPHS)
         if crop:
-            given, original = (crop_to_multiple(pixels, vae.latent_space.factor) for pixels in (given, original))
+            given, original = (
+                crop_to_multiple(pixels, vae.latent_space.normalised_factor) for pixels in (given, original)
+            )
         begin("Encoding")
         latents = vae.images_to_latents(given, pad=pad)
         begin("Decoding")
@@ -138,7 +140,7 @@ def encode(
     with _opened(bundle, device, backend, tiling, tile, memory_budget) as (vae, begin):
         pixels = [load_image(image, vae.channels("encoder"), max_pixels=max_pixels) for image in images]
         if crop:
-            pixels = [crop_to_multiple(image, vae.latent_space.factor) for image in pixels]
+            pixels = [crop_to_multiple(image, vae.latent_space.normalised_factor) for image in pixels]
         begin("Encoding")
         latents = vae.images_to_latents(pixels, None if seed is None else np.random.default_rng(seed), pad=pad)
     _save_latents(latents, out_file)

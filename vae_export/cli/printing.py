@@ -168,13 +168,19 @@ def _cell(value: Any) -> str:
     return printable(value)
 
 
+def latents_of(manifest: Manifest) -> str:
+    """Describe the latents of a bundle: channels, size, and how a diffusion model has them."""
+    config, space = manifest.config, manifest.latent_space
+    text = f"{space.channels} latent channels, 1/{space.factor} of the image's size"
+    if space.patch == 1:
+        factors = [getattr(config, name, None) for name in ("scaling_factor", "shift_factor")]
+        return f"{text}, scaling {factors[0]}, shift {factors[1]}"
+    return f"{text}; normalised {space.normalised_channels} channels, 1/{space.normalised_factor}"
+
+
 def bundle_table(path: str, manifest: Manifest) -> Table:
     """Return a table of the contents of a bundle."""
-    config, source = manifest.config, manifest.source
-    space = manifest.latent_space
-    channels = f"{space.channels} latent channels, 1/{space.factor} of the image's size"
-    factors = [getattr(config, name, None) for name in ("scaling_factor", "shift_factor")]
-    scaling = f"scaling {factors[0]}, shift {factors[1]}"
+    source = manifest.source
     commit = f" at {source['commit']}" if source.get("commit") else ""
     verdict = manifest.validation.get("verdict", "unknown")
     table = Table(show_header=False, title=printable(path), title_justify="left")
@@ -191,7 +197,9 @@ def bundle_table(path: str, manifest: Manifest) -> Table:
         table.add_row("engine", printable(f"{manifest.engine.flavour} {manifest.engine.version} for {gpus}"))
         for profile in manifest.engine.profiles:
             table.add_row("profile", f"{profile}, batch x height x width")
-    table.add_row("model", printable(f"{manifest.family}: {channels}, {scaling}"))
+    table.add_row("model", printable(f"{manifest.family}: {latents_of(manifest)}"))
+    if manifest.latents != "raw":
+        table.add_row("latents of the graphs", "normalised, as the diffusion model has them")
     for graph, spec in manifest.graphs.items():
         shapes = (f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in (spec.input, spec.output))
         table.add_row(graph, printable(" -> ".join(shapes)))
