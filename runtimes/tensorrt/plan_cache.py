@@ -160,7 +160,7 @@ class PlanCache:
             (folder / "plan").write_bytes(plan)
             entry = {"size": len(plan), "sha256": hashlib.sha256(plan).hexdigest(), "made_of": dict(made_of)}
             (folder / "entry.json").write_text(json.dumps(entry, indent=1), encoding="utf-8")
-            os.rename(folder, self.directory / key)
+            folder.rename(self.directory / key)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -232,6 +232,7 @@ def _agreed(found: tuple[VaeConfig, Path] | None, architecture: Mapping[str, Any
 
 
 def is_single_file(source: str | Path) -> bool:
+    """Return whether `source` names one weights file: a URL, a weights extension, or an existing file."""
     text = str(source)
     return (
         text.startswith(("http://", "https://")) or text.endswith((".safetensors", *PICKLES)) or Path(source).is_file()
@@ -239,7 +240,7 @@ def is_single_file(source: str | Path) -> bool:
 
 
 def _find_in_directory(directory: Path, variant: str | None) -> tuple[Path, WeightsFiles]:
-    """The config and the weights of a local directory."""
+    """Return the paths of the config and of the weights in a local directory."""
     if not directory.is_dir():
         raise ConfigError(f"{directory} does not exist")
     if not (directory / CONFIG_FILE).is_file():
@@ -259,12 +260,12 @@ def _find_in_directory(directory: Path, variant: str | None) -> tuple[Path, Weig
 
 
 def _find_in_repository(hub: Hub, repo: str, folder: str, variant: str | None, near: Path) -> WeightsFiles:
-    """The weights of a Hub repository, downloaded; `near` is a file of the same folder that was downloaded."""
+    """Download the weights of a Hub repository; `near` is an already downloaded file of the same folder."""
     path = next((f for n in names_of(variant) if (f := hub.download(repo, folder + n, optional=True))), None)
     if path is None:
         names = hub.names_in(repo, folder, near)
         if hub.offline and not any(variant_of(name) is not None for name in names):
-            hub.download(repo, folder + names_of(variant)[0])  # raises, saying why
+            hub.download(repo, folder + names_of(variant)[0])  # raises an error with the reason
         pickle = folder + PICKLED_WEIGHTS_FILE
         if PICKLED_WEIGHTS_FILE in names and not any(name.endswith(".safetensors") for name in names):
             raise ConfigError(
