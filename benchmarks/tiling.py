@@ -19,7 +19,7 @@ from benchmarks.memory_model import status
 from runtimes import children, open_vae
 from runtimes.image_files import load_image
 from runtimes.images import to_float
-from runtimes.tiling.blended import TILINGS
+from runtimes.tiling.settings import TILINGS
 
 MODES = ("untiled", *TILINGS)
 PHOTO_SIDE, PHOTO_TILES = 512, (256, 128)  #: pixels

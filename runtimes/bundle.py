@@ -227,7 +227,7 @@ def _open_inside(directory: int, part: str, flags: int, name: str) -> int:
 
 
 def _link_advice(directory: int, part: str) -> str | None:
-    """What to do about a link; None for what is not one."""
+    """Return advice if `part` is a symbolic link, else None."""
     try:
         if not stat.S_ISLNK(os.stat(part, dir_fd=directory, follow_symlinks=False).st_mode):
             return None

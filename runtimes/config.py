@@ -21,7 +21,7 @@ ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 
 CLASS_NAMES = ("AutoencoderKL", "FlaxAutoencoderKL")
 
-# Other autoencoders of diffusers, and whose they are.
+# Other autoencoders of diffusers, and the models that use them.
 OTHER_VAES = {
     "AsymmetricAutoencoderKL": "inpainting with Stable Diffusion 1.5",
     "AutoencoderDC": "SANA",
@@ -34,7 +34,7 @@ OTHER_VAES = {
     "VQModel": "a vector-quantised autoencoder",
 }
 
-# An unknown field whose name has one of these in it may change what the network computes, or mean that it is another.
+# An unknown field whose name contains one of these may change the network's result, or belong to another network.
 NETWORK_WORDS = (
     "act", "attention", "attn", "bias", "block", "causal", "channel", "compress", "conv", "depth", "dim", "down",
     "dropout", "embed", "encod", "eps", "expan", "fn", "gate", "group", "head", "kernel", "layer", "level", "magnitude",
@@ -42,8 +42,8 @@ NETWORK_WORDS = (
     "scal", "shift", "shortcut", "size", "stage", "stride", "temp", "time", "type", "up", "width", "window",
 )  # fmt: skip
 
-# Unknown fields that change nothing in the network although their names may look like it: what diffusers'
-# EMAModel.save_pretrained adds, and the type in which weights were saved.
+# Unknown fields that do not change the network, although their names contain NETWORK_WORDS: the fields that diffusers'
+# EMAModel.save_pretrained adds, and the dtype in which weights were saved.
 HARMLESS_FIELDS = frozenset(
     ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 ) | {"dtype", "torch_dtype"}
@@ -85,7 +85,7 @@ class VaeConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.act_fn, str):
-            object.__setattr__(self, "act_fn", self.act_fn.lower())  # diffusers takes any case
+            object.__setattr__(self, "act_fn", self.act_fn.lower())  # diffusers accepts any case
         _check(self)
 
     @property
@@ -107,10 +107,10 @@ class VaeConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config", strict: bool = False) -> VaeConfig:
-        """Read a diffusers config; another `_class_name` raises `ConfigError`.
+        """Read a diffusers config; `origin` is its name in messages.
 
-        So does an unknown field whose name speaks of a part of a network. Any other is ignored, with a warning;
-        `strict` refuses all.
+        Raises `ConfigError` for another `_class_name`, a wrong value, or an unknown field whose name contains one of
+        NETWORK_WORDS. Other unknown fields are ignored with a warning; with `strict` they raise `ConfigError` too.
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"{origin} is not a JSON object but a {type(data).__name__}")
@@ -119,10 +119,10 @@ class VaeConfig:
             raise ConfigError(f"{origin} describes a {class_name!r}, not an AutoencoderKL{_instead_of(class_name)}")
         values = {name: value for name, value in data.items() if not name.startswith("_")}
         unknown = sorted(values.keys() - {field.name for field in fields(cls)}, key=str)
-        grave = [name for name in unknown if strict or _may_change_the_network(name)]
-        if grave:
+        refused = [name for name in unknown if strict or _may_change_the_network(name)]
+        if refused:
             raise ConfigError(
-                f"{origin} has fields that no AutoencoderKL has: {', '.join(map(repr, grave[:5]))}. It is the config "
+                f"{origin} has fields that no AutoencoderKL has: {', '.join(map(repr, refused[:5]))}. It is the config "
                 "of another model, or of a newer diffusers; remove the fields if they are meaningless"
             )
         if unknown:
@@ -159,7 +159,7 @@ class VaeConfig:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; `ConfigError` says what else it is."""
+    """Return the content of a JSON file; `ConfigError` says what another file is instead."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -174,7 +174,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def is_vae_config(data: Any) -> bool:
-    """Whether this claims to be the config of an `AutoencoderKL`: other models have files of the same name."""
+    """Return whether `data` is meant as the config of an `AutoencoderKL`: other models also have a config.json."""
     if not isinstance(data, Mapping):
         return False
     if "_class_name" in data:
@@ -212,7 +212,7 @@ class OtherConfig:
 
 
 def _instead_of(class_name: Any) -> str:
-    """What follows from another `_class_name`, as the end of a message."""
+    """Return the end of the message about another `_class_name`: what it is, or what to do."""
     name = str(class_name)
     if name in OTHER_VAES:
         return f" ({OTHER_VAES[name]}): another network, which is not supported"
@@ -222,7 +222,7 @@ def _instead_of(class_name: Any) -> str:
 
 
 def _may_change_the_network(name: Any) -> bool:
-    """Whether an unknown field has a name that speaks of a part of a network."""
+    """Return whether the name of an unknown field contains one of NETWORK_WORDS."""
     return name not in HARMLESS_FIELDS and any(word in str(name).lower() for word in NETWORK_WORDS)
 
 

@@ -36,8 +36,9 @@ def written_whole(path: str | Path, *, advice: str = "try again", unless_equal: 
 
     With `unless_equal`, a file that already holds the same bytes is left untouched, including its date.
 
-    Raises `BundleError` for a directory, a socket, a block device, or a path that cannot be written. `advice` tells
-    the user what to do after freeing space on a full disk.
+    Raises `BundleError` for a directory, a socket, a block device, or a path that cannot be written; its `__cause__` is
+    `BrokenPipeError` if the reader of a pipe has closed it. `advice` tells the user what to do after freeing space on a
+    full disk.
     """
     path = Path(path)
     check_writable(path)
@@ -46,7 +47,8 @@ def written_whole(path: str | Path, *, advice: str = "try again", unless_equal: 
             yield temporary
     except OSError as error:
         full = f"; make room and {advice}" if error.errno == errno.ENOSPC else ""
-        raise _failed(path, f"{error.strerror or error}{full}") from None
+        cause = error if isinstance(error, BrokenPipeError) else None
+        raise _failed(path, f"{error.strerror or error}{full}") from cause
 
 
 def check_writable(path: str | Path) -> None:
