@@ -260,7 +260,7 @@ def index_schema() -> Any:
 
 
 def errors_schema() -> Any:
-    """Return the pyarrow schema of errors.parquet and skipped.parquet: one row per image without latents."""
+    """Return the pyarrow schema of errors.parquet: one row per image that could not be encoded."""
     pyarrow = import_pyarrow()
     return pyarrow.schema({"id": pyarrow.string(), "reason": pyarrow.string(), "sha256": pyarrow.binary(32)})
 

@@ -1,7 +1,7 @@
-"""Checkpoint -> reference model: from a directory, the Hugging Face Hub, or a single .safetensors file.
+"""Load a reference model from a directory, the Hugging Face Hub, or a single .safetensors file.
 
-Strict: a model comes out complete and finite, or an error that names what is wrong. Only safetensors is read; a pickle
-runs whatever code its author put into it.
+Loading is strict: the model is complete and finite, or an error names the problem. Only safetensors is read, because
+loading a pickle runs whatever code its author put into it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ def load_model(
     shift_factor: float | None = None,
     hub: Hub | None = None,
 ) -> ReferenceVae:
-    """Load what the command line's --model names: directory, Hub id, URL or file; None is the embedded model."""
+    """Load a model from a directory, Hub id, URL of a file on the Hub, or .safetensors file, as --model names it.
+
+    None is the embedded model. Raises `ConfigError` for anything that is not a complete checkpoint, and for options
+    that do not apply to this kind of source.
+    """
     if source is None:
         model = load_pretrained(EMBEDDED)
         model.source = model.source._replace(given="embedded", kind="embedded", absolute=None)
@@ -75,7 +79,7 @@ def load_model(
 def load_pretrained(
     source: str | Path, *, subfolder: str | None = None, variant: str | None = None, hub: Hub | None = None
 ) -> ReferenceVae:
-    """`from_pretrained`: a diffusers directory or Hub repository, of any family."""
+    """Load a diffusers directory or Hub repository of any family: see `ReferenceVae.from_pretrained`."""
     hub = hub or Hub()
     if Path(source).is_dir():
         directory = Path(source) / (subfolder or "")
@@ -90,7 +94,7 @@ def load_pretrained(
         if config_file is None:
             if hub.download(repo, "model_index.json", optional=True) is not None:
                 raise ConfigError(f"repository {repo} is a whole pipeline: give subfolder='vae'")
-            config_file = hub.download(repo, folder + CONFIG_FILE)  # raises, saying why
+            config_file = hub.download(repo, folder + CONFIG_FILE)  # raises an error with the reason
             assert config_file is not None
         hub = hub.pinned(config_file)
         config_path, commit = config_file, commit_of(config_file)
@@ -112,7 +116,7 @@ def load_single_file(
     shift_factor: float | None = None,
     hub: Hub | None = None,
 ) -> ReferenceVae:
-    """`from_single_file`: a local file or the URL of a file on the Hub."""
+    """Load a local file or the URL of a file on the Hub: see `ReferenceVae.from_single_file`."""
     hub = hub or Hub()
     located = parse_hub_url(str(source))
     complete = _complete_config_from(config, hub)
@@ -142,7 +146,7 @@ def load_single_file(
 
 
 def save_pretrained(model: ReferenceVae, directory: Path) -> None:
-    """Write config.json and the weights; each file appears whole or not at all."""
+    """Write config.json and the weights, each file atomically. Raises `BundleError` if they cannot be written."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -155,10 +159,10 @@ def save_pretrained(model: ReferenceVae, directory: Path) -> None:
 
 
 def read_config(path: Path) -> tuple[Family, Any]:
-    """The family that a config.json names, and its config."""
+    """Read a config.json; return its family and its config. Raises `ConfigError` for unknown classes."""
     data = read_json(path)
     name = data.get("_class_name", DEFAULT) if isinstance(data, Mapping) else DEFAULT
-    family = family_named(name if name in FAMILIES else DEFAULT)  # which refuses other classes, and says what they are
+    family = family_named(name if name in FAMILIES else DEFAULT)  # the default's `from_dict` names unknown classes
     return family, family.config_class.from_dict(data, origin=str(path))
 
 
@@ -166,7 +170,7 @@ def read_config(path: Path) -> tuple[Family, Any]:
 
 
 def _complete_config_from(config: VaeConfig | Mapping[str, Any] | str | Path | None, hub: Hub) -> VaeConfig | None:
-    """The caller's config where it is a whole one (object, file, directory, Hub id, full dictionary), else None."""
+    """Return the caller's config if it is complete (object, file, directory, Hub id, full dictionary), else None."""
     if config is None or isinstance(config, VaeConfig):
         return config
     if isinstance(config, Mapping):
@@ -182,20 +186,20 @@ def _complete_config_from(config: VaeConfig | Mapping[str, Any] | str | Path | N
 
 
 def _config_of_repository(hub: Hub, repo: str, filename: str) -> tuple[VaeConfig, Path] | None:
-    """The config beside a file on the Hub, or in the repository's vae folder, where it is one of an AutoencoderKL."""
+    """Find the config of an AutoencoderKL beside a file on the Hub, or in the repository's vae folder."""
     folder = filename.rpartition("/")[0]
     names = dict.fromkeys((f"{folder}/{CONFIG_FILE}".lstrip("/"), f"vae/{CONFIG_FILE}"))
     return _first_vae_config(hub.download(repo, name, optional=True) for name in names)
 
 
 def _config_beside(path: Path) -> tuple[VaeConfig, Path] | None:
-    """The config beside a local file, or in the vae folder there, as for a file at the root of a repository."""
+    """Find the config of an AutoencoderKL beside a local file, or in the vae folder there."""
     candidates = (path.parent / CONFIG_FILE, path.parent / "vae" / CONFIG_FILE)
     return _first_vae_config(candidate if candidate.is_file() else None for candidate in candidates)
 
 
 def _first_vae_config(paths: Iterable[Path | None]) -> tuple[VaeConfig, Path] | None:
-    """The first that is the config of an AutoencoderKL; a warning names one that should be and cannot be read."""
+    """Return the first config of an AutoencoderKL and its path; warn of a config that cannot be read."""
     for path in paths:
         if path is not None:
             try:
@@ -208,7 +212,7 @@ def _first_vae_config(paths: Iterable[Path | None]) -> tuple[VaeConfig, Path] | 
 
 
 def _agreed(found: tuple[VaeConfig, Path] | None, architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the config beside the weights; none, and a warning, where it is not the config of these weights."""
+    """Return the fields of the config beside the weights; if it does not match the weights, warn and return none."""
     if found is None:
         return {}
     config, path = found

@@ -1,11 +1,11 @@
-"""Families of VAEs, one module each: config, reference network, names of tensors, and the rewrites that are exact.
+"""Families of VAEs, one module each: config, reference network, names of tensors, and exact rewrites.
 
-To add one, write a module with a `vae_export.families.base.Family` and register it: a line in `FAMILIES`, or from
-elsewhere
+To add a family, write a module with a `vae_export.families.base.Family` and register it, with a line in `FAMILIES` or
+from another package with
 
     FAMILIES.register("AutoencoderToy", "module:FAMILY")
 
-under the class name that stands in a checkpoint's config.json.
+The name is the class name in the config.json of its checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT = "AutoencoderKL"  #: the family of a config that names no class
 
 
 def family_named(class_name: str, origin: str = "the config") -> Family:
-    """The family of a diffusers class name; `ConfigError` names `origin` and the families that there are."""
+    """Return the family of a diffusers class name. Raises `ConfigError`, with `origin` and the known names."""
     name = ALIASES.get(class_name, class_name)
     if name not in FAMILIES:
         raise ConfigError(
@@ -35,5 +35,5 @@ def family_named(class_name: str, origin: str = "the config") -> Family:
 
 
 def family_of(model: ReferenceVae) -> Family:
-    """The family of a reference model."""
+    """Return the family of a reference model."""
     return cast("Family", FAMILIES[model.family])
