@@ -236,7 +236,7 @@ class VaeRuntime(Lifetime, TilingSettings):
             raise ConfigError(f'tiling="seamless" does not run in {self.backend} yet; enable_tiling("blended") does')
         if self._seamless is None:
             raise ConfigError(
-                'this bundle is not cut for tiling="seamless": export it again with --tileable, or use '
+                'this bundle has no steps for tiling="seamless": export it again with --tileable, or use '
                 'enable_tiling("blended")'
             )
 

@@ -194,7 +194,7 @@ def _read_open_file(descriptor: int, name: str, *, limit: int, entry: FileEntry 
     """
     size = os.fstat(descriptor).st_size
     if size > limit or (entry is not None and size != entry.size):
-        rule = "and the most is" if entry is None else "and the manifest says"
+        rule = "more than the limit of" if entry is None else "and the manifest says"
         raise IntegrityError(f"{name} has {size} bytes, {rule} {limit}")
     with os.fdopen(descriptor, "rb", closefd=False) as file:
         file.seek(0)

@@ -124,12 +124,12 @@ class Notices:
         if str(getattr(x, "device", "cpu")) != "cpu" or "range" in self._given:
             return
         some = x[:, :, ::4, ::4]
-        least, most = float(some.min()), float(some.max())
-        if most > FAR_OUTSIDE or least < -FAR_OUTSIDE:
+        smallest, largest = float(some.min()), float(some.max())
+        if largest > FAR_OUTSIDE or smallest < -FAR_OUTSIDE:
             self._once(
                 "range",
-                f"encode takes images in [-1, 1], and these reach from {least:g} to {most:g}: give uint8 pixels to "
-                "images_to_latents, or x / 127.5 - 1 for floats in 0..255",
+                f"encode takes images in [-1, 1], and these reach from {smallest:g} to {largest:g}: give uint8 pixels "
+                "to images_to_latents, or x / 127.5 - 1 for floats in 0..255",
             )
 
     def _once(self, name: str, message: str) -> None:

@@ -65,7 +65,7 @@ def picture_format(path: str | Path, channels: int = 3) -> str:
     if extension not in writable:
         wrong = f"{extension!r} is not the extension of a picture" if extension else "the name has no extension"
         usual = ", ".join(name for name in USUAL_EXTENSIONS if name in writable)
-        raise BundleError(f"cannot write {path}: {wrong}, which says the format; give one such as {usual}")
+        raise BundleError(f"cannot write {path}: {wrong}; the extension selects the format, such as {usual}")
     format = writable[extension]
     if channels == 4 and format in WITHOUT_ALPHA:
         raise BundleError(f"cannot write {path}: {format} has no transparency; give a name that ends in .png or .webp")

@@ -163,7 +163,7 @@ class LatentDataset:
             shard = self._shards[of_shard] = open_shard(path)
         entry = int(self._entry[number])
         if entry >= len(shard) or shard.sha256[entry].tobytes() != self._sha256[number].as_py():
-            raise IntegrityError(f"{shard.path} was written anew since these latents were opened: open them again")
+            raise IntegrityError(f"{shard.path} was rewritten after these latents were opened: open them again")
         return shard
 
     def _to_output(self, stored: Array) -> Any:

@@ -37,7 +37,7 @@ from runtimes.errors import BundleError, CompatibilityError, IntegrityError
 SCHEMA_VERSION = 2
 HEADER_LIMIT = 100_000_000  #: bytes; the limit of the safetensors library
 #: the end of every message about damage
-REPAIR = "is not what was written; run the encode-dataset command again, it makes damaged shards anew"
+REPAIR = "is not what was written; run the encode-dataset command again, which rewrites damaged shards"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  #: dtype of latents -> its name in safetensors
 _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
 _COLUMNS = ("flipped", "sha256", "original_size", "resized", "crop", "latents_sha256")

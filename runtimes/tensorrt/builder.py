@@ -271,23 +271,23 @@ def main(directory: str) -> int:
     reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # sends the prints of libraries to standard error, so that they do not mix with the reports
 
-    def tell(**report: Any) -> None:
+    def send(**report: Any) -> None:
         print(json.dumps(report), file=reports, flush=True)
 
     given = json.loads((Path(directory) / "job.json").read_bytes())
     given |= {"profiles": tuple(given["profiles"]), "gpus": tuple(given["gpus"])}
     onnx = (Path(directory) / "model.onnx").read_bytes()
     try:
-        plan = build(onnx, BuildJob(**given), lambda phase, done, total: tell(phase=phase, done=done, total=total))
+        plan = build(onnx, BuildJob(**given), lambda phase, done, total: send(phase=phase, done=done, total=total))
         (Path(directory) / "model.plan").write_bytes(plan)
     except MemoryError:
-        tell(error="OutOfMemoryError", message="not enough memory to build it")
+        send(error="OutOfMemoryError", message="not enough memory to build it")
         return 1
     except VaeError as error:
-        tell(error=type(error).__name__, message=str(error))
+        send(error=type(error).__name__, message=str(error))
         return 1
     except OSError as error:
-        tell(error="VaeError", message=_not_written(error))
+        send(error="VaeError", message=_not_written(error))
         return 1
     return 0
 

@@ -67,7 +67,7 @@ def run_tiled(
     if not grid.lines_up:
         raise ShapeError(
             f"tiles of {grid.tile} cannot advance by {grid.step} and give {grid.kept} of {grid.kept + grid.blend}; "
-            "tile_overlap_factor must be below 1, and that part of tile_latent_min_size a whole number"
+            "tile_overlap_factor must be below 1, and its product with tile_latent_min_size a whole number"
         )
     concatenate = array_module(x).concatenate
     height, width = x.shape[-2:]  # type: ignore[attr-defined]

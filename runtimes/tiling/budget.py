@@ -62,8 +62,8 @@ def rate_of(family: str, backend: str, device: str, precision: str) -> Rate:
         known = ", ".join(f"{name} in {measured}" for name, measured in RATES)
         raise ConfigError(
             f"memory_budget needs a measured model of memory: there is one for AutoencoderKL in {known}, on the CPU, "
-            f"and none for {family} in {backend} in {precision} on {device}. tile_sample_min_size and "
-            "tile_latent_min_size set tiles by hand"
+            f"and none for {family} in {backend} in {precision} on {device}. Set the size of tiles with "
+            "tile_sample_min_size and tile_latent_min_size instead"
         )
     return rate
 

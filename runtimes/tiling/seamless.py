@@ -175,8 +175,8 @@ def run_seamless(
             return target[None]
         if not np.isfinite(moments).all():
             raise NumericsError(
-                f"activations behind {step.file} exceed {FP16_LARGEST:.0f}, the most kept between tiles, or are "
-                'not finite; enable_tiling("blended") keeps none'
+                f"activations after {step.file} exceed {FP16_LARGEST:.0f}, the largest value that is kept between "
+                'tiles, or are not finite; enable_tiling("blended") keeps none'
             )
         output = _Map(target, _merged(moments, tiles))
         if step.kind == "conv1":

@@ -54,7 +54,7 @@ class TilingSettings:
 
     def _check_seamless(self) -> None:
         """Raise `ConfigError` if seamless tiling is not supported."""
-        raise ConfigError("the reference model is not cut for seamless tiling: a bundle exported with --tileable is")
+        raise ConfigError("the reference model has no seamless tiling; export a bundle with --tileable")
 
     def disable_tiling(self) -> None:
         """Process each image as a whole."""

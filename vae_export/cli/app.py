@@ -137,9 +137,9 @@ def export(
     with progress_bar() as progress:
         progress(f"Loading {loading.model or 'the embedded model'}", 0, 1)
         loaded = loading.load()
-        from vae_export.export import check_choices  # it imports PyTorch: `load` has said how to install it
+        from vae_export.export import check_choices  # imports PyTorch; `load` raises first if it is missing
 
-        check_choices(loaded, target, options)  # before an engine is planned, or its memory estimated, for them
+        check_choices(loaded, target, options)  # before these options are used to plan an engine
         profiles = profiles_of(loaded.config.downscale, height, width, batch, opt, profile or [])
         options = replace(options, engine=target.plan(profiles, [gpu.strip() for gpu in (gpu or "").split(",") if gpu]))
         for line in target.notes(loaded, options):

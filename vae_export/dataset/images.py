@@ -30,7 +30,7 @@ SDXL_BUCKETS: tuple[Size, ...] = (
 )
 
 
-class Fit(NamedTuple):
+class Resizing(NamedTuple):
     """How an image is resized and then cropped to the size that is encoded."""
 
     resized: Size  #: (width, height) after resizing
@@ -69,15 +69,15 @@ class SizePolicy:
         if (self.policy == "none") != (not self.sizes) or (self.policy == "center-crop" and len(self.sizes) != 1):
             raise ConfigError("--policy none takes no sizes, center-crop one --size, and buckets one or more")
 
-    def fit(self, width: int, height: int) -> Fit:
+    def fit(self, width: int, height: int) -> Resizing:
         """Return how an image of this size is resized and cropped; the crop is 0 wide or high if it is too small."""
         if self.policy == "none":
             kept = width - width % self.factor, height - height % self.factor
-            return Fit((width, height), ((width - kept[0]) // 2, (height - kept[1]) // 2), kept)
+            return Resizing((width, height), ((width - kept[0]) // 2, (height - kept[1]) // 2), kept)
         size = self._nearest(width, height)
         scale = max(size[0] / width, size[1] / height)
         resized = max(size[0], int(width * scale + 0.5)), max(size[1], int(height * scale + 0.5))
-        return Fit(resized, ((resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2), size)
+        return Resizing(resized, ((resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2), size)
 
     def _nearest(self, width: int, height: int) -> Size:
         if (width, height) in self.sizes:

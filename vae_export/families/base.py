@@ -124,7 +124,9 @@ class ReferenceVae(TilingSettings, nn.Module):
         Raises `ConfigError` for anything that is not a complete checkpoint of this family.
         """
         hub = _checkpoints("hub").Hub(revision, cache_dir, token, local_files_only)
-        return cls._own(_checkpoints("load").load_pretrained(source, subfolder=subfolder, variant=variant, hub=hub))
+        return cls._of_this_family(
+            _checkpoints("load").load_pretrained(source, subfolder=subfolder, variant=variant, hub=hub)
+        )
 
     @classmethod
     def from_single_file(
@@ -150,14 +152,14 @@ class ReferenceVae(TilingSettings, nn.Module):
         Raises `ConfigError` for anything that is not a complete checkpoint of this family.
         """
         hub = _checkpoints("hub").Hub(revision, cache_dir, token, local_files_only)
-        return cls._own(
+        return cls._of_this_family(
             _checkpoints("load").load_single_file(
                 source, config=config, scaling_factor=scaling_factor, shift_factor=shift_factor, hub=hub
             )
         )
 
     @classmethod
-    def _own(cls: type[Model], model: ReferenceVae) -> Model:
+    def _of_this_family(cls: type[Model], model: ReferenceVae) -> Model:
         """Return the model. Raises `ConfigError` if it is of another family."""
         if not isinstance(model, cls):
             raise ConfigError(f"{model.source.given} is an {model.family}, not an {cls.family}; load_model takes both")
