@@ -186,7 +186,7 @@ class LatentDataset:
         if recorded[field] != wanted:
             raise CompatibilityError(
                 f"{self.path} was made by a VAE of {field} {recorded[field]}, not {wanted}: encode the images with "
-                "the VAE that is wanted, into another directory"
+                "the right VAE, into another directory"
             )
 
     def _check_sizes(self, policy: str | None, size: tuple[int, int] | None) -> None:

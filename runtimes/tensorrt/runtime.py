@@ -93,7 +93,9 @@ class TensorRtVae(VaeRuntime):
         gpu = cuda.compute_capability()
         if bundle.manifest.engine is not None:
             if profiles is not None:
-                raise ConfigError(f"the plans of {bundle.path} are already built for fixed profiles; omit profiles")
+                raise ConfigError(
+                    f"the plans of {bundle.path} are built: their profiles cannot be chosen; omit profiles"
+                )
             engine = bundle.manifest.engine
             _check_fits(engine, flavour, gpu, bundle.path)
             plans = {graph: bundle.read(self.spec[graph].file) for graph in GRAPHS}
