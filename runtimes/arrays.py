@@ -1,6 +1,6 @@
-"""Arrays of any kind: NumPy's, and those of torch or CuPy where the caller uses them.
+"""Functions on arrays of any kind: NumPy arrays, torch tensors and CuPy arrays.
 
-Neither is imported here: whoever gives an array has its library loaded.
+Torch and CuPy are not imported here: a caller that passes their arrays has imported them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 def array_module(array: Any) -> ModuleType:
-    """The library of an array: torch for a tensor, cupy for its arrays, numpy for everything else."""
+    """Return the library of an array: torch for a tensor, cupy for its arrays, numpy for everything else."""
     for name, kind in (("torch", "Tensor"), ("cupy", "ndarray")):
         module = sys.modules.get(name)
         if module is not None and isinstance(array, getattr(module, kind)):
@@ -26,24 +26,24 @@ def array_module(array: Any) -> ModuleType:
 
 
 def is_tensor(x: Any) -> bool:
-    """Whether it is a tensor of torch."""
+    """Return whether `x` is a torch tensor."""
     return array_module(x).__name__ == "torch"
 
 
 def as_type(x: Any, dtype: str) -> Any:
-    """An array of any kind with elements of this type, such as "float32"."""
+    """Convert an array of any kind to a dtype such as "float32"; copies it only if needed."""
     return x.to(getattr(array_module(x), dtype)) if is_tensor(x) else x.astype(dtype, copy=False)
 
 
 def on_host(x: Any) -> Array:
-    """An array of any kind as one of NumPy."""
+    """Convert an array of any kind to a NumPy array."""
     if array_module(x) is np:
         return np.asarray(x)
     return np.asarray(x.detach().cpu().numpy() if is_tensor(x) else x.get())
 
 
 def answer_in_kind(function: Callable[[Array], Array], x: Any) -> Any:
-    """Apply a NumPy function to `x`; for a torch tensor or CuPy array, answer with one, a tensor on the same device."""
+    """Apply a NumPy function to an array of any kind; returns the same kind, a tensor on the same device."""
     xp = array_module(x)
     if xp is np:
         return function(x)

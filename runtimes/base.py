@@ -1,7 +1,7 @@
-"""`VaeRuntime`: the one encode/decode API of every backend.
+"""`VaeRuntime`: the encode/decode API that all backends share.
 
-A backend is a subclass with `_run` and `_close`, over arrays that have already been checked (`runtimes.edge`). Tiling
-is composed with it (`runtimes.tiling.blended`); counting its calls and closing it are in `runtimes.lifetime`.
+A backend is a subclass that implements `_run` and `_close`; `_run` receives arrays that `runtimes.edge` has checked.
+`runtimes.tiling.tiler` splits calls into tiles; `runtimes.lifetime` counts calls and closes the runtime.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from runtimes.tiling.tiler import NO_LIMITS, Limits, Tiler
 
 
 class VaeRuntime(Lifetime, TilingSettings):
-    """An opened bundle. Arrays in, arrays out: each is answered by one of its kind, NumPy's, torch's or CuPy's.
+    """An open bundle. Methods accept NumPy, torch and CuPy arrays, and return arrays of the same kind.
 
-    Open one with `open_vae`, use it from any number of threads, and close it (or use it in a `with` statement). Other
-    processes open their own: in a fork of the process that opened it, using it is a `VaeError`.
+    Open one with `open_vae`, use it from any number of threads, and close it (or use it in a `with` statement). Each
+    process must open the bundle itself: using a runtime in a fork of the process that opened it raises `VaeError`.
 
-    A copy or a pickle opens the same bundle again, with the same options and the same tiling. It is independent of the
-    original, and is closed by itself.
+    A copy, or an unpickled runtime, opens the bundle again with the same options and tiling. It is independent of the
+    original, and must be closed separately.
 
     `config` is the model's config, `latent_space` the shape and normalisation of its latents, `graph_space` the shape
     of those that the graphs take and give (normalised ones in a bundle exported with `--latents normalised`), `spec`
@@ -46,9 +46,9 @@ class VaeRuntime(Lifetime, TilingSettings):
 
     backend: ClassVar[str]
     default_device: ClassVar[str] = "cpu"
-    runs_steps: ClassVar[bool] = False  #: whether it has `open_steps` and `run_step`, for seamless tiling
+    runs_steps: ClassVar[bool] = False  #: whether it implements `StepBackend`, for seamless tiling
     device: str
-    _options: Mapping[str, Any]  #: as the backend's class was given them
+    _options: Mapping[str, Any]  #: the keyword arguments that the backend's class received
 
     def __new__(cls, *_: Any, **options: Any) -> VaeRuntime:
         runtime = super().__new__(cls)
@@ -65,7 +65,7 @@ class VaeRuntime(Lifetime, TilingSettings):
         self.check_finite = check_finite
         if check_finite and self.spec["decoder"].output.dtype == "uint8":
             raise ConfigError(
-                "check_finite finds no NaN in pixels, which is what this bundle's decoder gives (--io uint8)"
+                "check_finite finds no NaN in pixels, which is what this bundle's decoder returns (--io uint8)"
             )
         self._bundle = bundle
         bundle.check_small_files()
@@ -75,33 +75,33 @@ class VaeRuntime(Lifetime, TilingSettings):
         self._seamless = SeamlessGraphs(manifest) if manifest.tileable and self.runs_steps else None
         self._begin_life()
 
-    # What a backend provides ----------------------------------------------------------------------------------------
+    # Implemented by backends ---------------------------------------------------------------------------------------
 
     @abstractmethod
     def _run(self, graph: Graph, x: Any) -> Any:
-        """Run a graph on an array of its input dtype, of any kind, shape checked; return one of its kind."""
+        """Run a graph on an array of any kind, with the graph's input dtype and a valid shape; return the same kind."""
 
     def _taken(self, x: Any) -> Any:
-        """What a caller gave; a backend may turn arrays of its own library into those that the checks know."""
+        """Return the caller's array; a backend may convert arrays of its own library to a kind that is supported."""
         return x
 
     def limits(self, graph: Graph, batch: int) -> Limits:
-        """What the backend takes in one call of a graph at a batch size: any image, unless it says otherwise."""
+        """Return the sizes that the backend accepts in one call of a graph at a batch size; by default all sizes."""
         return NO_LIMITS
 
     # Encoding and decoding ------------------------------------------------------------------------------------------
 
     def encode(self, x: Any, return_dict: bool = True, *, pad: bool = False) -> Any:
-        """Images, float [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, C, H/f, W/f].
+        """Encode images, float [B, in_channels, H, W] in [-1, 1], to the posterior over latents [B, C, H/f, W/f].
 
         That is an `AutoencoderKLOutput` with `latent_dist`; families whose encoder gives plain latents answer with an
         `AutoencoderTinyOutput` with `latents`. So does a bundle exported with `--latents normalised`, whose latents are
         the posterior's mode. Without `return_dict` it is a tuple with that one entry.
 
-        H and W must be multiples of f (`ShapeError` names the size to pad to); with `pad` the image is continued by its
-        mirror image on the right and bottom, and `decode(z, size=(H, W))` cuts that off again. Any float dtype is
-        taken; moments come in the graph's output dtype. A bundle exported with `--io uint8` takes uint8 [B, H, W, 3]
-        instead.
+        H and W must be multiples of f (`ShapeError` names the size to pad to). With `pad`, the image is padded by
+        reflection on the right and bottom; `decode(z, size=(H, W))` crops the result again. Any float dtype is
+        accepted; the moments have the graph's output dtype. A bundle exported with `--io uint8` takes uint8
+        [B, H, W, 3] instead.
         """
         encoded = self._encode(x, pad, self.graph_space.factor)
         if self.graph_space.posterior:
@@ -113,11 +113,12 @@ class VaeRuntime(Lifetime, TilingSettings):
     def decode(
         self, z: Any, return_dict: bool = True, generator: Any = None, *, size: tuple[int, int] | None = None
     ) -> DecoderOutput | tuple[Any]:
-        """Raw (unscaled) latents, float [B, latent_channels, h, w] -> images [B, out_channels, f*h, f*w], not clipped.
+        """Decode raw (unscaled) latents, float [B, latent_channels, h, w], to images [B, out_channels, f*h, f*w].
 
-        `size`, height and width in pixels, is what is kept of them, from the top left corner. A bundle exported with
-        `--io uint8` gives uint8 [B, f*h, f*w, C] instead. `generator` is accepted, as in diffusers, and not used:
-        decoding is deterministic.
+        Values are nominally in [-1, 1] and not clipped. `size`, (height, width) in pixels, crops the images to their
+        top left part. A bundle exported with `--io uint8` returns uint8 [B, f*h, f*w, C] instead. `generator` is
+        accepted for compatibility with diffusers and ignored: decoding is deterministic. Raises `ShapeError` for a
+        wrong shape, dtype or size.
         """
         self._check_open()
         z, dtype = self._taken(z), self.spec["decoder"].input.dtype
@@ -153,12 +154,14 @@ class VaeRuntime(Lifetime, TilingSettings):
     def images_to_latents(
         self, images: Images, generator: Any = None, *, pad: bool = False, max_pixels: int | None = None
     ) -> Any:
-        """uint8 [B, H, W, C] or [H, W, C], PIL images, paths or files -> latents as a diffusion model takes them.
+        """Encode uint8 [B, H, W, C] or [H, W, C], PIL images, paths or files to latents for a diffusion model.
 
-        C is what the model takes: grey, RGB or RGBA. Images and files are converted to it, upright and in sRGB, and may
-        have `max_pixels`: see `runtimes.image_files.load_pil`. The latents are normalised (`latent_space`): the
-        posterior's mode, or with a generator or seed a draw from it. Torch tensors are answered by one, float32.
-        `pad`: see `encode`. `ConfigError` where the checkpoint did not say its scaling_factor.
+        C is the model's number of channels: 1 for grey, 3 for RGB, 4 for RGBA. PIL images and files are converted to
+        it, upright and in sRGB; `max_pixels` limits their size: see `runtimes.image_files.load_pil`.
+
+        Returns float32 latents, normalised by `latent_space`: the posterior's mode, or a sample of it if a generator or
+        seed is given. Torch tensors give a tensor. `pad`: see `encode`. Raises `ConfigError` if the checkpoint has no
+        scaling_factor, `ShapeError` for images that cannot be read or have a wrong shape.
         """
         self.latent_space.check_known()
         pixels = as_uint8_batch(self._taken(images), self.channels("encoder"), max_pixels=max_pixels)
@@ -175,10 +178,10 @@ class VaeRuntime(Lifetime, TilingSettings):
         return as_type(self.latent_space.normalise(z) if self.graphs_are_raw else z, "float32")
 
     def latents_to_images(self, latents: Any, *, size: tuple[int, int] | None = None) -> Any:
-        """Normalised latents [B, C, h, w] -> uint8 [B, f*h, f*w, 3], or the `size` of it (see `decode`).
+        """Decode normalised latents [B, C, h, w] to uint8 [B, f*h, f*w, channels], cropped to `size` as in `decode`.
 
-        The last axis has the channels that the decoder gives: 1 for grey, 3 for RGB, 4 for RGBA. NaN and infinity have
-        no colour: they raise `NumericsError`, with or without `check_finite`.
+        The last axis has the decoder's channels: 1 for grey, 3 for RGB, 4 for RGBA. NaN and infinity raise
+        `NumericsError`, with or without `check_finite`. Raises `ConfigError` if the checkpoint has no scaling_factor.
         """
         self._check_open()
         self.latent_space.check_known()
@@ -198,14 +201,14 @@ class VaeRuntime(Lifetime, TilingSettings):
     # One call of a graph --------------------------------------------------------------------------------------------
 
     def _apply(self, graph: Graph, x: Any) -> Any:
-        """A graph on checked input, in parts where tiling or slicing says so; images keep the graph's own layout."""
+        """Run a graph on checked input, with tiling or slicing if enabled; images have the graph's layout."""
         spec = self.spec[graph]
         run: Callable[[Any], Any] = functools.partial(self._run, graph)
         with self._at_work():
             if spec.input.dtype == "uint8":
                 result = self._tiler().run(lambda part: run(channels_last(part)), channels_first(x), graph)
             elif spec.output.dtype == "uint8":
-                # Blended as floats: each blending of pixels would lose what is below a whole step.
+                # Tiles are blended as floats, because blending uint8 would round each time.
                 as_tile = channels_first_floats if self.use_tiling else channels_first
                 result = as_pixels(self._tiler().run(lambda part: as_tile(run(part)), x, graph))
             else:
@@ -215,7 +218,7 @@ class VaeRuntime(Lifetime, TilingSettings):
             return result
 
     def channels(self, graph: Graph) -> int:
-        """Channels of a graph's image: what the encoder takes, or the decoder gives."""
+        """Return the number of channels of the encoder's input images, or of the decoder's output images."""
         return (self.spec[graph].input if graph == "encoder" else self.spec[graph].output).channels
 
     def _output_shape(self, graph: Graph, shape: Sequence[int]) -> tuple[int, ...]:
@@ -230,11 +233,12 @@ class VaeRuntime(Lifetime, TilingSettings):
 
     @property
     def memory_budget(self) -> int | None:
-        """Bytes that a call may use, beyond what the opened bundle holds and the arrays that come and go; or None.
+        """Bytes of working memory that a call may use, or None; the bundle, inputs and outputs do not count.
 
-        Set to a number or a text such as "2GiB": what fits is computed untiled, and what does not in the largest tiles
-        that do (of the kind that `enable_tiling` chose, blended unless it was called). How much a call needs is a
-        model, measured for each backend and precision: see `runtimes.tiling.budget`. `ConfigError` where there is none.
+        Set it to a number or a text such as "2GiB". A call that fits runs untiled; others run in the largest tiles that
+        fit, of the kind that `enable_tiling` chose (default: blended). The needed memory comes from a model that was
+        measured for each backend and precision, see `runtimes.tiling.budget`. Setting it raises `ConfigError` if there
+        is no such model.
         """
         return None if self._budget is None else self._budget.bytes
 
@@ -253,7 +257,7 @@ class VaeRuntime(Lifetime, TilingSettings):
             raise ConfigError(f'tiling="seamless" does not run in {self.backend} yet; enable_tiling("blended") does')
         if self._seamless is None:
             raise ConfigError(
-                'this bundle is not cut for tiling="seamless": export it again with --tileable, or use '
+                'this bundle has no steps for tiling="seamless": export it again with --tileable, or use '
                 'enable_tiling("blended")'
             )
 

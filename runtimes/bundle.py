@@ -194,7 +194,7 @@ def _read_open_file(descriptor: int, name: str, *, limit: int, entry: FileEntry 
     """
     size = os.fstat(descriptor).st_size
     if size > limit or (entry is not None and size != entry.size):
-        rule = "and the most is" if entry is None else "and the manifest says"
+        rule = "more than the limit of" if entry is None else "and the manifest says"
         raise IntegrityError(f"{name} has {size} bytes, {rule} {limit}")
     with os.fdopen(descriptor, "rb", closefd=False) as file:
         file.seek(0)
@@ -227,7 +227,7 @@ def _open_inside(directory: int, part: str, flags: int, name: str) -> int:
 
 
 def _link_advice(directory: int, part: str) -> str | None:
-    """What to do about a link; None for what is not one."""
+    """Return advice if `part` is a symbolic link, else None."""
     try:
         if not stat.S_ISLNK(os.stat(part, dir_fd=directory, follow_symlinks=False).st_mode):
             return None

@@ -1,7 +1,7 @@
-"""Ending calls that are at work in native code, from another thread.
+"""Cancel calls that are running in native code, from another thread.
 
-Python runs a signal's handler when the main thread comes back from native code, which for one large image takes
-minutes. A thread beside it ends what it waits for: see `vae_export.cli.main`.
+Python runs a signal handler only after the main thread returns from native code, which takes minutes for a large image.
+Therefore another thread cancels the call that the main thread waits for: see `vae_export.cli.main`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_at_work: set[Callable[[], object]] = set()  # each change is one bytecode: no lock, which a signal could find held
+#: Has no lock, since a signal handler could interrupt the thread that holds it; each change is atomic.
+_at_work: set[Callable[[], object]] = set()
 
 
 @contextmanager
 def cancellable(cancel: Callable[[], object]) -> Iterator[None]:
-    """For the time of a call: `cancel`, called from any thread, makes it raise soon."""
+    """Register, for the duration of a call, the function `cancel` that makes the call raise soon, from any thread."""
     _at_work.add(cancel)
     try:
         yield
@@ -23,9 +24,10 @@ def cancellable(cancel: Callable[[], object]) -> Iterator[None]:
 
 
 def cancel_calls() -> None:
-    """End all calls that are at work in this process, of ONNX Runtime and OpenVINO: each raises a `VaeError`.
+    """Cancel all running calls of ONNX Runtime and OpenVINO in this process: each raises a `VaeError`.
 
-    They end behind the operation that they are at. In OpenVINO a whole attention is one, in ONNX bundles a block of it.
+    A call ends after its current operation. In OpenVINO, a whole attention is one operation; in ONNX bundles, each
+    block of queries is one.
     """
     for cancel in list(_at_work):
         cancel()

@@ -34,7 +34,7 @@ OTHER_VAES = {
     "VQModel": "a vector-quantised autoencoder",
 }
 
-# An unknown field whose name has one of these in it may change what the network computes, or mean that it is another.
+# An unknown field whose name contains one of these may change the network's result, or belong to another network.
 NETWORK_WORDS = (
     "act", "attention", "attn", "bias", "block", "causal", "channel", "compress", "conv", "depth", "dim", "down",
     "dropout", "embed", "encod", "eps", "expan", "fn", "gate", "group", "head", "kernel", "layer", "level", "magnitude",
@@ -42,8 +42,8 @@ NETWORK_WORDS = (
     "scal", "shift", "shortcut", "size", "stage", "stride", "temp", "time", "type", "up", "width", "window",
 )  # fmt: skip
 
-# Unknown fields that change nothing in the network although their names may look like it: what diffusers'
-# EMAModel.save_pretrained adds, and the type in which weights were saved.
+# Unknown fields that do not change the network, although their names contain NETWORK_WORDS: the fields that diffusers'
+# EMAModel.save_pretrained adds, and the dtype in which weights were saved.
 HARMLESS_FIELDS = frozenset(
     ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 ) | {"dtype", "torch_dtype"}
@@ -192,7 +192,7 @@ class VaeConfig(ConfigFile):
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; `ConfigError` says what else it is."""
+    """Return the content of a JSON file; `ConfigError` says what another file is instead."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -207,7 +207,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def is_vae_config(data: Any) -> bool:
-    """Whether this claims to be the config of an `AutoencoderKL`: other models have files of the same name."""
+    """Return whether `data` is meant as the config of an `AutoencoderKL`: other models also have a config.json."""
     if not isinstance(data, Mapping):
         return False
     if "_class_name" in data:
@@ -282,7 +282,7 @@ def instead_of(class_name: Any) -> str:
 
 
 def _may_change_the_network(name: Any) -> bool:
-    """Whether an unknown field has a name that speaks of a part of a network."""
+    """Return whether the name of an unknown field contains one of NETWORK_WORDS."""
     return name not in HARMLESS_FIELDS and any(word in str(name).lower() for word in NETWORK_WORDS)
 
 

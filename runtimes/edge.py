@@ -1,4 +1,4 @@
-"""The checks at the edge: what a caller gives becomes what a graph takes, or an error with the value and the rule."""
+"""Checks of the API's arguments: convert them to a graph's input, or raise an error with the value and the rule."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from runtimes.errors import ConfigError, ShapeError
 from runtimes.layout import padded
 from runtimes.warning import warn_caller
 
-FAR_OUTSIDE = 10.0  #: of [-1, 1], where images are meant to be: noise of unit variance does not reach it
+#: Images are in [-1, 1]. Noise of unit variance does not reach 10, so larger values are taken for pixels in 0..255.
+FAR_OUTSIDE = 10.0
 
 
 def as_array(x: Any, what: str) -> Any:
-    """What a caller gave as an array of its own kind, which NumPy or a backend can view; `what` is it in errors.
+    """Return the argument as a dense array of its own kind; lists of arrays are stacked. `what` names it in errors.
 
-    A list of tensors of torch, or of arrays of CuPy, is stacked as one of NumPy's arrays is.
+    Raises `ShapeError` for anything that is not readable as an array.
     """
     if isinstance(x, (list, tuple)):
         x = _stacked(x, what)
@@ -28,7 +29,7 @@ def as_array(x: Any, what: str) -> Any:
     if xp is np and not isinstance(x, np.ndarray):
         try:
             return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
-        except (BufferError, TypeError, ValueError) as error:  # on another device, or ragged
+        except (BufferError, TypeError, ValueError) as error:  # an array on another device, or a ragged list
             raise ShapeError(f"{what} cannot be read as an array: {error}") from None
     return x
 
@@ -43,7 +44,7 @@ def _stacked(arrays: Sequence[Any], what: str) -> Any:
     kinds = {array_module(array) for array in arrays}
     xp = kinds.pop()
     if xp is np and not kinds:
-        return arrays  # as_array makes one of them, or says why it cannot
+        return arrays  # as_array converts the list, or raises an error with the reason
     if kinds:
         raise ShapeError(f"{what} of one batch must be arrays of one library")
     if is_tensor(arrays[0]):
@@ -56,7 +57,7 @@ def _stacked(arrays: Sequence[Any], what: str) -> Any:
 
 
 def _strided(x: Any, what: str) -> Any:
-    """A tensor of torch whose memory holds its values, as they are."""
+    """Apply a torch tensor's lazy conjugation and negation. Raises `ShapeError` for a tensor that is not dense."""
     layout = str(x.layout).removeprefix("torch.")
     if x.is_meta:
         raise ShapeError(f'{what} are on torch\'s device "meta", which holds no values')
@@ -67,9 +68,10 @@ def _strided(x: Any, what: str) -> Any:
 
 
 def checked_floats(x: Any, what: str, channels: int, dtype: str, *, multiple_of: int, pad: bool = False) -> Any:
-    """`x` [B, channels, height, width] of any float type as an array of `dtype`; `what` is it called in errors.
+    """Check `x`, float [B, channels, height, width], and convert it to `dtype`; `what` names it in errors.
 
-    Height and width must be multiples of `multiple_of`; with `pad` they are made so by mirrored pixels at the end.
+    Height and width must be multiples of `multiple_of`; with `pad` they are padded by reflection at the end. Raises
+    `ShapeError` for anything else.
     """
     x = as_array(x, what)
     if not (x.is_floating_point() if is_tensor(x) else x.dtype.kind == "f"):
@@ -82,7 +84,7 @@ def checked_floats(x: Any, what: str, channels: int, dtype: str, *, multiple_of:
 
 
 def checked_pixels(x: Any, channels: int, *, multiple_of: int, pad: bool = False) -> Any:
-    """`x` as uint8 [B, height, width, channels], for a graph that takes pixels."""
+    """Check `x`, uint8 [B, height, width, channels], for a graph that takes pixels; `pad` as in `checked_floats`."""
     x = as_array(x, "images")
     if str(x.dtype).removeprefix("torch.") != "uint8" or x.ndim != 4 or x.shape[3] != channels or 0 in x.shape:
         raise ShapeError(
@@ -95,19 +97,19 @@ def checked_pixels(x: Any, channels: int, *, multiple_of: int, pad: bool = False
 
 
 def shown_shape(x: Any) -> str:
-    """A shape as it stands in errors."""
+    """Return the shape as text for error messages."""
     return f"{list(x.shape)}, which is empty" if 0 in x.shape else str(list(x.shape))
 
 
 class Notices:
-    """Warnings about what a caller gives, each given once by one runtime."""
+    """Warnings about arguments; each is given once per runtime."""
 
     def __init__(self, backend: str) -> None:
         self._backend = backend
         self._given: set[str] = set()
 
     def about_gradients(self, x: Any) -> None:
-        """What is guided through the VAE, or trained, would get nothing and not know it."""
+        """Warn that no gradient flows: guidance or training through this VAE would silently have no effect."""
         arrays = x if isinstance(x, (list, tuple)) else [x]
         if not any(is_tensor(a) and a.requires_grad and array_module(a).is_grad_enabled() for a in arrays):
             return
@@ -118,16 +120,16 @@ class Notices:
         )
 
     def about_range(self, x: Any) -> None:
-        """Pixels in 0..255 as floats. Arrays in host memory alone: those on a GPU would be waited for."""
+        """Warn if images are floats in 0..255. Checks arrays in host memory only, since a GPU's would block."""
         if str(getattr(x, "device", "cpu")) != "cpu" or "range" in self._given:
             return
         some = x[:, :, ::4, ::4]
-        least, most = float(some.min()), float(some.max())
-        if most > FAR_OUTSIDE or least < -FAR_OUTSIDE:
+        smallest, largest = float(some.min()), float(some.max())
+        if largest > FAR_OUTSIDE or smallest < -FAR_OUTSIDE:
             self._once(
                 "range",
-                f"encode takes images in [-1, 1], and these reach from {least:g} to {most:g}: give uint8 pixels to "
-                "images_to_latents, or x / 127.5 - 1 for floats in 0..255",
+                f"encode takes images in [-1, 1], and these reach from {smallest:g} to {largest:g}: give uint8 pixels "
+                "to images_to_latents, or x / 127.5 - 1 for floats in 0..255",
             )
 
     def _once(self, name: str, message: str) -> None:
@@ -137,25 +139,25 @@ class Notices:
 
 
 def device_name(device: Any) -> str:
-    """The name of a device, in any case or as a `torch.device`, as the backends write it."""
+    """Return the lower-case name of a device, given as text or as a `torch.device`."""
     return str(device).strip().lower()
 
 
 def kept_part(size: tuple[int, int], height: int, width: int) -> tuple[slice, slice]:
-    """The rows and columns that `size`, height and width in pixels, keeps of an image from its top left corner."""
+    """Return the slices of rows and columns for the top left part `size`, (height, width) in pixels, of an image."""
     if not (0 < size[0] <= height and 0 < size[1] <= width):
         raise ShapeError(f"size {size[1]}x{size[0]} is not a part of the image, {width}x{height}")
     return slice(size[0]), slice(size[1])
 
 
 def check_count(name: str, value: int | None) -> None:
-    """`ConfigError` unless `value` is a whole number of 1 or more, or None."""
+    """Raise `ConfigError` unless `value` is a whole number of at least 1, or None."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def _check_sides(sides: Sequence[int], multiple_of: int) -> None:
-    """`ShapeError` unless height and width are multiples."""
+    """Raise `ShapeError` unless height and width are multiples of `multiple_of`."""
     for name, size in zip(("height", "width"), sides, strict=True):
         if size % multiple_of:
             full = size + -size % multiple_of

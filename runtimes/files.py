@@ -24,7 +24,7 @@ _PARTIAL = ".partial"
 # Paths that name open files of this process. Opening such a path would overwrite the file from its first byte.
 _OPEN_FILE = re.compile(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/(?:self|thread-self|(\d+)))/fd/(\d+)")
 _NUMBERS = {"stdin": 0, "stdout": 1, "stderr": 2}
-_MOST_LINKS = 40  # the limit of Linux
+_MAX_LINKS = 40  # symbolic links in one path; the limit of Linux
 
 
 @contextmanager
@@ -36,8 +36,9 @@ def written_whole(path: str | Path, *, advice: str = "try again", unless_equal: 
 
     With `unless_equal`, a file that already holds the same bytes is left untouched, including its date.
 
-    Raises `BundleError` for a directory, a socket, a block device, or a path that cannot be written. `advice` tells
-    the user what to do after freeing space on a full disk.
+    Raises `BundleError` for a directory, a socket, a block device, or a path that cannot be written; its `__cause__` is
+    `BrokenPipeError` if the reader of a pipe has closed it. `advice` tells the user what to do after freeing space on a
+    full disk.
     """
     path = Path(path)
     check_writable(path)
@@ -46,7 +47,8 @@ def written_whole(path: str | Path, *, advice: str = "try again", unless_equal: 
             yield temporary
     except OSError as error:
         full = f"; make room and {advice}" if error.errno == errno.ENOSPC else ""
-        raise _failed(path, f"{error.strerror or error}{full}") from None
+        cause = error if isinstance(error, BrokenPipeError) else None
+        raise _failed(path, f"{error.strerror or error}{full}") from cause
 
 
 def check_writable(path: str | Path) -> None:
@@ -54,7 +56,7 @@ def check_writable(path: str | Path) -> None:
     number = _open_file(path)
     try:
         if number is None:
-            mode = os.stat(path).st_mode
+            mode = Path(path).stat().st_mode
         else:
             if number == 1 and sys.stdout is None:  # another file may have taken descriptor 1
                 raise _failed(path, "standard output is closed")
@@ -81,7 +83,7 @@ def is_stream(path: str | Path) -> bool:
     if _open_file(path) is not None:
         return True
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except OSError:
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
@@ -117,7 +119,7 @@ def _beside(path: Path, unless_equal: bool) -> Iterator[Path]:
         if unless_equal and target.exists() and filecmp.cmp(partial, target, shallow=False):
             return
         flush(partial)
-        os.replace(partial, target)
+        partial.replace(target)
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -147,7 +149,7 @@ def _opened_stream(path: Path) -> BinaryIO:
 def _open_file(path: str | Path) -> int | None:
     """Return the descriptor that a path names, directly or by symbolic links: 1 for /dev/stdout; else None."""
     name = os.path.abspath(path)
-    for _ in range(_MOST_LINKS):
+    for _ in range(_MAX_LINKS):
         if (match := _OPEN_FILE.fullmatch(name)) and match[2] in (None, str(os.getpid())):
             return _NUMBERS[match[1]] if match[1] else int(match[3])
         try:
@@ -162,7 +164,7 @@ def _failed(path: str | Path, reason: str) -> BundleError:
 
 
 def what_it_is_instead(path: Path) -> str | None:
-    """What a file of the wrong kind is, by its first bytes, and how to get the real one; None if unknown."""
+    """Return what a file of the wrong kind is, from its first bytes, and how to get the real file; None if unknown."""
     with path.open("rb") as file:
         start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"version https://git-lfs.github.com/"):

@@ -49,8 +49,8 @@ def check(runtime: Any) -> None:
     """Raise `VaeError` if a parent of this forked process opened the runtime."""
     if is_foreign(runtime):
         raise VaeError(
-            f"this VAE was opened in process {_opened[runtime][1]}, of which this one ({os.getpid()}) is a fork: open "
-            "the bundle here, best in a process that was started by spawn or forkserver"
+            f"this VAE was opened in process {_opened[runtime][1]}, and this process ({os.getpid()}) is a fork of it: "
+            "open the bundle here, best in a process that was started by spawn or forkserver"
         )
 
 

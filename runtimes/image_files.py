@@ -1,4 +1,4 @@
-"""Reading images: files, their bytes and PIL images to pixels in sRGB, grey, RGB or RGBA."""
+"""Read image files, their bytes and PIL images as sRGB pixels: grey, RGB or RGBA."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from runtimes.warning import warn_caller
 Readable: TypeAlias = "str | os.PathLike[Any] | bytes | bytearray | memoryview | IO[bytes] | Image.Image"
 """A path, the content of a file, a file that is open for reading bytes, or a PIL image."""
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  #: channels of a model's images -> the mode of Pillow that has them
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  #: channels of a model's images -> mode of Pillow
 
-#: EXIF orientation -> what makes the stored pixels upright; 1, or anything else, is upright already
+#: EXIF orientation -> the operation that makes the stored pixels upright; other values need none
 ORIENTATION, UPRIGHT = (
     0x0112,
     {
@@ -38,18 +38,18 @@ ORIENTATION, UPRIGHT = (
     },
 )
 
-_LIMIT = threading.RLock()  # held while Pillow's limit of pixels is another
-_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the second
+_LIMIT = threading.RLock()  # held while Pillow's limit of pixels is changed
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # two tags of TIFF files, and a value of the second
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}  # colour space of a profile -> mode
 _SEVERAL_PICTURES_OF_ONE = ("MPO", "PSD")  # formats whose other frames are previews, gain maps or layers
 
 
 class TooManyPixels(ShapeError):
-    """An image that has more pixels than are safe to open; `max_pixels` raises the limit."""
+    """An image with more pixels than the limit; `max_pixels` raises the limit."""
 
 
 def is_readable(source: Any) -> bool:
-    """Whether `load_image` would read this, and not take it for an array of pixels."""
+    """Return whether `load_image` can read the source; other sources are arrays of pixels."""
     if isinstance(source, memoryview):
         return source.ndim == 1 and source.itemsize == 1
     known = (str, os.PathLike, bytes, bytearray, Image.Image)
@@ -57,24 +57,24 @@ def is_readable(source: Any) -> bool:
 
 
 def load_image(source: Readable, channels: int = 3, *, max_pixels: int | None = None) -> npt.NDArray[np.uint8]:
-    """An image as uint8 [H, W, channels]: see `load_pil`."""
-    pixels = np.array(load_pil(source, channels, max_pixels=max_pixels))  # a copy, which can be written to
+    """Read an image as uint8 [H, W, channels]: see `load_pil`."""
+    pixels = np.array(load_pil(source, channels, max_pixels=max_pixels))  # a writable copy
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def load_pil(source: Readable, channels: int = 3, *, max_pixels: int | None = None) -> Image.Image:
-    """An image as grey (1 channel), RGB (3) or RGBA (4), in sRGB.
+    """Read an image as grey (1 channel), RGB (3) or RGBA (4), in sRGB.
 
-    EXIF orientation is applied. Transparent pixels are laid over white, but for RGBA, which keeps them. Colours are
-    converted to sRGB where the file has an ICC profile of another space, and taken as sRGB where it has none. 16-bit
-    values keep their high byte. Of several frames it is the first, with a warning. Files that are open are read from
-    their beginning, and stay open.
+    EXIF orientation is applied. Transparent pixels are composed over white; RGBA keeps them. Colours are converted to
+    sRGB by the file's ICC profile; without a profile they are taken as sRGB. 16-bit values keep their high byte. If
+    there are several frames, the first is read, with a warning. Open files are read from their beginning, and stay
+    open.
 
-    `max_pixels` is the most that a file may have: Pillow's limit against decompression bombs
-    (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million) unless it is given.
+    `max_pixels` limits the pixels of the image (default: Pillow's limit against decompression bombs,
+    `PIL.Image.MAX_IMAGE_PIXELS`, 89 million).
 
-    Raises `ShapeError` for what is not an image, is cut short, has grey values of 32 bits or floats (nobody knows which
-    of them is white), or too many pixels.
+    Raises `ShapeError` for a source that is not a complete image, has too many pixels, or has grey values of 32 bits or
+    floats, whose white level is unknown.
     """
     if channels not in MODES:
         raise ShapeError(
@@ -86,7 +86,7 @@ def load_pil(source: Readable, channels: int = 3, *, max_pixels: int | None = No
     name = _name(source)
     try:
         if isinstance(source, Image.Image):
-            return _converted(source, name, channels)  # reads its file now, if it was only opened so far
+            return _converted(source, name, channels)  # reads the pixels now, if Pillow has only opened the file
         with _content(source) as file, _pillow_allows(limit), _identified(file) as image:
             if limit is not None and image.width * image.height > limit:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are more than {limit}")
@@ -102,8 +102,8 @@ def load_pil(source: Readable, channels: int = 3, *, max_pixels: int | None = No
     except FileNotFoundError:
         raise ShapeError(f"{name} does not exist") from None
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error) as error:
-        # All of these come out of Pillow for broken files: RuntimeError for an AVIF, the last two for tags of the wrong
-        # type in a TIFF or EXIF.
+        # Pillow raises all of these for broken files: RuntimeError for an AVIF, the last two for tags of the wrong type
+        # in a TIFF or EXIF.
         raise ShapeError(f"{name} cannot be read as an image: {error}") from None
 
 
@@ -111,7 +111,7 @@ def load_pil(source: Readable, channels: int = 3, *, max_pixels: int | None = No
 
 
 def _name(source: Any) -> str:
-    """What a source is called in errors and warnings."""
+    """Return the name of a source for errors and warnings. Raises `ShapeError` for anything that is not readable."""
     if isinstance(source, (str, os.PathLike)):
         return os.fsdecode(source)
     if not is_readable(source):
@@ -123,7 +123,7 @@ def _name(source: Any) -> str:
 
 
 def _content(source: Any) -> IO[bytes]:
-    """A file to read a source from, at its beginning, which may be closed."""
+    """Open the content of a source as a new file; the caller closes it."""
     if isinstance(source, (str, os.PathLike)):
         path = Path(os.fsdecode(source))
         if path.stat().st_size == 0 and path.is_file():
@@ -142,9 +142,9 @@ def _content(source: Any) -> IO[bytes]:
 
 @contextmanager
 def _pillow_allows(limit: int | None) -> Iterator[None]:
-    """Raise Pillow's own limit to this one where it is lower: it is checked again when some formats are read.
+    """Raise Pillow's own limit to `limit` if it is lower, because Pillow checks it again while it reads some formats.
 
-    It belongs to the whole process: only one image at a time is read with another.
+    Pillow's limit applies to the whole process, so only one image at a time is read with a changed limit.
     """
     usual = _pillows_limit()
     if usual is None or (limit is not None and limit <= usual):
@@ -159,14 +159,14 @@ def _pillow_allows(limit: int | None) -> Iterator[None]:
 
 
 def _pillows_limit() -> int | None:
-    with _LIMIT:  # not while it is raised
+    with _LIMIT:  # waits while another thread has raised it
         return Image.MAX_IMAGE_PIXELS
 
 
 def _identified(file: IO[bytes]) -> Image.Image:
-    """What `Image.open` gives, without its limit of pixels.
+    """Do what `Image.open` does, without its check of the number of pixels.
 
-    That only warns between the limit and twice as much, and the warning cannot be silenced for one thread alone.
+    That check only warns up to twice the limit, and a warning cannot be silenced for a single thread.
     """
     start, name = file.read(16), os.fspath(getattr(file, "name", ""))
     tried: set[str] = set()
@@ -176,12 +176,12 @@ def _identified(file: IO[bytes]) -> Image.Image:
             tried.add(format)
             factory, accepts = Image.OPEN[format]
             accepted = accepts is None or accepts(start)
-            if not accepted or isinstance(accepted, str):  # a text says why Pillow lacks support
+            if not accepted or isinstance(accepted, str):  # a text is the reason why Pillow lacks support
                 continue
             file.seek(0)
             try:
                 return factory(file, name)
-            except (SyntaxError, IndexError, TypeError, struct.error):  # as in Pillow: not of this format after all
+            except (SyntaxError, IndexError, TypeError, struct.error):  # another format; Pillow catches the same errors
                 continue
     raise UnidentifiedImageError(name)
 
@@ -190,10 +190,10 @@ def _identified(file: IO[bytes]) -> Image.Image:
 
 
 def _converted(image: Image.Image, name: str, channels: int) -> Image.Image:
-    """A copy of an image: upright, in sRGB, in the mode of `channels`."""
+    """Return a copy of an image: upright, in sRGB, in the mode for `channels`."""
     opened = image
     image.load()
-    # Not ImageOps.exif_transpose: it writes all tags anew, and fails where any of them is broken.
+    # Not ImageOps.exif_transpose: it rewrites all tags, and fails if any of them is broken.
     upright = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     profile = image.info.get("icc_profile")
     image = _in_8_bits(image)
@@ -217,24 +217,24 @@ def _converted(image: Image.Image, name: str, channels: int) -> Image.Image:
 def _warn_of_frames(image: Image.Image, name: str) -> None:
     frames = False
     if isinstance(image, ImageFile.ImageFile) and image.format not in _SEVERAL_PICTURES_OF_ONE and image.tell() == 0:
-        with suppress(OSError, SyntaxError, ValueError, EOFError, struct.error):  # the second one is broken
+        with suppress(OSError, SyntaxError, ValueError, EOFError, struct.error):  # the second frame is broken
             frames = getattr(image, "is_animated", False)
     if frames:
         warn_caller(f"{name} has several frames or pages: the first one is taken")
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as mode L or LA, its high byte; `ValueError` where nobody knows which value is white."""
+    """Convert grey of 12 or 16 bits to mode L or LA; `ValueError` for grey values whose white level is unknown."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    # Pillow reads maps of grey with 16 bits (PGM) as 32-bit integers.
+    # Pillow reads 16-bit PGM files as 32-bit integers.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         levels = np.asarray(image).astype(np.int64)  # Pillow would clip these at 255
         if tags.get(_BITS) == (12,):
             levels *= 16
-        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow heeds with 8 bits alone
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow applies this tag only to 8 bits
             levels = 65535 - levels
         grey, transparent = Image.fromarray((levels // 256).astype(np.uint8)), image.info.get("transparency")
-        if isinstance(transparent, int):  # the value of transparent pixels, of 16 bits as well
+        if isinstance(transparent, int):  # the 16-bit value of transparent pixels
             grey.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
         return grey
     if image.mode == "I":
@@ -244,11 +244,11 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
         )
     if image.mode == "F":
         raise ValueError("floating-point pixels, of which nobody knows which value is white; give uint8 pixels")
-    return image.convert("LA") if image.mode == "La" else image  # La becomes nothing else
+    return image.convert("LA") if image.mode == "La" else image  # Pillow converts La only to LA
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
-    """The colours of an image below its transparency, in a mode of a colour space: L, RGB, CMYK or LAB."""
+    """Return the colours of an image without its transparency, in mode L, RGB, CMYK or LAB."""
     if image.mode in ("1", "L", "LA"):
         return image.convert("L")
     if image.mode in ("CMYK", "LAB"):
@@ -259,14 +259,14 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, profile: Any, name: str) -> Image.Image:
-    """Colours by their ICC profile, or by what their mode says without one, as sRGB: mode L or RGB."""
+    """Convert colours to sRGB, mode L or RGB, by their ICC profile or, without one, by their mode."""
     source: Any = None
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             space = _PROFILE_MODES.get(source.profile.xcolor_space)
             if "srgb" in ImageCms.getProfileDescription(source).lower():
-                return image  # not converted to itself: that would round
+                return image  # a conversion from sRGB to sRGB would only add rounding errors
         except (ImageCms.PyCMSError, OSError, TypeError, ImportError) as error:
             space = None
             warn_caller(f"the ICC profile of {name} cannot be read ({error}): its colours are taken as sRGB")
@@ -280,5 +280,5 @@ def _in_srgb(image: Image.Image, profile: Any, name: str) -> Image.Image:
     if source is None:
         return image
     converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    assert converted is not None  # None only where it is done in place
+    assert converted is not None  # None only for conversions in place
     return converted

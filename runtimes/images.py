@@ -1,7 +1,7 @@
-"""Images: uint8 arrays, PIL images and files to and from the arrays that the VAE works on.
+"""Convert uint8 arrays, PIL images and image files to the arrays that the VAE takes, and back.
 
-Arrays have the channels of the model as they are; what has others, a palette or an orientation comes as a PIL image or
-a file, which say so: see `runtimes.image_files.load_pil`.
+Arrays must have the model's number of channels. PIL images and files may have other channels, a palette or an EXIF
+orientation: `runtimes.image_files.load_pil` converts them.
 
 The conversion and its rounding are those of diffusers' VaeImageProcessor: x = u / 127.5 - 1, and back
 u = round(255 * clip(x / 2 + 0.5, 0, 1)), halves to even.
@@ -26,33 +26,36 @@ from runtimes.layout import as_pixels, channels_first_floats, contiguous
 from runtimes.pixels import to_levels, to_samples
 
 Images: TypeAlias = Any
-"""uint8 [B, H, W, C] or [H, W, C], for grey [H, W] as well; a PIL image, a path, a file or its content as bytes; or a
-list of these, each being one image."""
+"""uint8 [B, H, W, C] or [H, W, C], for grey also [H, W]; a PIL image, a path, an open file or its content as bytes; or
+a list of these, each one image."""
 
 WITHOUT_ALPHA = ("JPEG", "MPO", "PPM")  #: formats that have no RGBA
-USUAL_EXTENSIONS = (".png", ".jpg", ".webp", ".tiff", ".bmp")  #: of pictures, to name in errors
+USUAL_EXTENSIONS = (".png", ".jpg", ".webp", ".tiff", ".bmp")  #: the extensions that error messages suggest
 
 
 def to_pil(pixels: npt.NDArray[np.uint8]) -> Image.Image:
-    """uint8 [H, W, C] as a PIL image: grey for 1 channel, RGB for 3, RGBA for 4."""
+    """Convert uint8 [H, W, C] to a PIL image: grey for 1 channel, RGB for 3, RGBA for 4."""
     return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
 def save_image(pixels: npt.NDArray[np.uint8], path: str | Path) -> None:
-    """Write uint8 [H, W, C] in the format of the path's suffix; whole or not at all. PNG into pipes and devices."""
+    """Write uint8 [H, W, C] atomically, in the format of the path's extension; PNG into pipes and devices.
+
+    Raises `BundleError` for the errors of `picture_format`, and for a path that cannot be written.
+    """
     format = picture_format(path, pixels.shape[2])
     with written_whole(path) as partial:
         try:
             to_pil(pixels).save(partial, format)
-        except ValueError as error:  # such as a side that the format has no room for
+        except ValueError as error:  # such as an image that is too large for the format
             raise BundleError(f"cannot write {path}: {error}") from None
 
 
 def picture_format(path: str | Path, channels: int = 3) -> str:
-    """Pillow's name of the format that `save_image` writes; `BundleError` for an extension that is none of a picture,
-    or one of a format without transparency where there are 4 channels.
+    """Return Pillow's name of the format that `save_image` writes to this path.
 
-    Pipes and devices, which may have no extension, get PNG.
+    Pipes and devices without an extension get PNG. Raises `BundleError` for an extension that is not of an image
+    format, and for a format without transparency if there are 4 channels.
     """
     Image.init()
     extension = Path(path).suffix.lower()
@@ -62,7 +65,7 @@ def picture_format(path: str | Path, channels: int = 3) -> str:
     if extension not in writable:
         wrong = f"{extension!r} is not the extension of a picture" if extension else "the name has no extension"
         usual = ", ".join(name for name in USUAL_EXTENSIONS if name in writable)
-        raise BundleError(f"cannot write {path}: {wrong}, which says the format; give one such as {usual}")
+        raise BundleError(f"cannot write {path}: {wrong}; the extension selects the format, such as {usual}")
     format = writable[extension]
     if channels == 4 and format in WITHOUT_ALPHA:
         raise BundleError(f"cannot write {path}: {format} has no transparency; give a name that ends in .png or .webp")
@@ -70,9 +73,10 @@ def picture_format(path: str | Path, channels: int = 3) -> str:
 
 
 def as_uint8_batch(images: Images, channels: int = 3, *, max_pixels: int | None = None) -> Any:
-    """Anything that `Images` names -> uint8 [B, H, W, channels]; images of one list must be of one size.
+    """Convert any `Images` to uint8 [B, H, W, channels]. Images of one list must have the same size.
 
-    Tensors of torch and arrays of CuPy, and lists of them, stay what they are; everything else is NumPy's.
+    Torch tensors, CuPy arrays and lists of them keep their kind; everything else becomes a NumPy array. Raises
+    `ShapeError` for another dtype or shape.
     """
 
     def one(image: Any) -> Any:
@@ -106,22 +110,22 @@ _AS_PIL = "others are given as PIL.Image.fromarray(array), which is converted"
 
 
 def _shapes(channels: int) -> tuple[str, ...]:
-    """How a batch and one image of so many channels may be given."""
+    """Return the accepted shapes of a batch and of one image, for error messages."""
     return (f"[B, H, W, {channels}]", f"[H, W, {channels}]", *(["[H, W]"] if channels == 1 else []))
 
 
 def to_float(pixels: Any) -> Any:
-    """uint8 [B, H, W, C] in 0..255 -> float32 [B, C, H, W] in [-1, 1]; arrays of any kind."""
+    """Convert uint8 [B, H, W, C] in 0..255 to float32 [B, C, H, W] in [-1, 1]; arrays of any kind."""
     return contiguous(to_samples(channels_first_floats(pixels)))
 
 
 def to_uint8(samples: Any) -> Any:
-    """float [B, C, H, W], nominally in [-1, 1] -> uint8 [B, H, W, C]; arrays of any kind."""
+    """Convert float [B, C, H, W], clipped to [-1, 1], to uint8 [B, H, W, C]; arrays of any kind."""
     return as_pixels(to_levels(as_type(samples, "float32")))
 
 
 def psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB between two uint8 images; infinite where they are equal."""
+    """Return the peak signal-to-noise ratio in dB of two uint8 images; infinity if they are equal."""
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(255.0**2 / error))
 
@@ -129,9 +133,9 @@ def psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
 def compare_side_by_side(
     original: npt.NDArray[np.uint8], restored: npt.NDArray[np.uint8], amplify: int = 8
 ) -> npt.NDArray[np.uint8]:
-    """One picture [H, 3*W, C]: original, restored, and their difference times `amplify` around middle grey.
+    """Return one image [H, 3*W, C]: original, restored, and their difference times `amplify` around middle grey.
 
-    The difference of RGBA is that of the colours alone, opaque.
+    The difference image of RGBA shows the colours only, and is opaque.
     """
     difference = (restored.astype(int) - original.astype(int)) * amplify + 128
     difference[..., 3:] = 255
@@ -139,7 +143,10 @@ def compare_side_by_side(
 
 
 def crop_to_multiple(pixels: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[np.uint8]:
-    """The middle of an image [H, W, C], its sides cut to multiples of `factor`."""
+    """Crop an image [H, W, C] around its centre, so that its sides are multiples of `factor`.
+
+    Raises `ShapeError` for an image with a side below `factor`.
+    """
     height, width = (side - side % factor for side in pixels.shape[:2])
     if not height or not width:
         raise ShapeError(

@@ -20,7 +20,7 @@ def channels_last(x: Any) -> Any:
 
 
 def channels_first_floats(x: Any) -> Any:
-    """uint8 [B, H, W, C] -> float32 [B, C, H, W] in 0..255, to blend tiles in."""
+    """Convert uint8 [B, H, W, C] to float32 [B, C, H, W] in 0..255."""
     return as_type(channels_first(x), "float32")
 
 
@@ -43,5 +43,5 @@ def as_pixels(x: Any) -> Any:
 
 
 def contiguous(x: Any) -> Any:
-    """An array whose elements lie in the order of its axes."""
+    """Return the array with its elements in C order in memory; copies it only if needed."""
     return x.contiguous() if is_tensor(x) else array_module(x).ascontiguousarray(x)

@@ -1,4 +1,4 @@
-"""The lifetime of an opened bundle: calls are counted, and the last one releases the resources of a closed bundle."""
+"""The lifetime of an open bundle: counts its calls; after `close`, the last running call releases its resources."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from runtimes.tensorrt.profiles import Profile
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 FILE_LIMIT = 4 << 30  #: bytes; far above the size of any VAE
-DEEPEST = 32  #: levels of nesting in a manifest; ours have about 6
-MOST_CHANNELS = 1 << 16
+MAX_DEPTH = 32  #: levels of nesting in a manifest; ours have about 6
+MAX_CHANNELS = 1 << 16  #: of a step of seamless tiling
 REQUIRED_KEYS = (
     *("version", "target", "precision", "config", "source"),
     *("graphs", "rewrites", "tools", "validation", "files"),
@@ -256,7 +256,7 @@ def _parse_json(raw: bytes) -> Any:
             parse_constant=refuse_constant,
             object_pairs_hook=refuse_duplicates,
         )
-        _check_depth(value, DEEPEST)
+        _check_depth(value, MAX_DEPTH)
         return value
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{MANIFEST_FILE} is not readable: {error}") from None
@@ -265,7 +265,7 @@ def _parse_json(raw: bytes) -> Any:
 def _check_depth(value: Any, left: int) -> None:
     """Raise `ValueError` for nesting so deep that writing the manifest could fail although reading it succeeded."""
     if left == 0:
-        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
     for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_depth(child, left - 1)
 
@@ -374,7 +374,7 @@ def _steps(value: Any, files: Mapping[str, FileEntry]) -> dict[str, tuple[Step, 
             step = _exactly(_object(step, "a step"), "a step", ("kind", "file", "channels"))
             if _text(step["file"], "file") not in files:
                 raise IntegrityError(f"{MANIFEST_FILE}: the step {step['file']!r} is not among the listed files")
-            if not _is_int(step["channels"]) or not 0 < step["channels"] <= MOST_CHANNELS:
+            if not _is_int(step["channels"]) or not 0 < step["channels"] <= MAX_CHANNELS:
                 raise IntegrityError(f"{MANIFEST_FILE}: a step has {step['channels']!r} channels")
             parsed.append(Step(_choice(step["kind"], "kind", tuple(STEP_KINDS)), step["file"], step["channels"]))
         if not STEP_ORDER[graph].fullmatch("".join(STEP_KINDS[step.kind] for step in parsed)):

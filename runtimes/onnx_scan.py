@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from runtimes.errors import CompatibilityError, IntegrityError
 
 DOMAINS = ("", "ai.onnx")  #: ONNX's own operators
-DEEPEST = 16  #: graphs within graphs; ours have none
+MAX_DEPTH = 16  #: graphs within graphs; ours have none
 MOST_FIELDS = 2_000_000  #: in a model; ours have about 20,000, and a million takes a third of a second
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 are groups, which ONNX never had
@@ -59,7 +59,7 @@ def check_onnx(data: bytes, file: str) -> None:
         if data[4:8] == _ORT_FORMAT:
             raise _Malformed("it is in ONNX Runtime's own format")
         scan = _Scan()
-        scan.check(memoryview(data), "Model", DEEPEST)
+        scan.check(memoryview(data), "Model", MAX_DEPTH)
         if scan.graphs != 1:
             raise _Malformed(f"it has {scan.graphs} graphs")
     except _Malformed as error:

@@ -1,7 +1,7 @@
-"""The posterior over latents, on arrays of any kind: NumPy's, and those of torch or CuPy where the caller uses them.
+"""The posterior over latents, for NumPy arrays, torch tensors and CuPy arrays.
 
-One implementation serves the reference model and every backend, so that the same seed gives the same latents wherever
-the moments were computed. Neither is imported here: whoever gives an array has its library loaded.
+The reference model and every backend use this implementation, so the same seed gives the same latents on all of them.
+Torch and CuPy are not imported here: a caller that passes their arrays has imported them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from runtimes.arrays import array_module
 from runtimes.errors import ShapeError
 
-LOGVAR_RANGE = (-30.0, 20.0)  #: as diffusers clamps it
+LOGVAR_RANGE = (-30.0, 20.0)  #: the limits to which logvar is clamped, as in diffusers
 
 
 class DiagonalGaussianDistribution:
@@ -38,13 +38,13 @@ class DiagonalGaussianDistribution:
         self.var = xp.zeros_like(self.mean) if deterministic else xp.exp(self.logvar)
 
     def sample(self, generator: Any = None) -> Any:
-        """A draw [B, C, h, w] in the parameters' dtype and on their device.
+        """Draw latents [B, C, h, w] in the parameters' dtype and on their device.
 
-        `generator` is a `numpy.random.Generator`, a `numpy.random.RandomState` or a `torch.Generator`, whichever kind
-        the parameters are; a `torch.Generator` draws on its own device, in the parameters' dtype, exactly as diffusers
-        does. A whole number is the seed of `numpy.random.default_rng`. A list with one of these per sample makes each
-        sample independent of the batch that it is in. None draws from fresh entropy (NumPy) or the global generator
-        (torch). Anything else is a `ShapeError`.
+        `generator` is a `numpy.random.Generator`, a `numpy.random.RandomState` or a `torch.Generator`, for any kind of
+        parameters. A `torch.Generator` draws on its own device, in the dtype of torch parameters, exactly as diffusers
+        does. A whole number is a seed for `numpy.random.default_rng`. A list with one of these per sample makes each
+        sample independent of its batch. None draws from fresh entropy (NumPy, CuPy) or the global generator (torch).
+        Raises `ShapeError` for anything else.
         """
         if isinstance(generator, (list, tuple)):
             if len(generator) != self.mean.shape[0]:
@@ -73,11 +73,11 @@ class DiagonalGaussianDistribution:
         return torch.randn(tuple(shape), generator=generator, device=device, dtype=like.dtype).to(like.device)
 
     def mode(self) -> Any:
-        """The most likely latents [B, C, h, w]: the mean."""
+        """Return the most likely latents [B, C, h, w]: the mean."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Any:
-        """Kullback-Leibler divergence [B] from `other`, or from the standard normal distribution."""
+        """Return the Kullback-Leibler divergence [B] from `other`, or from the standard normal distribution."""
         if self.deterministic:
             return array_module(self.mean).zeros(1)
         if other is None:
@@ -87,7 +87,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.sum(axis=(1, 2, 3))
 
     def nll(self, sample: Any, dims: Sequence[int] = (1, 2, 3)) -> Any:
-        """Negative log-likelihood of `sample` [B, C, h, w], summed over `dims`."""
+        """Return the negative log-likelihood of `sample` [B, C, h, w], summed over `dims`."""
         if self.deterministic:
             return array_module(self.mean).zeros(1)
         terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
@@ -95,7 +95,7 @@ class DiagonalGaussianDistribution:
 
 
 def _checked(generator: Any) -> Any:
-    """A generator, or None; a seed becomes one of NumPy's."""
+    """Return the generator or None; convert a seed to a NumPy generator. Raises `ShapeError` for anything else."""
     if isinstance(generator, (int, np.integer)) and not isinstance(generator, bool):
         if generator < 0:
             raise ShapeError(f"a seed is 0 or more, not {generator}")
@@ -111,7 +111,7 @@ def _checked(generator: Any) -> Any:
 
 
 def _normal(rng: np.random.Generator | np.random.RandomState, shape: Sequence[int]) -> npt.NDArray[np.float32]:
-    """float32 noise. A RandomState knows no float32: it draws in float64."""
+    """Draw float32 noise. A RandomState can only draw float64, which is then converted."""
     if isinstance(rng, np.random.RandomState):
         return np.asarray(rng.standard_normal(tuple(shape)), np.float32)
     return rng.standard_normal(tuple(shape), dtype=np.float32)

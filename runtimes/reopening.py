@@ -22,7 +22,7 @@ STATE = (
 
 
 def reduced(runtime: Any, bundle: Bundle, options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What `__reduce__` of a runtime returns. Callbacks (`progress`, `on_tile`) belong to the original alone.
+    """Return the value of a runtime's `__reduce__`. Callbacks (`progress`, `on_tile`) are not copied.
 
     Raises `VaeError` if the runtime was closed.
     """

@@ -187,7 +187,10 @@ def through_pixels(candidate: Candidate) -> Candidate:
 
 
 def worst_photo(cases: Sequence[Case], graph: str, precision: str) -> Callable[[Callable[[Array], Array]], float]:
-    """A measure of one graph, given as a function: the lowest PSNR over the photographs; infinite where equal."""
+    """Return a function that measures one graph, given as a function: the lowest PSNR in dB over the photographs.
+
+    The PSNR is infinite if all outputs equal the reference.
+    """
     photos = [case for case in cases if case.graph == graph and case.photo]
 
     def measure(run: Callable[[Array], Array]) -> float:

@@ -1,6 +1,6 @@
-"""The main job, top to bottom: a model in, a verified bundle out.
+"""Export a model to a verified bundle.
 
-What is particular to a target is in `vae_export.targets`, what is particular to a family in `vae_export.families`.
+The code of each target is in `vae_export.targets`, that of each family in `vae_export.families`.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ def export_bundle(
 ) -> Bundle:
     """Export the model's encoder and decoder to the directory `out`, compare them with the model, and open the bundle.
 
-    `choices` are the fields of `ExportOptions`, by name: `export_bundle(model, "out", target="onnx",
-    precision="fp16")`. Those given replace those of `options`.
+    `choices` are fields of `ExportOptions`, by name, and override those of `options`:
+    `export_bundle(model, "out", target="onnx", precision="fp16")`.
 
-    In fp16 and bf16 the activations are first rescaled by powers of two, exactly, so that they cannot overflow
-    (`rescale_activations`); how large they get is measured on photographs.
+    In fp16 and bf16 the activations are first rescaled by powers of two, which is exact, so that they do not overflow
+    (see `rescale_activations`). Their largest values are measured on photographs.
 
-    The bundle appears whole or not at all; with `overwrite` an existing bundle is replaced in one step. Without
-    `run_validation` the manifest says that nothing was compared.
+    The bundle is written atomically; with `overwrite` it replaces an existing bundle in one step. Without
+    `run_validation` the graphs are not compared, and the manifest records this.
 
-    What PyTorch is set to in this process (autocast, default type and device, grad mode) changes nothing.
+    The settings of PyTorch in this process (autocast, default dtype and device, grad mode) do not affect the export.
 
-    Raises `ConfigError` for a model that cannot be exported, `NumericsError` (with the numbers) where the graphs are
-    too far from the model or overflow, `BundleError` where `out` exists or cannot be written.
+    Raises `ConfigError` for a model that cannot be exported, `NumericsError` (with the measurements) if the graphs
+    deviate too far from the model or overflow, `BundleError` if `out` exists or cannot be written.
     """
     target, options = complete_options(model, replace(options or ExportOptions(), **choices))
     check_path(out, "out")
@@ -130,9 +130,9 @@ def halo_of(model: ReferenceVae) -> Mapping[Graph, int] | None:
 
 
 def complete_options(model: ReferenceVae, options: ExportOptions) -> tuple[Target, ExportOptions]:
-    """The target, and the options with its precision, engine and forms filled in.
+    """Return the target, and the options with precision, engine and forms filled in.
 
-    Raises `ConfigError` for what cannot be exported, `BackendUnavailable` for a missing tool, before any work.
+    Raises `ConfigError` for unsupported options and `BackendUnavailable` for a missing tool, before any work.
     """
     target = target_named(options.target)
     options = replace(options, precision=target.default_precision if options.precision is None else options.precision)
@@ -148,7 +148,7 @@ def complete_options(model: ReferenceVae, options: ExportOptions) -> tuple[Targe
 
 
 def check_choices(model: ReferenceVae, target: Target, options: ExportOptions) -> None:
-    """`ConfigError` for a model that is not exported, and for choices that no target, or not this one, has."""
+    """Raise `ConfigError` for a model that cannot be exported, and for options that the target does not support."""
     check_model(model)
     if options.calibrate is not None:
         check_path(options.calibrate, "calibrate")
@@ -189,7 +189,7 @@ def check_choices(model: ReferenceVae, target: Target, options: ExportOptions) -
 def prepare(
     model: ReferenceVae, target: Target, options: ExportOptions, progress: Progress
 ) -> tuple[Export, list[Mapping[str, Any]]]:
-    """The model as it is written, inputs with the outputs of the reference, and the manifest's record of rewrites."""
+    """Prepare an export: rescale the model if needed, and compute the reference. Returns also the rewrites' records."""
     exact, records = model, []
     rescalable = "rescale" in family_of(model).rewrites
     if options.precision in HALVES and options.rescale and target.rescales and rescalable:
@@ -205,9 +205,9 @@ def prepare(
 
 
 def simulate_half(export: Export) -> list[Measurement]:
-    """Compare the model in simulated half precision, where that is what is exported.
+    """Compare the model in simulated half precision with the reference; returns no measurements in other precisions.
 
-    It comes before the graphs: it is cheaper, and its message names the layer that overflows.
+    It runs before the graphs are written, because it is cheaper, and its message names the layer that overflows.
     """
     if not export.cases or export.precision not in HALVES:
         return []
@@ -215,14 +215,14 @@ def simulate_half(export: Export) -> list[Measurement]:
     half = simulated(export.written(rewrite(export.exact, form)), export.precision)
     io = export.options.io
     half = through_pixels(half) if io == "uint8" else half
-    # An engine takes no small images, and the simulation of a large one takes minutes.
+    # An engine may not take small images, and simulating a large image takes minutes: use the default shapes.
     engine = export.options.engine
     cases = export.cases if engine is None else reference_cases(export.written(export.model), export.progress, io=io)
     return compare(cases, f"simulated {export.precision}", half, export.precision, export.progress)
 
 
 def for_steps(export: Export) -> ReferenceVae:
-    """The model rescaled also in fp32: between the steps of seamless tiling activations are kept in fp16."""
+    """Return the rescaled model, in fp32 too, since seamless tiling keeps activations between its steps in fp16."""
     if export.precision in HALVES and export.options.rescale:
         return export.exact
     return rescaled(export.model, export.options.calibrate, export.progress)[0]
@@ -231,7 +231,7 @@ def for_steps(export: Export) -> ReferenceVae:
 def validate_written(
     export: Export, target: Target, writer: BundleWriter, measurements: list[Measurement]
 ) -> dict[str, Any]:
-    """Compare the bundle in the making with the reference -> the manifest's record of its validation."""
+    """Compare the unfinished bundle with the reference; return the manifest's record of the validation."""
     bundle = Bundle(writer.directory)
     reason = target.reason_not_run(export.precision)
     for validator in target.stand_ins(bundle):
@@ -252,7 +252,7 @@ def validate_written(
 
 
 def form_records(forms: Mapping[str, Form]) -> list[Mapping[str, Any]]:
-    """What the manifest says of the forms: once where both graphs have the same, else with the graph's name."""
+    """Return the manifest's records of the forms; they name their graph if the two graphs have different forms."""
     encoder, decoder = forms["encoder"].records(), forms["decoder"].records()
     if encoder == decoder:
         return list(decoder)
@@ -260,9 +260,10 @@ def form_records(forms: Mapping[str, Form]) -> list[Mapping[str, Any]]:
 
 
 def shapes_of(engine: Engine | None, model: ReferenceVae) -> Sequence[tuple[int, int, int]] | None:
-    """Batch, height and width in latents of what an engine is validated on: the ends of each profile, and between.
+    """Return the shapes on which an engine is validated, (batch, height, width) in latents; None without an engine.
 
-    The first, which photographs are cut to, is the smallest.
+    For each profile these are the smallest size with the smallest and the largest batch, and a medium size. Photographs
+    are cropped to the first shape.
     """
     if engine is None:
         return None

@@ -1,4 +1,4 @@
-"""Photographs to measure with: the embedded ones, or the user's."""
+"""Photographs for calibration and validation: the embedded ones, or the user's."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from runtimes.images import to_float
 Pixels = npt.NDArray[np.uint8]
 
 EMBEDDED = Path(__file__).parent / "assets" / "photos"
-HELD_OUT = "coffee"  #: of the embedded photographs: neither trained on nor calibrated on
+HELD_OUT = "coffee"  #: the embedded photograph that is used neither for training nor for calibration
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def photographs(directory: str | Path | None = None) -> list[Path]:
-    """The image files below `directory`, or the embedded ones. `ConfigError` where there are none."""
+    """Return the image files below `directory`, or the embedded ones. Raises `ConfigError` if there are none."""
     directory = None if directory is None else Path(directory)
     if directory is not None and not directory.is_dir():
         raise ConfigError(f"{directory} is not a directory of photographs")
@@ -33,7 +33,7 @@ def photographs(directory: str | Path | None = None) -> list[Path]:
 
 
 def crops(paths: Sequence[Path], side: int, count: int, channels: int = 3) -> Iterator[Tensor]:
-    """About `count` squares from the photographs, [1, channels, side, side] in [-1, 1]: middles, then corners."""
+    """Yield about `count` squares of the photographs, [1, channels, side, side] in [-1, 1]: centres, then corners."""
     each = max(1, count // len(paths))
     places = ((0.5, 0.5), (0, 0), (1, 1), (0, 1), (1, 0))[:each]
     for path in paths[:: max(1, len(paths) // count)]:
@@ -44,14 +44,14 @@ def crops(paths: Sequence[Path], side: int, count: int, channels: int = 3) -> It
 
 
 def middle_of(path: Path, height: int, width: int, channels: int = 3) -> Tensor:
-    """The middle of a photograph, [1, channels, height, width] in [-1, 1]; a smaller one is continued by reflection."""
+    """Return a photograph's centre, [1, channels, height, width] in [-1, 1]; small ones are padded by reflection."""
     pixels = _at_least(_load(path, channels), height, width)
     top, left = ((have - side) // 2 for side, have in zip((height, width), pixels.shape[:2], strict=True))
     return _as_input(pixels[top : top + height, left : left + width])
 
 
 def _load(path: Path, channels: int) -> Pixels:
-    """A photograph as grey, RGB or RGBA; for any other number of channels those of RGB, repeated."""
+    """Read a photograph as grey, RGB or RGBA; other numbers of channels repeat those of RGB."""
     if channels in MODES:
         return load_image(path, channels)
     return load_image(path)[..., [channel % 3 for channel in range(channels)]]

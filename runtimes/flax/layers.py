@@ -14,9 +14,8 @@ from jax import numpy as jnp
 from runtimes.config import VaeConfig
 
 NORM_EPS = 1e-6
-QUERIES = (
-    1024  #: queries per block of attention: 64 MiB of scores for a 1024x1024 image, instead of 1 GiB for all queries
-)
+#: queries per block of attention: 64 MiB of scores for a 1024x1024 image, instead of 1 GiB for all queries
+QUERIES = 1024
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,

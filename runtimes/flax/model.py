@@ -18,7 +18,6 @@ from runtimes.flax import params as flax_params  # first: its error names the pa
 # isort: split
 import functools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -315,7 +314,7 @@ class FlaxAutoencoderKL(FlaxKLBase):
         else:
             name, data = FLAX_FILE, flax_params.write_msgpack(params)
         try:
-            os.makedirs(directory, exist_ok=True)
+            Path(directory).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BundleError(f"cannot write to {directory}: {error.strerror}") from None
         for file, content in ((name, data), (CONFIG_FILE, self.config.to_json().encode())):

@@ -28,12 +28,8 @@ Params = dict[str, Any]  #: name -> array or another such dictionary
 FLAX_FILE = "diffusion_flax_model.msgpack"
 TORCH_FILE = "diffusion_pytorch_model.safetensors"
 SHOWN = 5  #: number of names that an error lists before it counts the rest
-FLOATS = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-}  #: safetensors' name of a dtype -> the dtype
+#: safetensors' name of a dtype -> the dtype
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _TO_FLAX = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out_0": "proj_attn"}
 _TO_TORCH = {flax: torch.replace("_0", ".0") for torch, flax in _TO_FLAX.items()}
 

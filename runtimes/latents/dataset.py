@@ -1,13 +1,13 @@
-"""`LatentDataset`: latents that `vae-export encode-dataset` stored, by number, by id, or one after the other.
+"""`LatentDataset`: reads the latents that `vae-export encode-dataset` stored, by number, by id, or in order.
 
     from runtimes.latents.dataset import LatentDataset
 
-    dataset = LatentDataset("latents/", vae="sdxl", scaled=True)  # refused if another VAE made them, or they are raw
+    dataset = LatentDataset("latents/", vae="sdxl", scaled=True)  # raises if another VAE made them, or they are raw
     dataset[0].latents                                            # float16 [C, h, w]
     dataset.by_id("cats/001.jpg").crop                            # (top, left)
 
-Without PyTorch; with `torch=True` latents are tensors, and the dataset goes into a `torch.utils.data.DataLoader` as it
-is: of one size, or with a batch sampler over `sizes`.
+PyTorch is not needed. With `torch=True` latents are tensors, and a `torch.utils.data.DataLoader` takes the dataset
+directly; if latents differ in size, give the loader a batch sampler that groups entries by `sizes`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,46 +37,39 @@ from runtimes.manifest import MANIFEST_FILE
 CONTRACT_FILE, INDEX_FILE, SHARDS = "contract.json", "index.parquet", "shards"
 ERRORS_FILE, SKIPPED_FILE = "errors.parquet", "skipped.parquet"
 STORED = ("moments", "mean", "sample")
-_FIELDS = (
-    "vae",
-    "stored",
-    "scaled",
-    "dtype",
-    "preprocessing",
-    "affine",
-    "sha256",
-)  #: of a contract, that are read here
+#: fields that every contract must have
+_FIELDS = ("vae", "stored", "scaled", "dtype", "preprocessing", "affine", "sha256")
 _PAIRS = ("original_size", "resized", "crop", "latent_size")
 
 
 class Latent(NamedTuple):
-    """An entry: what is stored of an image, or of its mirror image."""
+    """One entry: the latents of an image or of its mirror image."""
 
     id: str
-    latents: Any  #: [C, h, w], NumPy's or torch's; [2C, h, w] for moments: mean, then logvar
+    latents: Any  #: NumPy array or torch tensor [C, h, w]; for moments [2C, h, w]: mean, then logvar
     original_size: tuple[int, int]  #: height and width of the image
     resized: tuple[int, int]  #: height and width to which it was resized
-    crop: tuple[int, int]  #: top and left of what was kept of that
-    flipped: bool
+    crop: tuple[int, int]  #: top and left of the crop in the resized image
+    flipped: bool  #: whether the image was mirrored left to right
 
 
 class LatentDataset:
-    """A directory of latents, opened; `len`, `[number]`, iteration in the order of the files, and `by_id`.
+    """An open directory of latents; `len`, `[number]`, iteration in the order of the files, and `by_id`.
 
-    What the caller says is held against the contract that the directory came with, and `CompatibilityError` names what
-    differs: `vae` is a bundle (its path, or opened) or the sha256 of a VAE's weights; `stored` is "moments", "mean" or
-    "sample"; `scaled` whether latents are as a diffusion model takes them; `policy` "none", "center-crop" or "buckets",
-    and `size` (width, height) the only size of image. What is not given is not checked.
+    Arguments that are given are compared with the directory's contract; `CompatibilityError` names the difference.
+    `vae` is a bundle (its path, or opened) or the sha256 of a VAE's weights; `stored` is "moments", "mean" or
+    "sample"; `scaled` is whether latents have the scale that a diffusion model takes; `policy` is "none",
+    "center-crop" or "buckets"; `size` is the (width, height) that all images must have.
 
-    `contract` is what the contract says, `sizes` int32 [N, 2] the height and width of every entry's latents, and `ids`
-    the ids in order, as a pyarrow array.
+    `contract` is the content of contract.json; `sizes`, int32 [N, 2], holds the height and width of every entry's
+    latents; `ids` is a pyarrow array of the ids in order.
 
-    Latents are compared with their hash whenever they are read. With `verify`, each shard is also read as a whole and
-    compared with the hash of the file when the first of its entries is asked for. A process that reads in random order
-    then reads the whole dataset once, at the speed of SHA-256; `vae-export verify-latents` does that beforehand.
+    Every read compares the latents with their hash. With `verify`, the first read from a shard also compares the whole
+    file with its hash. A process that reads in random order then reads the whole dataset once, at the speed of
+    SHA-256; `vae-export verify-latents` makes this check beforehand.
 
-    Raises `BundleError` for a directory without finished latents, `IntegrityError` for files that are damaged.
-    Threads may share it, and processes: it is pickled as its path.
+    Raises `BundleError` for a directory without finished latents, `IntegrityError` for damaged files.
+    Threads and processes may share an instance: it is pickled as its path.
     """
 
     def __init__(
@@ -98,8 +90,11 @@ class LatentDataset:
         self._torch = torch
         if torch and "torch" not in sys.modules:
             raise ConfigError("torch=True, and torch is not imported: import torch before opening the latents")
-        self._compare(vae, {"stored": stored, "scaled": scaled})
-        self._compare_sizes(policy, size)
+        self._check_vae(vae)
+        for name, wanted in (("stored", stored), ("scaled", scaled)):
+            if wanted is not None and self.contract[name] != wanted:
+                raise CompatibilityError(f"{self.path}: {name} is {self.contract[name]!r}, not {wanted!r}")
+        self._check_sizes(policy, size)
         table = read_index(self.path)
         self.ids = table.column("id").combine_chunks()
         columns = {name: table.column(name).to_numpy() for name in ("shard", "entry", "flipped")}
@@ -116,18 +111,18 @@ class LatentDataset:
         return len(self._shard)
 
     def __getitem__(self, number: int) -> Latent:
-        """The entry of this number, from 0; negative numbers count from the end. `IndexError` beyond."""
+        """Read entry `number`, from 0; negative numbers count from the end. `IndexError` beyond the last entry."""
         if not -len(self) <= number < len(self):
             raise IndexError(f"entry {number} of {len(self)}")
         number %= len(self)
         stored = self._open(number).latents(int(self._entry[number]))
-        return self._described(number)._replace(latents=self._given(stored))
+        return self._described(number)._replace(latents=self._to_output(stored))
 
     def __iter__(self) -> Iterator[Latent]:
         return (self[number] for number in range(len(self)))
 
     def described(self) -> Iterator[Latent]:
-        """All entries in order with `latents=None`: what the index says of them, and no shard is read."""
+        """Yield all entries in order from the index alone: with `latents=None`, without reading a shard."""
         return (self._described(number) for number in range(len(self)))
 
     def _described(self, number: int) -> Latent:
@@ -135,7 +130,7 @@ class LatentDataset:
         return Latent(id=self.ids[number].as_py(), latents=None, flipped=bool(self._flipped[number]), **pairs)
 
     def find(self, id: str, *, flipped: bool = False) -> int:
-        """The number of the entry with this id. `KeyError` where there is none."""
+        """Return the number of the entry with this id. Raises `KeyError` if there is none."""
         key = np.uint64(_key(id, flipped))
         first = int(np.searchsorted(self._keys, key))
         while first < len(self) and self._keys[first] == key:
@@ -146,7 +141,7 @@ class LatentDataset:
         raise KeyError(f"no latents of {id!r}{', flipped,' if flipped else ''} in {self.path}")
 
     def by_id(self, id: str, *, flipped: bool = False) -> Latent:
-        """The entry with this id. `KeyError` where there is none."""
+        """Read the entry with this id. Raises `KeyError` if there is none."""
         return self[self.find(id, flipped=flipped)]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -158,7 +153,7 @@ class LatentDataset:
     # Files ----------------------------------------------------------------------------------------------------------
 
     def _open(self, number: int) -> Shard:
-        """The shard that holds an entry; `IntegrityError` where it is not the one that the index was made of."""
+        """Return the shard of an entry; `IntegrityError` if the shard was replaced after the index was written."""
         of_shard = int(self._shard[number])
         shard = self._shards.get(of_shard)
         if shard is None:
@@ -168,10 +163,10 @@ class LatentDataset:
             shard = self._shards[of_shard] = open_shard(path)
         entry = int(self._entry[number])
         if entry >= len(shard) or shard.sha256[entry].tobytes() != self._sha256[number].as_py():
-            raise IntegrityError(f"{shard.path} was written anew since these latents were opened: open them again")
+            raise IntegrityError(f"{shard.path} was rewritten after these latents were opened: open them again")
         return shard
 
-    def _given(self, stored: Array) -> Any:
+    def _to_output(self, stored: Array) -> Any:
         if not self._torch:
             return from_stored(stored)
         torch = sys.modules["torch"]
@@ -181,33 +176,33 @@ class LatentDataset:
 
     # The contract ---------------------------------------------------------------------------------------------------
 
-    def _compare(self, vae: Any, said: Mapping[str, Any]) -> None:
-        if vae is not None:
-            mine = self.contract["vae"]
-            field, wanted = _identity(vae)
-            if field == "weights_sha256" and mine[field] is None:
-                raise CompatibilityError(f"{self.path} does not say which weights made it; give its bundle instead")
-            if mine[field] != wanted:
-                raise CompatibilityError(
-                    f"{self.path} was made by a VAE of {field} {mine[field]}, not {wanted}: encode the images with "
-                    "the VAE that is wanted, into another directory"
-                )
-        for name, wanted in said.items():
-            if wanted is not None and self.contract[name] != wanted:
-                raise CompatibilityError(f"{self.path}: {name} is {self.contract[name]!r}, not {wanted!r}")
+    def _check_vae(self, vae: Any) -> None:
+        if vae is None:
+            return
+        recorded = self.contract["vae"]
+        field, wanted = _identity(vae)
+        if field == "weights_sha256" and recorded[field] is None:
+            raise CompatibilityError(f"{self.path} does not say which weights made it; give its bundle instead")
+        if recorded[field] != wanted:
+            raise CompatibilityError(
+                f"{self.path} was made by a VAE of {field} {recorded[field]}, not {wanted}: encode the images with "
+                "the right VAE, into another directory"
+            )
 
-    def _compare_sizes(self, policy: str | None, size: tuple[int, int] | None) -> None:
-        made = self.contract["preprocessing"]
-        if policy is not None and made["policy"] != policy:
-            raise CompatibilityError(f"{self.path}: policy is {made['policy']!r}, not {policy!r}")
-        if size is not None and made["sizes"] != [list(size)]:
-            sizes = ", ".join(f"{width}x{height}" for width, height in made["sizes"][:5]) or "any"
+    def _check_sizes(self, policy: str | None, size: tuple[int, int] | None) -> None:
+        recorded = self.contract["preprocessing"]
+        if policy is not None and recorded["policy"] != policy:
+            raise CompatibilityError(f"{self.path}: policy is {recorded['policy']!r}, not {policy!r}")
+        if size is not None and recorded["sizes"] != [list(size)]:
+            sizes = ", ".join(f"{width}x{height}" for width, height in recorded["sizes"][:5]) or "any"
             raise CompatibilityError(f"{self.path}: sizes of images are {sizes}, not {size[0]}x{size[1]} alone")
 
 
 def read_contract(directory: Path) -> dict[str, Any]:
-    """contract.json of a directory of latents. `BundleError` where there is none, `CompatibilityError` for another
-    schema, `IntegrityError` where it is damaged."""
+    """Read contract.json of a directory of latents.
+
+    Raises `BundleError` if there is none, `CompatibilityError` for another schema, `IntegrityError` if it is damaged.
+    """
     try:
         contract = json.loads((directory / CONTRACT_FILE).read_bytes())
         schema = contract["schema_version"]
@@ -234,22 +229,25 @@ def read_contract(directory: Path) -> dict[str, Any]:
 
 
 def contract_digest(contract: Mapping[str, Any]) -> str:
-    """SHA-256 of a contract, which the file states as `sha256`."""
+    """Return the SHA-256 of a contract without its field `sha256`, which holds this value in the file."""
     return hashlib.sha256(json.dumps(contract, sort_keys=True).encode()).hexdigest()
 
 
 def read_index(directory: Path) -> Any:
-    """Read index.parquet of a directory of latents. `BundleError` where the job has not finished, `IntegrityError` for
-    a damaged file."""
+    """Read index.parquet of a directory of latents as a pyarrow table.
+
+    Raises `BundleError` if the job has not finished, `IntegrityError` for a damaged file.
+    """
     path = directory / INDEX_FILE
     if not path.exists():
         raise BundleError(
-            f"{directory} has no {INDEX_FILE}: its job has not finished; run encode-dataset again, it goes on"
+            f"{directory} has no {INDEX_FILE}: its job has not finished; run encode-dataset again to continue it"
         )
     return read_parquet(path, index_schema())
 
 
 def index_schema() -> Any:
+    """Return the pyarrow schema of index.parquet: one row per entry."""
     pyarrow = import_pyarrow()
     pair = pyarrow.list_(pyarrow.int32(), 2)
     return pyarrow.schema(
@@ -262,12 +260,13 @@ def index_schema() -> Any:
 
 
 def errors_schema() -> Any:
+    """Return the pyarrow schema of errors.parquet: one row per image that could not be encoded."""
     pyarrow = import_pyarrow()
     return pyarrow.schema({"id": pyarrow.string(), "reason": pyarrow.string(), "sha256": pyarrow.binary(32)})
 
 
 def read_parquet(path: Path, schema: Any) -> Any:
-    """Read a table, and compare its pages with their checksums. `IntegrityError` where it is damaged."""
+    """Read a table with this schema and verify the checksums of its pages. Raises `IntegrityError` for damage."""
     pyarrow = import_pyarrow()
     try:
         table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
@@ -279,11 +278,12 @@ def read_parquet(path: Path, schema: Any) -> Any:
 
 
 def shard_name(number: int) -> str:
+    """Return the file name of shard `number`."""
     return f"{number:08d}.safetensors"
 
 
 def import_pyarrow() -> Any:
-    """pyarrow, with its parquet module. `BackendUnavailable` where it is not installed."""
+    """Import pyarrow with its parquet module. Raises `NotInstalled` if it is missing."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -293,13 +293,13 @@ def import_pyarrow() -> Any:
 
 
 def manifest_sha256(bundle: Bundle) -> str:
-    """What tells a bundle from all others, its files being hashed in its manifest."""
+    """Return the SHA-256 of a bundle's manifest; it identifies the bundle, as the manifest hashes all other files."""
     return hashlib.sha256((bundle.directory / MANIFEST_FILE).read_bytes()).hexdigest()
 
 
 def _identity(vae: Any) -> tuple[str, str]:
-    """The field of the contract that tells whether this VAE made the latents, and what stands there if it did."""
-    if isinstance(vae, str) and len(vae) == 64 and not os.path.exists(vae):
+    """Return the field of the contract's `vae` that identifies the VAE, and its value for this VAE."""
+    if isinstance(vae, str) and len(vae) == 64 and not Path(vae).exists():
         return "weights_sha256", vae.lower()
     if isinstance(vae, VaeRuntime):
         vae = vae._bundle
@@ -314,12 +314,12 @@ def _key(id: str, flipped: bool) -> int:
 
 
 def _pair(table: Any, name: str) -> Array:
-    """int32 [N, 2] of a column of lists of two."""
+    """Convert a column of lists of two numbers to int32 [N, 2]."""
     flat = table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return np.asarray(flat, np.int32).reshape(-1, 2)
 
 
 def _reopen(path: str, torch: bool, verify: bool) -> LatentDataset:
     if torch:
-        importlib.import_module("torch")  # in a worker process of a DataLoader
+        importlib.import_module("torch")  # a worker process of a DataLoader may not have imported it yet
     return LatentDataset(path, torch=torch, verify=verify)

@@ -1,24 +1,23 @@
 """A shard of stored latents: one safetensors file, read with NumPy alone.
 
-Entries, one for each image and each of its flips, stand in one order in all of its tensors: by the size of their
-latents, and then as in the source.
+There is one entry for each image and for each flip of it. All tensors have the entries in the same order: by the size
+of the latents, then as in the source.
 
     latents.HxW     [n, C, H, W], one tensor for each size of latents, smallest first (C twice as many for moments)
-    ids, id_ends    UTF-8 of all ids, one after the other, and where each of them ends
+    ids, id_ends    all ids in UTF-8 without separators, and the offset at which each id ends
     flipped         bool [N]
-    sha256          uint8 [N, 32], of the image's file
+    sha256          uint8 [N, 32], of the image file
     original_size   int32 [N, 2], height and width of the image
     resized         int32 [N, 2], height and width to which it was resized
-    crop            int32 [N, 2], top and left of what was kept of that; its size is that of the latents times f
+    crop            int32 [N, 2], top and left of the crop in the resized image; its size is f times that of the latents
     latents_sha256  uint8 [N, 32], of the entry's latents, see `latents_digest`
 
-The metadata has `file_sha256`, the hash of the whole file, see `check_hash`; `schema_version`; and in `failures` a JSON
-list of [id, sha256 or null, reason] for the images that are not here.
+The metadata has `file_sha256`, the hash of the whole file (see `check_hash`); `schema_version`; and `failures`, a JSON
+list of [id, sha256 or null, reason] for the images without latents.
 
-Damage is found by two checks. `Shard.latents` compares every entry that it reads with its hash, which takes 0.1 ms for
-the latents of 1024x1024 pixels in float16; so wrong latents are never returned. `check_hash` reads the whole file, and
-also covers ids, sizes and failures: `encode-dataset` calls it for every shard when it resumes, `LatentDataset` on
-request.
+Two checks find damage. `Shard.latents` compares every entry that it reads with its hash, so it never returns wrong
+latents; this takes 0.1 ms for the latents of 1024x1024 pixels in float16. `check_hash` reads the whole file, and also
+covers ids, sizes and failures: `encode-dataset` calls it for every shard when it resumes, `LatentDataset` on request.
 """
 
 from __future__ import annotations
@@ -36,23 +35,23 @@ import numpy.typing as npt
 from runtimes.errors import BundleError, CompatibilityError, IntegrityError
 
 SCHEMA_VERSION = 2
-HEADER_LIMIT = 100_000_000  #: bytes, as safetensors has it
-#: How messages about damage end.
-REPAIR = "is not what was written; run the encode-dataset command again, it makes damaged shards anew"
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  #: of latents, as safetensors spells them
+HEADER_LIMIT = 100_000_000  #: bytes; the limit of the safetensors library
+#: the end of every message about damage
+REPAIR = "is not what was written; run the encode-dataset command again, which rewrites damaged shards"
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  #: dtype of latents -> its name in safetensors
 _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
 _COLUMNS = ("flipped", "sha256", "original_size", "resized", "crop", "latents_sha256")
-#: A shard's header begins with this and 64 hexadecimal digits: the hash stands at a fixed place.
+#: A shard's header begins with this text and the 64 hexadecimal digits of the file's hash.
 HEADER_START = b'{"__metadata__":{"file_sha256":"'
-NO_HASH = "0" * 64  #: stands for the file's hash while that is computed
-_CHUNK = 1 << 20  #: bytes that are read and hashed at a time
+NO_HASH = "0" * 64  #: replaces the file's hash while the hash is computed
+_CHUNK = 1 << 20  #: bytes read and hashed at a time
 _LATENTS = re.compile(r"latents\.(\d{1,6})x(\d{1,6})")
 
 Array = npt.NDArray[Any]
 
 
 class Failure(NamedTuple):
-    """An image that has no latents. Without a `sha256` it may have them at the next try."""
+    """An image that could not be encoded. Without a `sha256` (its file could not be read) it is tried again."""
 
     id: str
     sha256: bytes | None
@@ -61,10 +60,10 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """An opened shard; its arrays are views of the file, which is mapped and not read."""
+    """An open shard; its arrays are views of the memory-mapped file."""
 
     path: Path
-    dtype: str  #: one of DTYPES; bfloat16 stands as uint16 in the arrays, NumPy having none
+    dtype: str  #: one of DTYPES; NumPy has no bfloat16, so the arrays hold its bits as uint16
     ids: list[str]
     flipped: Array
     sha256: Array
@@ -79,25 +78,25 @@ class Shard:
         return len(self.ids)
 
     def latents(self, entry: int) -> Array:
-        """[C, H, W] of an entry, as stored. `IntegrityError` where they are not what was written."""
-        place = entry
+        """Return the stored latents [C, H, W] of an entry. Raises `IntegrityError` if they do not match their hash."""
+        index = entry
         for group in self.groups:
-            if place < len(group):
-                stored: Array = group[place]
+            if index < len(group):
+                stored: Array = group[index]
                 if latents_digest(stored, self.dtype) != self.latents_sha256[entry].tobytes():
                     raise IntegrityError(f"{self.path} is damaged: the entry of {self.ids[entry]!r} {REPAIR}")
                 return stored
-            place -= len(group)
+            index -= len(group)
         raise IndexError(entry)
 
     def latent_sizes(self) -> Array:
-        """int32 [N, 2]: height and width of every entry's latents."""
+        """Return int32 [N, 2]: height and width of every entry's latents."""
         sizes = [np.tile(np.asarray(group.shape[2:], np.int32), (len(group), 1)) for group in self.groups]
         return np.concatenate([np.zeros((0, 2), np.int32), *sizes])
 
 
 def open_shard(path: str | Path) -> Shard:
-    """Map a shard. `IntegrityError` for a file that is not one, `CompatibilityError` for one of another schema."""
+    """Map a shard into memory. Raises `IntegrityError` for other files, `CompatibilityError` for another schema."""
     path = Path(path)
     tensors, metadata = read_tensors(path)
     if metadata.get("schema_version") != str(SCHEMA_VERSION):
@@ -128,7 +127,7 @@ def open_shard(path: str | Path) -> Shard:
 
 
 def latents_digest(stored: Array, dtype: str) -> bytes:
-    """SHA-256 of an entry's latents, [C, H, W] as stored, and of how they are to be read: dtype and shape."""
+    """Return the SHA-256 of an entry's dtype, shape and stored latents [C, H, W]."""
     digest = hashlib.sha256(f"{dtype} {'x'.join(map(str, stored.shape))}\n".encode())
     digest.update(np.ascontiguousarray(stored).data.cast("B"))
     return digest.digest()
@@ -137,7 +136,7 @@ def latents_digest(stored: Array, dtype: str) -> bytes:
 def check_hash(path: Path) -> None:
     """Read a whole shard and compare it with its `file_sha256`: the SHA-256 of the file with NO_HASH in its place.
 
-    Raises `IntegrityError` for a file that differs or has no hash, and `BundleError` where it cannot be read.
+    Raises `IntegrityError` for a file that differs or has no hash, `BundleError` for a file that cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -155,9 +154,9 @@ def check_hash(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, tuple[Array, str]], dict[str, str]]:
-    """{name: (array, dtype as safetensors spells it)} and the metadata of a safetensors file, mapped.
+    """Map a safetensors file -> ({name: (array, dtype's name in safetensors)}, metadata).
 
-    Raises `IntegrityError` unless every tensor lies inside the file, and `BundleError` where it cannot be read.
+    Raises `IntegrityError` unless every tensor lies inside the file, `BundleError` for a file that cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -183,17 +182,17 @@ def read_tensors(path: Path) -> tuple[dict[str, tuple[Array, str]], dict[str, st
 
 
 def to_stored(values: npt.NDArray[np.float32], dtype: str) -> Array:
-    """float32 -> as it stands in a file: float32, float16, or the bits of bfloat16, rounded to the nearest."""
+    """Convert float32 to the stored form: float32, float16, or the bits of bfloat16 as uint16; rounds to nearest."""
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
         odd = (bits >> np.uint32(16)) & np.uint32(1)
         return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
-    with np.errstate(over="ignore"):  # an infinity that comes of it is found by whoever looks
+    with np.errstate(over="ignore"):  # overflow gives infinity; the caller checks for it
         return values.astype(dtype)
 
 
 def from_stored(stored: Array) -> Array:
-    """As it stands in a file -> float32 or float16, a copy; the bits of bfloat16 become float32, exactly."""
+    """Copy stored latents to float32 or float16; the bits of bfloat16 become float32, exactly."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return np.array(stored)

@@ -1,4 +1,4 @@
-"""The few CUDA calls that a TensorRT runtime needs, through NVIDIA's cuda-python: no PyTorch."""
+"""The CUDA calls that the TensorRT runtime needs, through NVIDIA's cuda-python, without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from runtimes.errors import BackendUnavailable, NotInstalled, OutOfMemoryError, VaeError
 
-ALIGNMENT = 256  #: bytes; cudaMalloc keeps to it, and TensorRT asks for it
+ALIGNMENT = 256  #: bytes; TensorRT requires it, and cudaMalloc guarantees it
 
 
 def load_cuda() -> Any:
-    """The module of CUDA's runtime API; `BackendUnavailable` where it or the driver is missing."""
-    for name in ("cuda.bindings.runtime", "cuda.cudart"):  # the second is what it was called before 12.6
+    """Import the module of CUDA's runtime API. Raises `NotInstalled` if cuda-python is missing."""
+    for name in ("cuda.bindings.runtime", "cuda.cudart"):  # cuda.cudart is the name before version 12.6
         try:
             return importlib.import_module(name)
         except ImportError:
@@ -23,7 +23,11 @@ def load_cuda() -> Any:
 
 
 class Cuda:
-    """CUDA's runtime on one device. Every call checks its status; memory that is not there is `OutOfMemoryError`."""
+    """CUDA's runtime API on one device.
+
+    Every call checks its status and raises `OutOfMemoryError` or `VaeError`. Raises `BackendUnavailable` if there is no
+    such device.
+    """
 
     def __init__(self, index: int = 0) -> None:
         self._api = load_cuda()
@@ -35,28 +39,28 @@ class Cuda:
     def _count(self) -> int:
         try:
             return int(self.call("cudaGetDeviceCount"))
-        except VaeError as error:  # no driver, or one that is too old
+        except VaeError as error:  # the driver is missing or too old
             raise BackendUnavailable(f"no NVIDIA GPU can be used here: {error}") from None
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the API -> its result, or `VaeError` with CUDA's own words."""
+        """Call a function of the API and return its result. Raises `VaeError` with CUDA's description of the error."""
         status, *results = getattr(self._api, name)(*arguments)
         if int(status) != 0:
             if int(status) == int(self._api.cudaError_t.cudaErrorMemoryAllocation):
                 raise OutOfMemoryError(f"CUDA has no memory left on cuda:{self.index} ({name})")
-            raise VaeError(f"CUDA: {name} failed with {self._words(status)}")
+            raise VaeError(f"CUDA: {name} failed with {self._description(status)}")
         return results[0] if results else None
 
-    def _words(self, status: Any) -> str:
-        _, words = self._api.cudaGetErrorString(status)
-        return f"{int(status)} ({words.decode() if isinstance(words, bytes) else words})"
+    def _description(self, status: Any) -> str:
+        _, text = self._api.cudaGetErrorString(status)
+        return f"{int(status)} ({text.decode() if isinstance(text, bytes) else text})"
 
     def use(self) -> None:
-        """Make this the device of the calling thread; every thread has to."""
+        """Make this the current device of the calling thread; each thread must call it."""
         self.call("cudaSetDevice", self.index)
 
     def compute_capability(self) -> str:
-        """As in "sm89"."""
+        """Return the device's compute capability, such as "sm89"."""
         attributes = self._api.cudaDeviceAttr
         major, minor = (
             self.call("cudaDeviceGetAttribute", attribute, self.index)
@@ -68,17 +72,17 @@ class Cuda:
         return f"sm{major}{minor}"
 
     def free_memory(self) -> tuple[int, int]:
-        """Bytes that are free, and that there are."""
+        """Return the free and the total memory of the device, in bytes."""
         self.use()
         status, free, total = self._api.cudaMemGetInfo()
         if int(status) != 0:
-            raise VaeError(f"CUDA: cudaMemGetInfo failed with {self._words(status)}")
+            raise VaeError(f"CUDA: cudaMemGetInfo failed with {self._description(status)}")
         return int(free), int(total)
 
     # Memory and streams; sizes in bytes ------------------------------------------------------------------------------
 
     def allocate(self, size: int, what: str) -> int:
-        """An address on the device; `OutOfMemoryError` says what was asked for and what is free."""
+        """Allocate `size` bytes for `what` and return the address. `OutOfMemoryError` names both and the free bytes."""
         try:
             return int(self.call("cudaMalloc", max(size, 1)))
         except OutOfMemoryError:
@@ -92,14 +96,14 @@ class Cuda:
         self.call("cudaFree", address)
 
     def stream(self) -> int:
-        """A stream that does not wait for the default one."""
+        """Create a stream that does not wait for the default stream."""
         return int(self.call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking))
 
     def destroy_stream(self, stream: int) -> None:
         self.call("cudaStreamDestroy", stream)
 
     def wait(self, stream: int) -> None:
-        """Until all work on a stream is done."""
+        """Wait until all work on a stream is done."""
         self.call("cudaStreamSynchronize", stream)
 
     def to_device(self, address: int, host: int, size: int, stream: int) -> None:
@@ -113,11 +117,11 @@ class Cuda:
     # Graphs ----------------------------------------------------------------------------------------------------------
 
     def begin_capture(self, stream: int) -> None:
-        """Only what this thread does may be captured: others go on with their streams."""
+        """Start to capture the work of a stream. Other threads may use their streams meanwhile."""
         self.call("cudaStreamBeginCapture", stream, self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
 
     def end_capture(self, stream: int) -> Any:
-        """What was captured, ready to launch."""
+        """End the capture, and return the captured work as an executable graph."""
         graph = self.call("cudaStreamEndCapture", stream)
         try:
             return self.call("cudaGraphInstantiate", graph, 0)

@@ -1,4 +1,4 @@
-"""Running a TensorRT plan: contexts, streams, memory and captured launches, for several threads at once."""
+"""Run a TensorRT plan from several threads at once: contexts, streams, device memory and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from runtimes.errors import CompatibilityError, ConfigError, OutOfMemoryError, S
 from runtimes.files import written_whole
 from runtimes.manifest import GraphSpec
 from runtimes.tensorrt.cuda import Cuda
+from runtimes.tensorrt.device_arrays import address_of, device_index, empty_like, wait_for_producer
 from runtimes.tensorrt.flavours import Flavour
 from runtimes.tensorrt.profiles import Profile, nearest
 
 
 @dataclass(frozen=True)
 class Settings:
-    contexts: int
+    """How a plan is run; see the arguments of `TensorRtVae`."""
+
+    contexts: int  #: calls of a graph that may run at once
     cuda_graphs: bool
-    max_graphs: int
+    max_graphs: int  #: CUDA graphs that are kept for each context
     runtime_cache: str | Path | None
     kernel_specialization: str | None
 
 
 class LoadedPlan:
-    """A plan that was loaded, and the slots in which calls run."""
+    """A loaded plan, and the slots in which its calls run."""
 
     def __init__(
         self,
@@ -48,8 +51,8 @@ class LoadedPlan:
     ) -> None:
         self.flavour, self.cuda, self.graph, self.spec, self.settings = flavour, cuda, graph, spec, settings
         self.profiles = profiles
-        self._pixels = pixels  #: for each unit of the input's height and width
-        self._make_room = make_room  #: free what idles, of other graphs too
+        self._pixels = pixels  #: image pixels for each unit of the input's height and width
+        self._make_room = make_room  #: frees the memory of idle slots, those of other graphs included
         cuda.use()
         self._runtime = flavour.trt.Runtime(flavour.logger)
         self.engine = self._runtime.deserialize_cuda_engine(plan)
@@ -67,18 +70,18 @@ class LoadedPlan:
         return f"{self.flavour.trt.__name__} {self.flavour.version}"
 
     def _check(self) -> None:
-        """The plan has the input, the output and the profiles that the manifest says."""
+        """Raise `CompatibilityError` unless the plan has the manifest's input, output and number of profiles."""
         trt, engine = self.flavour.trt, self.engine
         types = {"float32": trt.DataType.FLOAT, "float16": trt.DataType.HALF, "uint8": trt.DataType.UINT8}
-        found = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        sides = ((self.spec.input, trt.TensorIOMode.INPUT), (self.spec.output, trt.TensorIOMode.OUTPUT))
-        right = set(found) == {said.name for said, _ in sides} and all(
-            engine.get_tensor_mode(said.name) == mode and engine.get_tensor_dtype(said.name) == types.get(said.dtype)
-            for said, mode in sides
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        expected = ((self.spec.input, trt.TensorIOMode.INPUT), (self.spec.output, trt.TensorIOMode.OUTPUT))
+        as_expected = set(names) == {spec.name for spec, _ in expected} and all(
+            engine.get_tensor_mode(spec.name) == mode and engine.get_tensor_dtype(spec.name) == types.get(spec.dtype)
+            for spec, mode in expected
         )
-        if not right:
+        if not as_expected:
             raise CompatibilityError(
-                f"the plan of the {self.graph} has the tensors {', '.join(found)}, and not what the manifest says: "
+                f"the plan of the {self.graph} has the tensors {', '.join(names)}, and not what the manifest says: "
                 f"{self.spec.input.name} and {self.spec.output.name} of {self.spec.input.dtype}"
             )
         if engine.num_optimization_profiles != len(self.profiles):
@@ -88,7 +91,7 @@ class LoadedPlan:
             )
 
     def _runtime_config(self) -> Any:
-        """What TensorRT-RTX is told of its kernels; None for the other, which has compiled them all."""
+        """Return TensorRT-RTX's settings for compiling kernels; None for TensorRT: its plans hold compiled kernels."""
         if not self.flavour.is_rtx:
             return None
         trt, settings = self.flavour.trt, self.settings
@@ -102,14 +105,14 @@ class LoadedPlan:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if settings.runtime_cache is not None:
             self._runtime_cache = config.create_runtime_cache()
-            kept = self._cache_file(settings.runtime_cache)
+            path = self._cache_file(settings.runtime_cache)
             try:
-                taken = self._runtime_cache.deserialize(kept.read_bytes())
-            except FileNotFoundError:  # the first time
-                taken = True
+                accepted = self._runtime_cache.deserialize(path.read_bytes())
+            except FileNotFoundError:  # the first use
+                accepted = True
             except OSError as error:
-                raise ConfigError(f"runtime_cache {kept} cannot be read: {error.strerror}") from None
-            if not taken:  # of another version: kernels are compiled anew, as without a cache
+                raise ConfigError(f"runtime_cache {path} cannot be read: {error.strerror}") from None
+            if not accepted:  # another version wrote it: TensorRT-RTX compiles as without a cache; clear its log
                 self.flavour.complaints()
             if not config.set_runtime_cache(self._runtime_cache):
                 raise VaeError(f"{self._named} does not take a runtime cache: {self.flavour.complaints()}")
@@ -120,10 +123,10 @@ class LoadedPlan:
 
     @contextmanager
     def _slot(self) -> Iterator[_Slot]:
-        """A slot for this thread alone; waits where all are at work."""
+        """Reserve a slot for this thread; waits while all slots are in use."""
         slot = self._take()
         try:
-            self.cuda.use()  # of this thread
+            self.cuda.use()  # CUDA's current device belongs to the thread
             yield slot
         finally:
             self._idle.put(slot)
@@ -138,19 +141,19 @@ class LoadedPlan:
         return self._idle.get()
 
     def run(self, x: Array) -> Array:
-        """An array in host memory -> one in host memory."""
+        """Run the graph on an array in host memory; returns one in host memory."""
         result: Array = self._with_room(self._run, np.ascontiguousarray(x))
         return result
 
     def run_on_device(self, x: Any) -> Any:
-        """A torch tensor or CuPy array on the GPU -> one of its kind, there."""
-        if _device_index(x) != self.cuda.index:
-            raise ShapeError(f"the array is on cuda:{_device_index(x)}, and this VAE on cuda:{self.cuda.index}")
+        """Run the graph on a torch tensor or CuPy array on the GPU; returns one of the same kind on the same GPU."""
+        if device_index(x) != self.cuda.index:
+            raise ShapeError(f"the array is on cuda:{device_index(x)}, and this VAE on cuda:{self.cuda.index}")
         x = x.contiguous() if hasattr(x, "contiguous") else array_module(x).ascontiguousarray(x)
         return self._with_room(self._run_on_device, x)
 
     def _with_room(self, run: Callable[[Any], Any], x: Any) -> Any:
-        """`run`, and once more where memory is out while some of ours lies idle: it is kept for the next call only."""
+        """Call `run(x)`; if memory runs out, free what idle slots keep for later calls, and try once more."""
         try:
             return run(x)
         except OutOfMemoryError:
@@ -158,7 +161,7 @@ class LoadedPlan:
             return run(x)
 
     def free_idle(self) -> None:
-        """Give back the device memory of all slots that are not at work."""
+        """Free the device memory of all idle slots."""
         idle: list[_Slot] = []
         with suppress(Empty):
             while True:
@@ -166,7 +169,7 @@ class LoadedPlan:
         try:
             for slot in idle:
                 slot.free()
-        finally:  # other threads wait for them
+        finally:  # other threads may wait for these slots
             for slot in idle:
                 self._idle.put(slot)
 
@@ -174,7 +177,8 @@ class LoadedPlan:
         with self._slot() as slot, slot.finished():
             prepared = slot.prepare(self._profile(x.shape), x.shape)
             result: Array = np.empty(prepared.output_shape, self.spec.output.dtype)
-            source, target = slot.input.of(x.nbytes, self._what(x)), slot.output.of(result.nbytes, self._what(x))
+            source = slot.input.at_least(x.nbytes, self._described(x))
+            target = slot.output.at_least(result.nbytes, self._described(x))
             self.cuda.to_device(source, x.ctypes.data, x.nbytes, slot.stream)
             slot.execute(prepared, source, target)
             self.cuda.to_host(result.ctypes.data, target, result.nbytes, slot.stream)
@@ -183,20 +187,20 @@ class LoadedPlan:
     def _run_on_device(self, x: Any) -> Any:
         with self._slot() as slot, slot.finished():
             prepared = slot.prepare(self._profile(x.shape), tuple(x.shape))
-            result = _empty_like(x, prepared.output_shape, self.spec.output.dtype)
-            _wait_for_producer(x)  # it was made on another stream than ours
-            slot.execute(prepared, _address(x), _address(result))
+            result = empty_like(x, prepared.output_shape, self.spec.output.dtype)
+            wait_for_producer(x)  # another stream than the slot's computes it
+            slot.execute(prepared, address_of(x), address_of(result))
         return result
 
     def _profile(self, shape: Sequence[int]) -> int:
         height, width = (shape[axis] for axis in self.spec.input.axes[1:])
         return nearest(self.profiles, shape[0], height * self._pixels, width * self._pixels)
 
-    def _what(self, x: Array) -> str:
+    def _described(self, x: Array) -> str:
         return f"the {self.graph} of {list(x.shape)}"
 
     def complain(self, call: str, shape: Sequence[int]) -> VaeError:
-        """TensorRT answers False and says why in its log."""
+        """Return the error for a failed TensorRT call. The call only returns False; the reason is in TensorRT's log."""
         error = VaeError(
             f"{self._named}: {call} failed in the {self.graph} of {list(shape)}: {self.flavour.complaints()}"
         )
@@ -207,7 +211,7 @@ class LoadedPlan:
         )
 
     def close(self) -> None:
-        """To be called when no call is at work."""
+        """Free everything, and write the runtime cache if there is one. No call may be running."""
         for slot in self._slots:
             slot.close()
         self._slots.clear()
@@ -221,24 +225,24 @@ class LoadedPlan:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A context that was told its shapes and given its memory."""
+    """A context with its shapes and its scratch memory set."""
 
     profile: int
     context: Any
     shape: tuple[int, ...]
     output_shape: tuple[int, ...]
-    scratch: int  #: its address
+    scratch: int  #: address of the scratch memory
 
 
 class _Captured(NamedTuple):
-    """Launches that were captured, and the context that they are of."""
+    """A CUDA graph of captured launches, and the context that it uses."""
 
     graph: Any
     context: Any
 
 
 class _Slot:
-    """What one call at a time works with: a stream, a context for each profile, memory, and captured launches."""
+    """The resources of one call at a time: a stream, a context for each profile, memory, and captured CUDA graphs."""
 
     def __init__(self, engine: LoadedPlan) -> None:
         self._engine, self._cuda = engine, engine.cuda
@@ -250,7 +254,7 @@ class _Slot:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """When the block ends, well or not, nothing of it runs on the GPU any more."""
+        """Wait at the end of the block, also after an exception, until its work on the GPU is done."""
         try:
             yield
         except BaseException:
@@ -260,14 +264,14 @@ class _Slot:
         self._cuda.wait(self.stream)
 
     def prepare(self, profile: int, shape: tuple[int, ...]) -> _Prepared:
-        """The profile's context, for a shape."""
+        """Return the profile's context, prepared for an input of this shape."""
         if profile not in self._contexts:
-            # One for each profile: switching a context between profiles would throw away what it has set up.
+            # One context for each profile: a context that switches profiles loses its setup.
             self._contexts[profile] = self._new_context(profile, shape)
-        return self._told(self._contexts[profile], profile, shape)
+        return self._with_shape(self._contexts[profile], profile, shape)
 
-    def _told(self, context: Any, profile: int, shape: tuple[int, ...]) -> _Prepared:
-        """Shapes in, shapes out, and the memory that these shapes need; in the order that TensorRT wants."""
+    def _with_shape(self, context: Any, profile: int, shape: tuple[int, ...]) -> _Prepared:
+        """Set the context's input shape and scratch memory, and infer the output shape, in TensorRT's order."""
         engine = self._engine
         if not context.set_input_shape(engine.spec.input.name, shape):
             raise engine.complain(f"set_input_shape{tuple(shape)}", shape)
@@ -278,12 +282,12 @@ class _Slot:
         needed = context.update_device_memory_size_for_shapes()
         if needed == 0:
             raise engine.complain("update_device_memory_size_for_shapes", shape)
-        scratch = self._scratch.of(needed, f"the {engine.graph} of {list(shape)}")
+        scratch = self._scratch.at_least(needed, f"the {engine.graph} of {list(shape)}")
         context.set_device_memory(scratch, needed)
         return _Prepared(profile, context, tuple(shape), output_shape, scratch)
 
     def execute(self, prepared: _Prepared, source: int, target: int) -> None:
-        """Put the work on the stream, as launches or as a captured graph of them."""
+        """Enqueue the work on the stream: replay a captured CUDA graph if there is one, else launch the kernels."""
         key = (prepared.profile, prepared.shape, source, target, prepared.scratch)
         captured = self._graphs.get(key)
         if captured is not None:
@@ -293,8 +297,9 @@ class _Slot:
         engine = self._engine
         capture = engine.settings.cuda_graphs and not engine.flavour.is_rtx  # RTX captures by itself
         if capture:
-            # A graph is of its context as it was: to tell that context another shape or address would void the graph.
-            prepared = self._told(self._new_context(prepared.profile, prepared.shape), prepared.profile, prepared.shape)
+            # Each CUDA graph needs a context of its own: a new shape or address in its context would invalidate it.
+            context = self._new_context(prepared.profile, prepared.shape)
+            prepared = self._with_shape(context, prepared.profile, prepared.shape)
         context = prepared.context
         for spec, address in ((engine.spec.input, source), (engine.spec.output, target)):
             if not context.set_tensor_address(spec.name, address):
@@ -308,13 +313,13 @@ class _Slot:
             raise self._engine.complain("execute_async_v3", prepared.shape)
 
     def _capture(self, key: tuple[Any, ...], prepared: _Prepared) -> None:
-        """Capture the same launches for the next time; the first run of a shape must not be captured, and was not."""
+        """Launch again with capture, for later calls; TensorRT forbids capturing the first run of a shape."""
         self._cuda.wait(self.stream)
         self._cuda.begin_capture(self.stream)
         try:
             self._launch(prepared)
         except VaeError:
-            with suppress(VaeError):  # the stream has to come out of it, and says less of why
+            with suppress(VaeError):  # capture has to end; the first error has the better reason
                 self._cuda.destroy_graph(self._cuda.end_capture(self.stream))
             raise
         self._graphs[key] = _Captured(self._cuda.end_capture(self.stream), prepared.context)
@@ -323,9 +328,9 @@ class _Slot:
 
     def _new_context(self, profile: int, shape: Sequence[int]) -> Any:
         engine, trt = self._engine, self._engine.flavour.trt
-        # STATIC memory would be that of the largest shape of all profiles, from the beginning.
-        how = engine.config or trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = engine.engine.create_execution_context(how)
+        # The strategy STATIC would at once allocate memory for the largest shape of all profiles.
+        config_or_strategy = engine.config or trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = engine.engine.create_execution_context(config_or_strategy)
         if context is None:
             raise engine.complain("create_execution_context", shape)
         if not context.set_optimization_profile_async(profile, self.stream):
@@ -334,16 +339,17 @@ class _Slot:
         return context
 
     def _forget_graphs(self) -> None:
-        """They hold addresses of memory that is gone."""
+        """Destroy the captured CUDA graphs; called before memory is freed whose addresses they contain."""
         while self._graphs:
             self._cuda.destroy_graph(self._graphs.popitem()[1].graph)
 
     def free(self) -> None:
-        """Give the memory back; the next call takes it anew."""
+        """Free the memory; the next call allocates it again."""
         for memory in (self.input, self.output, self._scratch):
             memory.free()
 
     def close(self) -> None:
+        """Wait for the stream, then free everything."""
         self._cuda.use()
         self._cuda.wait(self.stream)
         self._forget_graphs()
@@ -353,17 +359,17 @@ class _Slot:
 
 
 class _Memory:
-    """Device memory that grows with what is asked of it, and shrinks where that is much less."""
+    """Device memory for one purpose; replaced if a call needs more, or less than an eighth of it."""
 
     def __init__(self, cuda: Cuda, before_release: Callable[[], None]) -> None:
         self._cuda, self._before_release = cuda, before_release
         self._address = self._size = 0
 
-    def of(self, size: int, what: str) -> int:
-        """The address of at least `size` bytes."""
+    def at_least(self, size: int, purpose: str) -> int:
+        """Return the address of at least `size` bytes; `purpose` is for the message of `OutOfMemoryError`."""
         if not size <= self._size <= 8 * size:
-            self.free()  # first, so that old and new need not fit together
-            self._address, self._size = self._cuda.allocate(size, what), size
+            self.free()  # before the allocation, so that old and new memory are never needed together
+            self._address, self._size = self._cuda.allocate(size, purpose), size
         return self._address
 
     def free(self) -> None:
@@ -371,32 +377,3 @@ class _Memory:
             self._before_release()
             address, self._address, self._size = self._address, 0, 0
             self._cuda.release(address)
-
-
-# Arrays on the GPU ------------------------------------------------------------------------------------------------
-
-
-def on_device(x: Any) -> bool:
-    """A torch tensor on the GPU, or a CuPy array, which is nowhere else."""
-    return bool(getattr(x, "is_cuda", True))
-
-
-def _device_index(x: Any) -> int:
-    return int(x.device.index if hasattr(x, "data_ptr") else x.device.id)
-
-
-def _address(x: Any) -> int:
-    return int(x.data_ptr() if hasattr(x, "data_ptr") else x.data.ptr)
-
-
-def _empty_like(x: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    xp = array_module(x)
-    if hasattr(x, "data_ptr"):
-        return xp.empty(shape, dtype=getattr(xp, dtype), device=x.device)
-    return xp.empty(shape, dtype=dtype)
-
-
-def _wait_for_producer(x: Any) -> None:
-    xp = array_module(x)
-    stream = xp.cuda.current_stream(x.device) if hasattr(x, "data_ptr") else xp.cuda.get_current_stream()
-    stream.synchronize()

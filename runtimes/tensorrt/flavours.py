@@ -1,4 +1,7 @@
-"""The two TensorRT: `tensorrt` for all NVIDIA GPUs, `tensorrt_rtx` for GeForce and RTX; one API but for a few names."""
+"""The two flavours of TensorRT: `tensorrt` for all NVIDIA GPUs, `tensorrt_rtx` for GeForce and RTX.
+
+Their APIs are the same but for a few names.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Flavour:
-    """One of the two, imported; `log` holds what it last complained of."""
+    """An imported flavour."""
 
     name: str
     trt: Any  #: the module
-    logger: Any  #: the one logger of the process: TensorRT keeps the first that it is given
-    log: deque[str]
+    logger: Any  #: one for the whole process, since TensorRT keeps the first logger that it is given
+    log: deque[str]  #: the last errors that the logger received
 
     @property
     def version(self) -> str:
@@ -40,16 +43,16 @@ class Flavour:
         return hasattr(self.trt, "ComputeCapability")
 
     def complaints(self) -> str:
-        """Errors since the last call, on one line; a sentence where there were none."""
+        """Take the logged errors and return them on one line; "it gave no reason" if there are none."""
         lines = []
-        with suppress(IndexError):  # empty, perhaps since another thread took the last one
+        with suppress(IndexError):  # the log is empty; another thread may have taken the last error
             while True:
                 lines.append(self.log.popleft())
         return "; ".join(dict.fromkeys(lines)) or "it gave no reason"
 
 
 def load_flavour(name: str) -> Flavour:
-    """`BackendUnavailable` where it is not installed, does not load, or is too old."""
+    """Import a flavour. Raises `BackendUnavailable` if it is not installed, does not load, or is too old."""
     with _lock:
         if name not in _loaded:
             _loaded[name] = _load(name)
@@ -61,9 +64,9 @@ def _load(name: str) -> Flavour:
         raise ConfigError(f"no TensorRT flavour {name!r}; known are {', '.join(MODULES)}")
     try:
         trt = importlib.import_module(MODULES[name])
-    except Exception as error:  # its libraries may be missing or of another CUDA: any exception means the same
-        found = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
-        raise NotInstalled(f"{MODULES[name]} {found}: pip install '{_INSTALL[name]}'") from None
+    except Exception as error:  # missing libraries or another CUDA raise exceptions of many types
+        problem = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not load ({error})"
+        raise NotInstalled(f"{MODULES[name]} {problem}: pip install '{_INSTALL[name]}'") from None
     version = tuple(int(part) for part in re.findall(r"\d+", str(trt.__version__))[:2])
     if version < _OLDEST[name]:
         oldest = ".".join(map(str, _OLDEST[name]))
@@ -73,7 +76,7 @@ def _load(name: str) -> Flavour:
     log: deque[str] = deque(maxlen=20)
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps errors for messages; TensorRT's own logger would print them."""
+        """Stores errors for our messages; TensorRT's own logger would print them."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -86,12 +89,12 @@ def _load(name: str) -> Flavour:
 
 
 def system() -> str:
-    """Operating system and processor, which a plan is tied to: linux-x86_64."""
+    """Return the operating system and processor that a plan is tied to, such as linux-x86_64."""
     return f"{sys.platform}-{platform.machine()}"
 
 
 def _tidy(message: str) -> str:
-    """On one line, without the function and place in its source."""
+    """Return a message of TensorRT on one line, without the function and source line that raised it."""
     text = " ".join(message.split())
     places = r"\[\w+\.cpp::[^\]]*\]\s*|\b\w+\.cpp:\d+:? |In function \w+:? |\s*\bIn \w+ at /[^\s:)]+:\d+"
     return re.sub(places, "", text).strip()[:1000]

@@ -1,12 +1,12 @@
-"""The cache of TensorRT plans that were built on this machine: found again by all that a plan depends on.
+"""The cache of TensorRT plans that were built on this machine. A plan's key is a hash of all that it depends on.
 
     DIRECTORY/KEY/plan          the plan
-    DIRECTORY/KEY/entry.json    its size and sha256, and what the key was made of
-    DIRECTORY/KEY.lock          held by whoever builds it
-    DIRECTORY/timing-...        what the builder has timed, to be faster the next time
+    DIRECTORY/KEY/entry.json    size and sha256 of the plan, and the values that the key is made of
+    DIRECTORY/KEY.lock          locked by the process that builds the plan
+    DIRECTORY/timing-...        the builder's measured kernel times, which make later builds faster
 
-A plan is code that the GPU's driver runs: a directory that others can write to is refused, and the bytes that are
-handed out are those that were hashed.
+A plan is code that the GPU's driver runs. So a directory that others can write to is refused, and each plan is compared
+with its hash in memory before it is returned.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from typing import Any
 
 from runtimes.errors import ConfigError, NotInstalled
 
-DEFAULT_CACHE_BYTES = 20 << 30  #: bytes that the cache may hold, unless another number is given
+DEFAULT_CACHE_BYTES = 20 << 30  #: default limit of the cache's size, in bytes
 DIRECTORY_VARIABLE = "VAE_EXPORT_CACHE"
-TIMING = "timing-"  #: how the names of files begin that keep what the builder has timed
+TIMING = "timing-"  #: prefix of the names of timing caches
 _PARTIAL = ".partial-"
 _KEY = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class CachedPlan:
-    """An entry of the cache, as `vae-export cache list` shows it."""
+    """An entry of the cache; `vae-export cache list` prints it."""
 
     key: str
     size: int  #: bytes
-    used: float  #: when it was last asked for, in seconds since 1970
-    made_of: Mapping[str, Any]
+    used: float  #: time of the last use, in seconds since 1970
+    made_of: Mapping[str, Any]  #: the values that the key is made of
 
 
 def default_directory() -> Path:
-    """$VAE_EXPORT_CACHE, or where this system keeps caches; the plans are in `plans` below it."""
+    """Return the folder `plans` in $VAE_EXPORT_CACHE, or in this system's cache directory for vae-export."""
     given = os.environ.get(DIRECTORY_VARIABLE)
     if given:
         return Path(given) / "plans"
@@ -57,7 +57,7 @@ def default_directory() -> Path:
 
 
 class PlanCache:
-    """A directory of plans, bounded in size: what was not used for longest goes first.
+    """A directory of plans of at most `most`; the least recently used plans are removed first.
 
     Raises `ConfigError` for a directory that cannot be used, belongs to another user, or that others can write to.
     """
@@ -81,7 +81,10 @@ class PlanCache:
             raise ConfigError(f"the plan cache {self.directory} cannot be written to")
 
     def get_or_build(self, made_of: Mapping[str, Any], build: Callable[[], bytes]) -> bytes:
-        """The plan made of these; built, once, by whoever asks first, while others wait for it."""
+        """Return the plan for `made_of`, from the cache or from `build`.
+
+        Processes that ask for the same plan at once build it once: the others wait for the first.
+        """
         key = key_of(made_of)
         with ExitStack() as held:
             try:
@@ -96,7 +99,7 @@ class PlanCache:
             try:
                 self._write(key, plan, made_of)
             except OSError as error:
-                self._warn(error)  # it took minutes to build, and works
+                self._warn(error)  # only a warning: the plan works, and took minutes to build
         self._remove_beyond(self.most, spare=key)
         return plan
 
@@ -108,10 +111,10 @@ class PlanCache:
         )
 
     def entries(self) -> list[CachedPlan]:
-        """What is there, the last used first."""
+        """Return all entries, the most recently used first."""
         found = []
         for path in self.directory.glob("*/entry.json"):
-            if not _KEY.fullmatch(path.parent.name):  # half-written
+            if not _KEY.fullmatch(path.parent.name):  # a partial entry
                 continue
             with suppress(OSError, ValueError, KeyError, TypeError):
                 entry = json.loads(path.read_bytes())
@@ -119,7 +122,7 @@ class PlanCache:
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     def clear(self) -> int:
-        """Remove all plans, and nothing that is not the cache's -> bytes that this freed."""
+        """Remove all plans and timing caches, and no other files. Returns the freed bytes."""
         freed = sum(entry.size for entry in self.entries())
         for path in self.directory.iterdir():
             if _KEY.fullmatch(path.name.removeprefix(_PARTIAL).partition("-")[0]):
@@ -136,7 +139,7 @@ class PlanCache:
         return FileLock(self.directory / f"{key}.lock")
 
     def _read(self, key: str) -> bytes | None:
-        """The plan, if it is there and is what was written; one that is not is removed."""
+        """Return the plan if it is there and matches its hash; otherwise remove the entry and return None."""
         folder = self.directory / key
         try:
             entry = json.loads((folder / "entry.json").read_bytes())
@@ -160,12 +163,12 @@ class PlanCache:
             (folder / "plan").write_bytes(plan)
             entry = {"size": len(plan), "sha256": hashlib.sha256(plan).hexdigest(), "made_of": dict(made_of)}
             (folder / "entry.json").write_text(json.dumps(entry, indent=1), encoding="utf-8")
-            os.rename(folder, self.directory / key)
+            folder.rename(self.directory / key)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _remove_leftovers(self, mine: str) -> None:
-        """What processes that were killed had begun to write: that of keys which nobody else has locked."""
+        """Remove partial entries of killed processes: those whose key no other process has locked."""
         for path in self.directory.glob(f"{_PARTIAL}*"):
             key = path.name.removeprefix(_PARTIAL).partition("-")[0]
             lock = self._locked(key)
@@ -181,5 +184,5 @@ class PlanCache:
 
 
 def key_of(made_of: Mapping[str, Any]) -> str:
-    """40 hex digits that differ wherever anything that a plan depends on does."""
+    """Return the key, 40 hex digits, of the values that a plan depends on."""
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:40]

@@ -1,4 +1,4 @@
-"""Profiles: the ranges of shapes that a TensorRT engine is built for, as a user thinks of them: in pixels."""
+"""Profiles: the ranges of batch and image sizes, in pixels, that a TensorRT engine is built for."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from runtimes.errors import ConfigError, ShapeError
 
-LARGEST = 65536  #: of any size; more is a mistake
+LARGEST = 65536  #: the limit of batch, height and width; a larger value is a typing error
 
 
 @dataclass(frozen=True)
 class Range:
-    """Smallest, preferred and largest value of one size; the engine is the fastest at the preferred one."""
+    """Smallest, preferred and largest value of one size; the engine is fastest at the preferred one."""
 
     min: int
     opt: int
@@ -29,22 +29,23 @@ class Range:
 
 @dataclass(frozen=True)
 class Profile:
-    """One range of shapes: batch, and height and width of the image in pixels, for encoder and decoder alike."""
+    """Ranges of the batch and of the image's height and width in pixels, for the encoder and the decoder."""
 
     batch: Range
     height: Range
     width: Range
 
     def holds(self, batch: int, height: int, width: int) -> bool:
+        """Return whether all three sizes are inside their ranges."""
         return batch in self.batch and height in self.height and width in self.width
 
     def distance(self, batch: int, height: int, width: int) -> float:
-        """How far a shape is from the preferred one: by which factor the work differs, 1 where it does not."""
+        """Return the factor, at least 1, by which the work on a shape differs from that on the preferred shape."""
         work, preferred = batch * height * width, self.batch.opt * self.height.opt * self.width.opt
         return max(work, preferred) / min(work, preferred)
 
     def shapes(self, graph: str, channels: int, factor: int) -> list[tuple[int, int, int, int]]:
-        """Smallest, preferred and largest [B, C, H, W] of a graph's input: pixels, or latents for the decoder."""
+        """Return the smallest, preferred and largest [B, C, H, W] of a graph's input (latents for the decoder)."""
         divide = factor if graph == "decoder" else 1
         return [
             (getattr(self.batch, at), channels, getattr(self.height, at) // divide, getattr(self.width, at) // divide)
@@ -56,11 +57,12 @@ class Profile:
         return f"{self.batch} x {self.height} x {self.width} (best at {opt})"
 
     def to_dict(self) -> dict[str, dict[str, int]]:
+        """Return {"batch": {"min": ..., "opt": ..., "max": ...}, "height": ..., "width": ...}."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], factor: int) -> Profile:
-        """As `to_dict` gives it; `ConfigError` for anything else."""
+        """Make a profile from the form that `to_dict` returns. Raises `ConfigError` for anything else."""
         try:
             ranges = {name: Range(**data[name]) for name in ("batch", "height", "width")}
         except (KeyError, TypeError):
@@ -68,12 +70,12 @@ class Profile:
         return checked(cls(**ranges), factor)
 
 
-#: What is built where nothing else is said: a single image of common sizes.
+#: The default profile: one image of 256 to 1024 pixels a side.
 DEFAULT = Profile(Range(1, 1, 1), Range(256, 1024, 1024), Range(256, 1024, 1024))
 
 
 def parse_profile(text: str, factor: int) -> Profile:
-    """ "1..4x512..1024x512..1024@1x1024x1024": ranges of batch, height and width, and the preferred sizes.
+    """Parse ranges of batch, height and width with preferred sizes, as in 1..4x512..1024x512..1024@1x1024x1024.
 
     Without "@" the preferred sizes are the smallest batch and the largest image. `ConfigError` names what is wrong.
     """
@@ -87,7 +89,10 @@ def parse_profile(text: str, factor: int) -> Profile:
 
 
 def make_profile(batch: str, height: str, width: str, *, opt: str | None, factor: int) -> Profile:
-    """From ranges such as "512..1024" or "1", and the preferred sizes "1x1024x1024"."""
+    """Make a profile from ranges such as "512..1024" or "1", and preferred sizes `opt` such as "1x1024x1024".
+
+    Without `opt` the preferred sizes are the smallest batch and the largest image. `ConfigError` names what is wrong.
+    """
     low_high = [_parse_range("batch", batch), _parse_range("height", height), _parse_range("width", width)]
     if opt is None:
         best = [low_high[0][0], low_high[1][1], low_high[2][1]]
@@ -100,7 +105,7 @@ def make_profile(batch: str, height: str, width: str, *, opt: str | None, factor
 
 
 def checked(profile: Profile, factor: int) -> Profile:
-    """The profile; `ConfigError` names the size that no engine could have."""
+    """Return the profile. Raises `ConfigError` that names an invalid size."""
     for name in ("batch", "height", "width"):
         sizes: Range = getattr(profile, name)
         values = (sizes.min, sizes.opt, sizes.max)
@@ -120,7 +125,10 @@ def checked(profile: Profile, factor: int) -> Profile:
 
 
 def nearest(profiles: Sequence[Profile], batch: int, height: int, width: int) -> int:
-    """The profile that holds a shape and whose preferred one is the nearest; `ShapeError` lists them all."""
+    """Return the index of the profile that holds a shape and whose preferred shape is nearest to it.
+
+    `ShapeError` lists all profiles if none holds the shape.
+    """
     fitting = [index for index, profile in enumerate(profiles) if profile.holds(batch, height, width)]
     if not fitting:
         raise ShapeError(

@@ -1,6 +1,6 @@
-"""TensorRT: plans in production, and ONNX bundles whose plans are built when they are first opened.
+"""The TensorRT backends: run bundles of plans, and ONNX bundles whose plans are built when they are first opened.
 
-Works with `tensorrt` and `tensorrt_rtx` through cuda-python; torch is not needed, and taken from where it is loaded.
+They use `tensorrt` or `tensorrt_rtx` and cuda-python. Torch is not needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from runtimes.names import GRAPHS, Graph
 from runtimes.progress import Progress, no_progress
 from runtimes.tensorrt.builder import BuildJob, build_plan
 from runtimes.tensorrt.cuda import Cuda
-from runtimes.tensorrt.execution import LoadedPlan, Settings, on_device
+from runtimes.tensorrt.device_arrays import on_device
+from runtimes.tensorrt.execution import LoadedPlan, Settings
 from runtimes.tensorrt.flavours import Flavour, load_flavour, system
 from runtimes.tensorrt.plan_cache import DEFAULT_CACHE_BYTES, TIMING, PlanCache
 from runtimes.tensorrt.profiles import DEFAULT, Profile, checked, parse_profile
@@ -40,19 +41,20 @@ SPECIALIZATIONS = ("lazy", "eager", "none")
 class TensorRtVae(VaeRuntime):
     """A TensorRT bundle, or an ONNX bundle whose plans are built when it is first opened and kept in a cache.
 
-    Safe for threads: `contexts` calls of a graph run at once, each with an execution context, a stream and memory of
-    its own; others wait. Memory is that of the shape at hand, not of the largest that the engine can take.
+    Safe for threads: `contexts` calls of a graph run at once, each with its own execution context, stream and memory;
+    further calls wait. Memory is allocated for the shape of the call, not for the largest shape of the engine.
 
-    `device` is "cuda" or "cuda:N". Arrays in host memory are copied; torch tensors and CuPy arrays on the GPU are read
-    where they are, and answered there by one of their kind.
+    `device` is "cuda" or "cuda:N". Arrays in host memory are copied to it. Torch tensors and CuPy arrays on the GPU are
+    not copied, and the result is of the same kind on the same GPU.
 
-    For ONNX bundles: `profiles`, as `runtimes.tensorrt.profiles` has them or as text ("1..4x512..1024x512..1024"),
-    are what is built for; `cache_dir` is where plans are kept (default: $VAE_EXPORT_CACHE, or where this system keeps
-    caches), `cache_bytes` at most.
+    Only for ONNX bundles: `profiles` are the ranges of shapes to build for, as `Profile` or as text such as
+    "1..4x512..1024x512..1024"; `cache_dir` is the directory of the plan cache (default: see
+    `plan_cache.default_directory`), and `cache_bytes` limits its size.
 
-    `cuda_graphs` replays the launches of a call, for shapes that come again (`max_graphs` of them). With TensorRT-RTX,
-    which compiles kernels for the GPU at hand when they are first needed, `runtime_cache` names a file that keeps them,
-    and `kernel_specialization` says when to compile for one shape: "lazy" (beside the work), "eager" or "none".
+    `cuda_graphs` captures the launches of a call and replays them when its shape recurs, for up to `max_graphs` shapes
+    per context. TensorRT-RTX compiles kernels when they are first needed: `runtime_cache` names a file that keeps the
+    compiled kernels, and `kernel_specialization` says when it compiles kernels for one shape: "lazy" (in the
+    background), "eager" or "none".
     """
 
     backend = "tensorrt"
@@ -91,7 +93,9 @@ class TensorRtVae(VaeRuntime):
         gpu = cuda.compute_capability()
         if bundle.manifest.engine is not None:
             if profiles is not None:
-                raise ConfigError(f"the plans of {bundle.path} are built: their profiles cannot be chosen any more")
+                raise ConfigError(
+                    f"the plans of {bundle.path} are built: their profiles cannot be chosen; omit profiles"
+                )
             engine = bundle.manifest.engine
             _check_fits(engine, flavour, gpu, bundle.path)
             plans = {graph: bundle.read(self.spec[graph].file) for graph in GRAPHS}
@@ -117,7 +121,7 @@ class TensorRtVae(VaeRuntime):
 
     @classmethod
     def check_devices(cls) -> dict[str, str]:
-        """{device: "works", or why not}; whether a plan runs there is left to `open_vae`."""
+        """Return {device: "works" or the reason why not}. `open_vae` checks whether a given plan runs there."""
         try:
             load_flavour(cls.flavour)
             return {"cuda": f"works ({Cuda(0).compute_capability()})"}
@@ -125,13 +129,13 @@ class TensorRtVae(VaeRuntime):
             return {"cuda": str(error)}
 
     def _engine_of(self, flavour: Flavour, gpu: str, profiles: Sequence[Profile | str] | None) -> Engine:
-        """What an ONNX bundle is built for here."""
+        """Return the description of the engine to build from an ONNX bundle on this machine."""
         factor = self.graph_space.factor
         chosen = [parse_profile(p, factor) if isinstance(p, str) else checked(p, factor) for p in profiles or [DEFAULT]]
         return Engine(flavour.name, flavour.version, (gpu,), system(), tuple(chosen))
 
     def _built(self, bundle: Bundle, engine: Engine, cache: PlanCache, progress: Progress) -> dict[Graph, bytes]:
-        """The plans of an ONNX bundle, from the cache or built now."""
+        """Return the plans of an ONNX bundle, from the cache or newly built."""
         plans: dict[Graph, bytes] = {}
         for graph in GRAPHS:
             spec = self.spec[graph]
@@ -157,9 +161,9 @@ class TensorRtVae(VaeRuntime):
             engine.free_idle()
 
     def limits(self, graph: Graph, batch: int) -> Limits:
-        """What the profiles hold; tiles at the edges are no smaller than what the profile of the largest takes."""
+        """Return the limits that the profiles set."""
 
-        def smallest(side: int) -> int:
+        def smallest(side: int) -> int:  # the edge tiles must fit the same profile as the largest tiles
             return min((max(p.height.min, p.width.min) for p in self.profiles if side in p.height), default=1)
 
         return Limits(
@@ -168,24 +172,24 @@ class TensorRtVae(VaeRuntime):
         )
 
     def _close(self) -> None:
-        with ExitStack() as closing:  # all of them, also where one fails
+        with ExitStack() as closing:  # closes all engines even if one raises
             for engine in self._engines.values():
                 closing.callback(engine.close)
 
 
 class TensorRtRtxVae(TensorRtVae):
-    """The same over TensorRT-RTX: GeForce and RTX cards; its plans may run on more than one GPU."""
+    """The same with TensorRT-RTX, for GeForce and RTX cards; its plans may run on several GPU architectures."""
 
     backend = "tensorrt-rtx"
     flavour = "tensorrt-rtx"
 
 
 def job_of(engine: Engine, graph: Graph, spec: GraphSpec, factor: int) -> BuildJob:
-    """What the builder has to know of a graph."""
-    where = (0, *spec.input.axes)
-    channels = int(spec.input.shape[where[1]])
-    # A profile's shapes are batch, channels, height, width: each to its place.
-    order = [where.index(axis) for axis in range(4)]
+    """Return the build job for one graph of an engine."""
+    positions = (0, *spec.input.axes)
+    channels = int(spec.input.shape[positions[1]])
+    # A profile's shapes are batch, channels, height, width; reorder them to the axes of the graph's input.
+    order = [positions.index(axis) for axis in range(4)]
     shapes = tuple(
         tuple(tuple(shape[n] for n in order) for shape in profile.shapes(graph, channels, factor))
         for profile in engine.profiles
@@ -195,7 +199,10 @@ def job_of(engine: Engine, graph: Graph, spec: GraphSpec, factor: int) -> BuildJ
 
 
 def _check_fits(engine: Engine, flavour: Flavour, gpu: str, path: Path) -> None:
-    """`CompatibilityError` before a byte of the plan is parsed: it may crash where it does not belong."""
+    """Raise `CompatibilityError` unless the plans were built for this GPU, system and version of TensorRT.
+
+    Called before a plan is parsed, since TensorRT may crash on a foreign one.
+    """
     wrong = None
     if engine.flavour != flavour.name:
         wrong = f"was built with {engine.flavour}, and this is {flavour.name}"

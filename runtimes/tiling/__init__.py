@@ -1,4 +1,5 @@
-"""Tiling: a large image in parts.
+"""Tiling: process a large image in parts.
 
-`blended` is the tiling of diffusers, `seamless` gives the untiled result, and `budget` says how large a part may be.
+`blended` is the tiling of diffusers, `seamless` gives the untiled result, `budget` computes the memory of a call, and
+`tiler` chooses the size of the tiles.
 """

@@ -1,7 +1,7 @@
-"""Tiling: a large image as overlapping tiles, blended where they overlap.
+"""Blended tiling: process a large image as overlapping tiles, and blend their results where they overlap.
 
-The arithmetic is that of diffusers' AutoencoderKL, so that a tiled result here equals a tiled result there. It needs
-nothing of an array but slicing and arithmetic, and therefore serves NumPy arrays and torch tensors alike.
+The arithmetic is that of diffusers' AutoencoderKL, so both give the same tiled result. It uses only slicing and
+arithmetic, and so works on NumPy arrays and torch tensors alike.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ Array = TypeVar("Array")
 
 @dataclass(frozen=True)
 class TileGrid:
-    """How one direction (encode or decode) is tiled. Lengths are in pixels of the input or of the output."""
+    """The sizes of the tiles for one graph. Lengths count positions of the graph's input or output, on one axis."""
 
-    tile: int  #: side of a tile, input pixels
-    step: int  #: distance between the starts of two tiles, input pixels
-    blend: int  #: width of the blended border, output pixels
-    kept: int  #: side of what is kept of each tile, output pixels
+    tile: int  #: side of a tile, in the input
+    step: int  #: distance between the starts of two tiles, in the input
+    blend: int  #: width of the blended border, in the output
+    kept: int  #: side of the part of each tile that goes into the result, in the output
 
     @classmethod
     def of(cls, tile_in: int, tile_out: int, overlap_factor: float) -> TileGrid:
-        """From the tile's side on either end; truncates exactly as diffusers does, `int(side * (1 - overlap))`."""
+        """Make a grid from a tile's sides in input and output; truncates as diffusers: `int(side * (1 - overlap))`."""
         blend = int(tile_out * overlap_factor)
         return cls(tile=tile_in, step=int(tile_in * (1 - overlap_factor)), blend=blend, kept=tile_out - blend)
 
     @property
     def lines_up(self) -> bool:
-        """Whether step and blend were whole numbers before they were truncated.
+        """Whether step and blend were whole numbers before truncation.
 
-        Where they were not, the pieces that are kept leave gaps or overlap, and the result has another size.
+        If not, the kept parts leave gaps or overlap, and the result has the wrong size.
         """
         return self.step >= 1 and self.kept >= 1 and self.kept * self.tile == self.step * (self.kept + self.blend)
 
     def count(self, height: int, width: int) -> int:
-        """How many tiles an input of this size has."""
+        """Return the number of tiles for an input of this size."""
         return -(-height // self.step) * -(-width // self.step)
 
 
@@ -56,18 +56,18 @@ def run_tiled(
 ) -> Array:
     """Apply `function` to the tiles of `x` [B, C, H, W] and blend the results into one array.
 
-    A tile is blended with the one above first, then with the one to its left, in place: the neighbours used are the
-    blended ones. Tiles at the right and bottom edge are cut off, not shifted. Only two rows of tiles are held.
+    Each tile is blended in place, first with the tile above, then with the tile to its left, which are blended already.
+    Tiles at the right and bottom edges are smaller, not shifted. At most two rows of tiles are in memory.
 
-    Where a function takes nothing below a size, `smallest` is the side that tiles have at least: those at the edges
-    begin earlier then, and what they give for the added part is dropped.
+    `smallest` is the least side of an input that `function` takes. Edge tiles below it start earlier, and the results
+    for the added part are dropped.
 
-    `function` must return an array of its own, which is written to. Raises `ShapeError` where tiles would not meet.
+    `function` must return a new array, since the blending writes to it. Raises `ShapeError` if `grid` does not line up.
     """
     if not grid.lines_up:
         raise ShapeError(
             f"tiles of {grid.tile} cannot advance by {grid.step} and give {grid.kept} of {grid.kept + grid.blend}; "
-            "tile_overlap_factor must be below 1, and that part of tile_latent_min_size a whole number"
+            "tile_overlap_factor must be below 1, and its product with tile_latent_min_size a whole number"
         )
     concatenate = array_module(x).concatenate
     height, width = x.shape[-2:]  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def run_tiled(
 
 
 def _blend(before: Any, after: Any, extent: int, axis: int) -> None:
-    """Fade the first `extent` lines of `after`, in place, from the last lines of `before`."""
+    """Blend the first `extent` lines of `after`, in place, linearly with the last lines of `before`."""
     extent = min(before.shape[axis], after.shape[axis], extent)
     start = before.shape[axis] - extent
     for t in range(extent):

@@ -1,8 +1,8 @@
-"""How much memory a call needs: a model measured per backend and precision, for `memory_budget`.
+"""A model of the memory that a call needs, measured per backend and precision, for `memory_budget`.
 
-What is counted is the working memory of one call at its peak, beyond what the opened bundle holds and the arrays that
-go in and come out. It grows with the maps of the widest level, so with pixels times channels, and, where a backend
-holds scores of the attention, with the square of the positions.
+The model gives the peak working memory of one call, without the memory of the opened bundle and of the input and output
+arrays. The working memory grows with the feature maps of full size, that is with pixels times channels. If a backend
+stores attention scores, it also grows with the square of the number of positions.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ class Rate(NamedTuple):
 
     encoder: float
     decoder: float
-    encoder_fixed: float = 0.0  #: bytes, whatever the size of the image, for 128 channels; it grows with their square
-    decoder_fixed: float = 0.0  #: the same
-    score: float = 0.0  #: bytes for each score of the attention, positions ** 2, of which a part is held at once
-    step: float = 0.0  #: in seamless tiling, bytes for each value of a map of a tile
-    whole_score: float = 0.0  #: as `score`, in seamless tiling
+    encoder_fixed: float = 0.0  #: bytes for 128 channels, for any size of image; grows with the channels squared
+    decoder_fixed: float = 0.0  #: the same for the decoder
+    score: float = 0.0  #: bytes for each of the positions**2 attention scores; only a part is in memory at once
+    step: float = 0.0  #: in seamless tiling, bytes for each value of a tile's feature map
+    whole_score: float = 0.0  #: the same as `score`, in seamless tiling
 
 
-#: (backend, precision) on a CPU, with a model of Stable Diffusion's size and random weights, at 512 and 1024 pixels
-#: a side: a line through both and a tenth more. `python -m benchmarks.memory_model` measures them.
+#: Rates by (backend, precision), measured by `python -m benchmarks.memory_model` on a CPU, with random weights of
+#: Stable Diffusion's size, on images of 512 and 1024 pixels a side: a line through both points, plus 10 %.
 RATES: dict[tuple[str, str], Rate] = {
-    # Two maps of scores at a time, in fp32 even where the graph has fp16: 16 blocks untiled, 64 in seamless tiling.
+    # The attention holds two blocks of scores at once, in fp32 even in fp16 graphs: a block is 1/16 of all scores
+    # untiled, 1/64 in seamless tiling.
     ("onnxruntime", "fp32"): Rate(encoder=13.8, decoder=35.0, score=0.5, step=21.0, whole_score=0.125),
     ("onnxruntime", "fp16"): Rate(encoder=13.8, decoder=36.0, score=0.5, step=25.0, whole_score=0.125),
-    # The first call of a graph reads its weights, and compiled for a size it holds a copy of them.
+    # The first call of a graph reads its weights; compiling the graph for a size copies them.
     ("openvino", "fp32"): Rate(encoder=13.9, decoder=16.1, encoder_fixed=432e6, decoder_fixed=700e6),
     ("openvino", "fp16"): Rate(encoder=13.9, decoder=27.1, encoder_fixed=264e6, decoder_fixed=404e6),
     ("openvino", "bf16"): Rate(encoder=7.0, decoder=8.9, encoder_fixed=225e6, decoder_fixed=386e6),
@@ -48,7 +49,7 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 
 def parse_bytes(value: int | str) -> int:
-    """A number of bytes, or a text such as "2GiB" or "500 MB". `ConfigError` for anything else."""
+    """Convert a number of bytes, or a text such as "2GiB" or "500 MB", to bytes. `ConfigError` for anything else."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", value.lower()) if isinstance(value, str) else None
@@ -73,7 +74,7 @@ def rate_of(family: str, backend: str, device: str, precision: str) -> Rate:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that a call may use, and the measured model that says what it needs."""
+    """The bytes that a call may use, and the measured rates that give the bytes that it needs."""
 
     bytes: int
     rate: Rate

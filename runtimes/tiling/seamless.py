@@ -1,11 +1,11 @@
-"""Seamless tiling: an image of any size in bounded memory, equal to the untiled result but for rounding.
+"""Seamless tiling: process an image of any size in bounded memory; the result equals the untiled one up to rounding.
 
-What makes a tile differ from the same place in the whole is the attention, which sees every position, and the
-statistics of the norms; all else is local. A tileable bundle therefore has each half of the network once more, cut at
-the norms. The part with the attention, at the size of the latents, runs on the whole. Every convolution behind it (or
-in front of it, in the encoder) runs over tiles that overlap by the one pixel that it sees beyond its own, each norm
-with the statistics of the whole image, gathered from the tiles of the step before. What lies between two steps is kept
-in host memory in fp16, which the weights are rescaled for (`vae_export.rewrites.rescale`).
+Only two operations of the network depend on the whole image: the attention, and the statistics of the norms. A tileable
+bundle therefore also contains each graph cut into steps at the norms. The step with the attention, at the size of the
+latents, runs on the whole image. All convolutions after it (in the encoder, before it) run on tiles that overlap by one
+pixel, as far as a convolution reads. Each norm uses the statistics of the whole image, merged from the tiles of the
+previous step. The activations between two steps are kept in host memory in fp16; the weights are rescaled so that they
+fit its range (`vae_export.rewrites.rescale`).
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ RunStep = Callable[[Step, Mapping[str, Array]], Sequence[Array]]  #: inputs by n
 
 
 class Reach(NamedTuple):
-    """What a step reads for an output pixel i along an axis: pixels step*i/out - before to step*(i+1)/out + after."""
+    """The input pixels that output pixel i needs along an axis: step*i/out - before to step*(i+1)/out + after."""
 
     before: int
     after: int
-    step: int = 1  #: input pixels ...
-    out: int = 1  #: ... for as many output pixels
+    step: int = 1  #: step/out is the ratio of input pixels to output pixels
+    out: int = 1
 
 
-#: kind of a step that is tiled -> what it reads
+#: kind of a tiled step -> its reach
 REACH = {
     "in": Reach(1, 1),
     "conv1": Reach(1, 1),
     "conv2": Reach(1, 1),
     "up": Reach(1, 1, out=2),
-    "down": Reach(0, 1, step=2),  # the zeros are on the right and bottom alone
+    "down": Reach(0, 1, step=2),  # it pads with zeros on the right and bottom only
     "out": Reach(1, 1),
 }
 NORMED = ("conv1", "conv2", "out")
 
 
 class _Map(NamedTuple):
-    """An activation between two steps: values [C, H, W] in fp16, and of each channel mean and variance [2, C]."""
+    """An activation between two steps: its values [C, H, W] in fp16, and mean and variance of each channel [2, C]."""
 
     values: Array
     moments: Array
 
 
 class Tile(NamedTuple):
-    """What one call of a step computes: rows and columns of its output."""
+    """The rows and columns of a step's output that one call computes."""
 
     top: int
     bottom: int
@@ -75,14 +75,14 @@ class StepBackend(Protocol):
     """A backend that runs the steps of tileable bundles."""
 
     def open_steps(self, steps: Sequence[Step]) -> None:
-        """Load the steps of one graph; called once for each graph, before the first of them runs."""
+        """Load the steps of one graph; called once per graph, before its first step runs."""
 
     def run_step(self, step: Step, inputs: Mapping[str, Array]) -> Sequence[Array]:
-        """Run one of them on arrays in host memory."""
+        """Run one step on arrays in host memory, given by input name; returns its outputs in order."""
 
 
 class SeamlessGraphs:
-    """Both graphs of a tileable bundle, cut into steps."""
+    """Runs both graphs of a tileable bundle step by step."""
 
     def __init__(self, manifest: Manifest) -> None:
         assert manifest.tileable is not None
@@ -97,9 +97,9 @@ class SeamlessGraphs:
         self._opening = threading.Lock()
 
     def run(self, backend: StepBackend, graph: Graph, x: Any, side: int, on_tile: OnTile | None = None) -> Any:
-        """The result of a graph for `x` [B, C, H, W] of any kind, in tiles with this side in latents.
+        """Run a graph on `x` [B, C, H, W], an array of any kind, in tiles with this side in latents.
 
-        Images have their channels first here; pixels (uint8) are taken as they are and given as floats in 0..255.
+        A uint8 input is taken as pixels. If the graph's output is uint8, returns floats in 0..255.
         """
         return answer_in_kind(lambda array: self._run(backend, graph, array, side * self._patch, on_tile), x)
 
@@ -133,7 +133,7 @@ class SeamlessGraphs:
         return result.astype(self._spec[graph].output.dtype, copy=False)
 
     def bytes_needed(self, budget: Budget, graph: Graph, shape: Sequence[int], side: int) -> int:
-        """Working memory of a call: what lies between the steps, with a tile or with what runs on the whole."""
+        """Return the peak working memory of a call in bytes: the maps between steps plus the largest call of a step."""
         height, width = (length if graph == "encoder" else length * self._patch for length in shape[-2:])
         pixels_per_unit = 1 if graph == "encoder" else self._factor
         positions = (height * pixels_per_unit // self._factor) * (width * pixels_per_unit // self._factor)
@@ -153,87 +153,109 @@ def run_seamless(
     tile_values: int,
     on_tile: OnTile | None = None,
 ) -> Array:
-    """Run the steps of the encoder or decoder on `x`, float32 [1, C, H, W]: what the whole graph would give.
+    """Run the steps of the encoder or decoder on `x`, float32 [1, C, H, W]; the result equals that of the whole graph.
 
-    `factor` is the model's spatial ratio, `groups` its number of norm groups. No map of a tile has more than about
+    `factor` is the model's spatial ratio, `groups` its number of norm groups. A tile's feature map has at most about
     `tile_values` values.
 
-    Raises `NumericsError` where a value between two steps is beyond fp16.
+    Raises `NumericsError` if a value between two steps exceeds fp16.
     """
     plan = _plan(steps, _sizes(steps, x.shape[2], x.shape[3], factor), tile_values)
-    done = itertools.count(1)
+    total, done = sum(len(tiles) for tiles in plan), itertools.count(1)
 
-    def tell() -> None:
+    def report() -> None:
         if on_tile is not None:
-            on_tile(next(done), sum(len(tiles) for tiles in plan))
+            on_tile(next(done), total)
 
+    # `stream` is the residual stream; `inner` is the output of conv1, which the next conv2 reads.
     stream, inner = _Map(x[0], np.empty(0)), None
     for step, tiles in zip(steps, plan, strict=True):
         if step.kind == "whole":
             name = "stream" if step is steps[-1] else "latent_sample"
             result = run(step, {name: stream.values[None]})[0]
             stream = _Map(result[0], _moments(result[0]))
-            tell()
+            report()
             continue
         source = inner if step.kind == "conv2" else stream
         assert source is not None
-        height, width = tiles[-1].bottom, tiles[-1].right
-        if step.kind == "conv2" and step.channels <= len(stream.values):
-            # In place: no tile reads of the stream what another one writes.
-            target = stream.values[: step.channels]
-        else:
-            target = np.empty((step.channels, height, width), np.float32 if step.kind == "out" else np.float16)
-        given: dict[str, Array] = {}
-        if step.kind in NORMED:
-            given["statistics"] = _of_groups(source.moments, groups)
-        found = []
-        for tile in tiles:
-            given["x"], inside = _read(source.values, tile, REACH[step.kind])
-            if step.kind in NORMED:
-                given["inside"] = inside
-            if step.kind == "conv2":
-                given["skip"] = np.ascontiguousarray(
-                    stream.values[None, :, tile.top : tile.bottom, tile.left : tile.right]
-                )
-            result, *moments = run(step, given)
-            target[:, tile.top : tile.bottom, tile.left : tile.right] = result[0]
-            found += moments
-            tell()
+        target = _target(step, tiles, stream)
+        moments = _run_tiles(step, tiles, run, source, stream, target, groups, report)
         if step.kind == "out":
             return target[None]
-        if not np.isfinite(found).all():
+        if not np.isfinite(moments).all():
             raise NumericsError(
-                f"activations behind {step.file} exceed {FP16_LARGEST:.0f}, the most kept between tiles, or are "
-                'not finite; enable_tiling("blended") keeps none'
+                f"activations after {step.file} exceed {FP16_LARGEST:.0f}, the largest value that is kept between "
+                'tiles, or are not finite; enable_tiling("blended") keeps none'
             )
-        made = _Map(target, _merged(found, tiles))
+        output = _Map(target, _merged(moments, tiles))
         if step.kind == "conv1":
-            inner = made
+            inner = output
         else:
-            stream, inner = made, None
+            stream, inner = output, None
     return stream.values[None]
 
 
+def _target(step: Step, tiles: Sequence[Tile], stream: _Map) -> Array:
+    """Return the array [C, H, W] for a tiled step's output: for conv2 the stream itself, if it has enough channels."""
+    if step.kind == "conv2" and step.channels <= len(stream.values):
+        # Safe: each tile reads of the stream exactly the region that it writes.
+        return stream.values[: step.channels]
+    shape = (step.channels, tiles[-1].bottom, tiles[-1].right)
+    return np.empty(shape, np.float32 if step.kind == "out" else np.float16)
+
+
+def _run_tiles(
+    step: Step,
+    tiles: Sequence[Tile],
+    run: RunStep,
+    source: _Map,
+    stream: _Map,
+    target: Array,
+    groups: int,
+    report: Callable[[], None],
+) -> list[Array]:
+    """Run a step on each tile of `source`, write the results into `target`, and return each tile's moments [2, C].
+
+    conv2 also reads its tile of `stream`, for the skip connection.
+    """
+    inputs: dict[str, Array] = {}
+    if step.kind in NORMED:
+        inputs["statistics"] = _of_groups(source.moments, groups)
+    moments: list[Array] = []
+    for tile in tiles:
+        inputs["x"], inside = _read(source.values, tile, REACH[step.kind])
+        if step.kind in NORMED:
+            inputs["inside"] = inside
+        if step.kind == "conv2":
+            skip = stream.values[None, :, tile.top : tile.bottom, tile.left : tile.right]
+            inputs["skip"] = np.ascontiguousarray(skip)
+        result, *tile_moments = run(step, inputs)
+        target[:, tile.top : tile.bottom, tile.left : tile.right] = result[0]
+        moments += tile_moments
+        report()
+    return moments
+
+
 def largest_maps(steps: Sequence[Step], height: int, width: int, factor: int) -> int:
-    """Bytes of host memory, at most, for what lies between the steps for an input of this size."""
-    most, stream, channels = 0, 0, 0
+    """Return the peak bytes of host memory for the maps between steps; height and width are those of the input."""
+    peak, stream, channels = 0, 0, 0
     for step, (rows, columns) in zip(steps, _sizes(steps, height, width, factor), strict=True):
         size = step.channels * rows * columns * (4 if step.kind == "out" else 2)
         in_place = step.kind == "conv2" and step.channels <= channels
-        most = max(most, stream + (0 if in_place else size) + (size if step.kind == "conv2" else 0))
+        peak = max(peak, stream + (0 if in_place else size) + (size if step.kind == "conv2" else 0))
         if step.kind != "conv1":
             stream, channels = size, step.channels
-    return most
+    return peak
 
 
 # Tiles ------------------------------------------------------------------------------------------------------------
 
 
 def _sizes(steps: Sequence[Step], height: int, width: int, factor: int) -> Iterator[tuple[int, int]]:
-    """Height and width of what each step gives, for an input of this size."""
+    """Yield height and width of each step's output, for a graph's input of this size."""
     for step in steps:
         if step.kind == "whole":
-            # In the decoder it may hold levels that upsample, where they have attention: all that no step does.
+            # In the decoder it includes the levels with attention, and so all upsampling that no other step does.
             grown = factor // 2 ** sum(other.kind == "up" for other in steps) if step is not steps[-1] else 1
             height, width = height * grown, width * grown
         else:
@@ -243,7 +265,7 @@ def _sizes(steps: Sequence[Step], height: int, width: int, factor: int) -> Itera
 
 
 def _plan(steps: Sequence[Step], sizes: Iterable[tuple[int, int]], tile_values: int) -> list[list[Tile]]:
-    """The tiles of each step; one for what runs on the whole."""
+    """Return the tiles of each step: one tile for a step that runs on the whole image."""
     plan, channels = [], 1
     for step, (height, width) in zip(steps, sizes, strict=True):
         if step.kind == "whole":
@@ -256,15 +278,18 @@ def _plan(steps: Sequence[Step], sizes: Iterable[tuple[int, int]], tile_values: 
     return plan
 
 
-def cut(length: int, most: int, unit: int) -> Iterator[tuple[int, int]]:
-    """Cut a length into the fewest parts, multiples of `unit`, of two sizes at most: graphs are compiled for each."""
-    length, most = length // unit, max(most // unit, 1)
-    count = -(-length // most)
+def cut(length: int, longest: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Cut a length into the fewest parts of at most `longest`, in multiples of `unit`; yield start and end of each.
+
+    The parts have at most two sizes, because backends compile the graphs for each size.
+    """
+    length, longest = length // unit, max(longest // unit, 1)
+    count = -(-length // longest)
     yield from itertools.pairwise(length * n // count * unit for n in range(count + 1))
 
 
 def _read(values: Array, tile: Tile, reach: Reach) -> tuple[Array, Array]:
-    """What a tile needs, [1, C, h, w], zeros outside of the image; and [1, 1, h, w]: 1 inside of the image, else 0."""
+    """Return a tile's input [1, C, h, w], zero outside of the image, and a mask [1, 1, h, w], 1 inside of the image."""
     (top, bottom), (left, right) = (
         (start * reach.step // reach.out - reach.before, end * reach.step // reach.out + reach.after)
         for start, end in (tile[:2], tile[2:])
@@ -283,17 +308,17 @@ def _read(values: Array, tile: Tile, reach: Reach) -> tuple[Array, Array]:
 
 
 def _moments(values: Array) -> Array:
-    """[C, H, W] -> mean and variance of each channel, float64 [2, C]."""
+    """Return mean and variance of each channel of [C, H, W]: float64 [2, C]."""
     flat = (channel.astype(np.float64) for channel in values)
     return np.array([(channel.mean(), channel.var()) for channel in flat]).T
 
 
-def _merged(found: Sequence[Array], tiles: Sequence[Tile]) -> Array:
-    """Mean and variance of each channel over all tiles, from those of each tile: [2, C] in float64.
+def _merged(moments: Sequence[Array], tiles: Sequence[Tile]) -> Array:
+    """Merge mean and variance [2, C] of each tile into those of all tiles: float64 [2, C].
 
     Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
     """
-    means, variances = np.stack(found, axis=1).astype(np.float64)  # each [tiles, C]
+    means, variances = np.stack(moments, axis=1).astype(np.float64)  # each [tiles, C]
     share = np.array([tile.pixels for tile in tiles], np.float64)[:, None]
     share /= share.sum()
     mean = (share * means).sum(0)
@@ -301,7 +326,7 @@ def _merged(found: Sequence[Array], tiles: Sequence[Tile]) -> Array:
 
 
 def _of_groups(moments: Array, groups: int) -> Array:
-    """Mean and variance of each channel -> of each norm group, float32 [2, groups]."""
+    """Convert mean and variance of each channel [2, C] to those of each norm group: float32 [2, groups]."""
     means, variances = moments.reshape(2, groups, -1)
     mean = means.mean(1, keepdims=True)
     variance = (variances + (means - mean) ** 2).mean(1)

@@ -1,4 +1,4 @@
-"""The switches of tiling and slicing, with the names that diffusers' AutoencoderKL has for them."""
+"""The settings of tiling and slicing, with the names of diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from runtimes.errors import ConfigError
 OnTile = Callable[[int, int], None]  #: (tiles done, tiles in all)
 
 TILINGS = ("blended", "seamless")
-SMALLEST_TILE = 8  #: side in latents, below which no tile is made smaller where memory runs out
+SMALLEST_TILE = 8  #: least side of a tile, in latents, that is tried when memory runs out
 
 
 class TilingSettings:
-    """The switches, for the reference model and every runtime alike.
+    """The settings of tiling and slicing, the same for the reference model and every runtime.
 
-    Tiling may be tuned by plain attributes, as in diffusers: `tile_sample_min_size` and `tile_latent_min_size` (the
-    side of a tile in pixels and in latents; tiling is active only beyond it) and `tile_overlap_factor`.
+    As in diffusers, tiles are set by attributes: `tile_sample_min_size` and `tile_latent_min_size` are the side of a
+    tile in pixels and in latents (only larger images are tiled), and `tile_overlap_factor` is in [0, 1).
 
-    Where a tile does not fit the memory (`OutOfMemoryError`), smaller ones are tried, down to 8 latents a side.
-    `on_tile` is called after each tile with the number of tiles that are done and of all.
+    If a tile does not fit into memory (`OutOfMemoryError`), smaller tiles are tried, down to 8 latents a side.
+    `on_tile` is called after each tile with the number of finished tiles and of all tiles.
     """
 
     on_tile: OnTile | None
@@ -31,7 +31,7 @@ class TilingSettings:
     tile_overlap_factor: float
 
     def _set_up_tiling(self, sample_size: int, factor: int) -> None:
-        """Tiles of `sample_size` pixels, which are `sample_size / factor` latents; everything is switched off."""
+        """Set tiles of `sample_size` pixels (`sample_size / factor` latents), with tiling and slicing switched off."""
         self.on_tile = None
         self.use_slicing = self.use_tiling = False
         self.tiling = TILINGS[0]
@@ -40,10 +40,11 @@ class TilingSettings:
         self.tile_overlap_factor = 0.25
 
     def enable_tiling(self, tiling: str = "blended") -> None:
-        """Work on large images tile by tile, in bounded memory.
+        """Process large images tile by tile, in bounded memory.
 
-        "blended" is the tiling of diffusers: each tile for itself, with visible differences between them. "seamless"
-        gives the untiled result but for rounding, and needs a bundle that was exported with --tileable (`ConfigError`).
+        "blended" is the tiling of diffusers: it computes each tile on its own, so tiles may differ visibly. "seamless"
+        gives the untiled result up to rounding; it needs a bundle that was exported with --tileable. Raises
+        `ConfigError` for another name or another bundle.
         """
         if tiling not in TILINGS:
             raise ConfigError(f"tiling is one of {', '.join(TILINGS)}, not {tiling!r}")
@@ -52,17 +53,17 @@ class TilingSettings:
         self.use_tiling, self.tiling = True, tiling
 
     def _check_seamless(self) -> None:
-        """Raise `ConfigError` where seamless tiling cannot be had."""
-        raise ConfigError("the reference model is not cut for seamless tiling: a bundle exported with --tileable is")
+        """Raise `ConfigError` if seamless tiling is not supported."""
+        raise ConfigError("the reference model has no seamless tiling; export a bundle with --tileable")
 
     def disable_tiling(self) -> None:
-        """Work on each image as a whole."""
+        """Process each image as a whole."""
         self.use_tiling = False
 
     def enable_slicing(self) -> None:
-        """Work on the samples of a batch one by one, to save memory."""
+        """Process the samples of a batch one by one, to save memory."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
-        """Work on a whole batch at once."""
+        """Process a whole batch at once."""
         self.use_slicing = False

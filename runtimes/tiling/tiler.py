@@ -1,7 +1,7 @@
-"""How a call is cut into parts: which tiles are tried, the largest first, until one fits the memory.
+"""Choose the tiles of a call: try the largest first, then smaller ones until one fits into memory.
 
-A tiler is made for one call. It is composed of the user's switches, the limits of the backend, the memory budget, and
-the steps of seamless tiling where there are any; it knows nothing else of the backend.
+A tiler is made for one call, from the user's settings, the backend's limits, the memory budget, and the steps of
+seamless tiling if the bundle has them. It depends on nothing else of the backend.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from runtimes.tiling.settings import SMALLEST_TILE, TilingSettings
 
 
 class Limits(NamedTuple):
-    """What a backend runs in one call of a graph at a batch size. Sizes are in pixels of the image."""
+    """The sizes that a backend accepts in one call of a graph at a given batch size, in pixels of the image."""
 
-    holds: Callable[[int, int], bool]  #: whether it takes an image of this height and width
-    smallest: Callable[[int], int]  #: the least side of a tile where the largest tiles have this side
+    holds: Callable[[int, int], bool]  #: (height, width) -> whether the backend accepts an image of this size
+    smallest: Callable[[int], int]  #: side of the largest tiles -> the least side that other tiles may have
 
 
 NO_LIMITS = Limits(holds=lambda height, width: True, smallest=lambda side: 1)
@@ -33,18 +33,21 @@ NO_LIMITS = Limits(holds=lambda height, width: True, smallest=lambda side: 1)
 
 @dataclass(frozen=True)
 class Tiler:
-    """The parts of one call. Sides of tiles are in latents; a side of None is the whole."""
+    """Runs one call whole or in tiles. Sides of tiles are in latents; a side of None means the whole image."""
 
     settings: TilingSettings
-    factor: int  #: pixels for each latent
-    limits: Callable[[Graph, int], Limits] = lambda graph, batch: NO_LIMITS  #: of a graph at a batch size
+    factor: int  #: pixels per latent, along one axis
+    limits: Callable[[Graph, int], Limits] = lambda graph, batch: NO_LIMITS  #: (graph, batch size) -> limits
     budget: Budget | None = None
     halo: Mapping[Graph, int] | None = None  #: of a network without norms and attention: latents around a tile
     seamless: SeamlessGraphs | None = None  #: the steps of a tileable bundle ...
     backend: Any = None  #: ... and what runs them
 
     def run(self, function: Callable[[Any], Any], x: Any, graph: Graph) -> Any:
-        """`function` on `x` [B, C, H, W], by samples and by tiles as far as these are switched on and needed."""
+        """Apply `function` to `x` [B, C, H, W], by samples and by tiles if these are switched on and needed.
+
+        Raises `OutOfMemoryError` if even the smallest tiles do not fit into memory.
+        """
         if self.settings.use_slicing and x.shape[0] > 1:
             parts = [self.run(function, x[i : i + 1], graph) for i in range(x.shape[0])]
             return array_module(x).concatenate(parts)
@@ -58,7 +61,7 @@ class Tiler:
         raise failed
 
     def attempts(self, function: Callable[[Any], Any], x: Any, graph: Graph) -> Iterator[Callable[[], Any]]:
-        """The ways to compute the call, the one that needs the most memory first."""
+        """Yield functions that compute the call, in the order of decreasing memory."""
         if not self.settings.use_tiling and self.budget is None:
             yield partial(function, x)
             return
@@ -86,7 +89,10 @@ class Tiler:
         return run_tiled(function, x, self.grid(graph, side), smallest=smallest, on_tile=self.settings.on_tile)
 
     def grid(self, graph: Graph, side: int | None = None) -> TileGrid:
-        """The tiles with this side, or those that the settings say. `ShapeError` where the settings contradict."""
+        """Return the grid for tiles of this side, by default that of the settings.
+
+        Raises `ShapeError` if the settings for pixels and latents contradict each other.
+        """
         if side is None:
             side, sample = self.settings.tile_latent_min_size, self.settings.tile_sample_min_size
             if sample != side * self.factor:
@@ -96,12 +102,12 @@ class Tiler:
         sides = (side * self.factor, side)
         return TileGrid.of(*(sides if graph == "encoder" else sides[::-1]), self.settings.tile_overlap_factor)
 
-    # Which sides are tried ------------------------------------------------------------------------------------------
+    # The sides to try -----------------------------------------------------------------------------------------------
 
     def sides(self, graph: Graph, shape: Sequence[int]) -> Iterator[int | None]:
-        """The sides to try for an input of this shape, as far as the limits hold them.
+        """Yield the sides to try for an input of this shape, in decreasing order and within the backend's limits.
 
-        What is too large for the limits is cut into the largest tiles that they hold.
+        If the first side exceeds the limits, the largest side within them replaces it.
         """
         limits = self.limits(graph, shape[0])
         height, width = self._pixels(graph, shape)
@@ -113,26 +119,28 @@ class Tiler:
             if limits.holds(height, width) if side is None else holds(side):
                 yield side
                 continue
-            most = max(height, width) // self.factor
-            largest = next(filter(holds, self._possible(graph, min(side or most, most))), side)
-            yield largest  # as wanted where none is held: the backend says what it takes
+            whole = max(height, width) // self.factor
+            largest = next(filter(holds, self._possible(graph, min(side or whole, whole))), side)
+            yield largest  # if no side is within the limits, the backend raises an error that lists its sizes
             if largest is not None:
                 yield from filter(holds, self._halves(graph, largest))
             return
 
     def _wanted(self, graph: Graph, shape: Sequence[int]) -> Iterator[int | None]:
+        """Yield the sides that settings and budget ask for, then smaller ones, without regard to the limits."""
         height, width = self._pixels(graph, shape)
         whole = -(-max(height, width) // self.factor)
         if self.budget is not None:
             first = self._first_within(self.budget, graph, shape, whole)
         else:
             side = self.settings.tile_latent_min_size
-            self.grid(graph)  # refuses settings that contradict each other
+            self.grid(graph)  # raises if the settings contradict each other
             first = side if max(height, width) > side * self.factor else None
         yield first
         yield from self._halves(graph, whole if first is None else first)
 
     def _first_within(self, budget: Budget, graph: Graph, shape: Sequence[int], whole: int) -> int | None:
+        """Return the largest side whose tiles fit the budget; None if the whole image does."""
         height, width = self._pixels(graph, shape)
         needed = budget.call_bytes(graph, shape[0], height, width)
         if needed <= budget.bytes:
@@ -151,18 +159,18 @@ class Tiler:
         )
 
     def _halves(self, graph: Graph, side: int) -> Iterator[int]:
-        """Half a side, half of that, ..., each the largest that lines up."""
-        while (found := next(self._possible(graph, side // 2), None)) is not None:
-            side = found
+        """Halve a side repeatedly: yield each time the largest possible side of at most half the previous one."""
+        while (smaller := next(self._possible(graph, side // 2), None)) is not None:
+            side = smaller
             yield side
 
-    def _possible(self, graph: Graph, most: int) -> Iterator[int]:
-        """Sides of tiles from the largest to the smallest. Blended ones must advance by whole latents."""
-        for side in range(most, SMALLEST_TILE - 1, -1):
+    def _possible(self, graph: Graph, largest: int) -> Iterator[int]:
+        """Yield the sides of tiles from `largest` down to SMALLEST_TILE. Blended tiles must line up (`TileGrid`)."""
+        for side in range(largest, SMALLEST_TILE - 1, -1):
             if self.settings.tiling != "blended" or self.grid(graph, side).lines_up:
                 yield side
 
     def _pixels(self, graph: Graph, shape: Sequence[int]) -> tuple[int, int]:
-        """Height and width of the image, for an input of this shape."""
+        """Return height and width of the image in pixels, for a graph's input of this shape."""
         unit = 1 if graph == "encoder" else self.factor
         return shape[-2] * unit, shape[-1] * unit

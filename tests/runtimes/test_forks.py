@@ -21,7 +21,7 @@ if child == 0:
         try:
             call()
         except VaeError as error:
-            assert f"opened in process {os.getppid()}, of which this one ({os.getpid()}) is a fork" in str(error)
+            assert f"opened in process {os.getppid()}, and this process ({os.getpid()}) is a fork of it" in str(error)
         else:
             os._exit(2)
     if way == "closed":

@@ -310,7 +310,7 @@ def test_what_does_not_fit_fp16_is_an_error_and_no_picture():
     def run(step, inputs):
         return [np.full((1, 1, 8, 8), np.inf, np.float16), np.full((2, 1), np.inf, np.float32)]
 
-    with pytest.raises(NumericsError, match="behind in exceed 65504"):
+    with pytest.raises(NumericsError, match="after in exceed 65504"):
         run_seamless(steps, run, given, factor=1, groups=1, tile_values=64)
 
 

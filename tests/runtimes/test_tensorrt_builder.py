@@ -174,7 +174,7 @@ def test_one_that_has_a_bug_says_its_last_words(fake_gpu, tmp_path_factory, monk
     with pytest.raises(BackendUnavailable, match=r"the decoder: tensorrt does not load \(what a day\)"):
         build_plan(graph(), JOB, "decoder")
     (broken / "fake_tensorrt.py").write_text("raise SystemExit('gone')")
-    with pytest.raises(CompatibilityError, match=r"crashed .* \(exit code 1\); the last that it said: gone\. Another"):
+    with pytest.raises(CompatibilityError, match=r"crashed .* \(exit code 1\); its last output: gone\. Another"):
         build_plan(graph(), JOB, "decoder")
 
 

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,42 @@ def test_reader_that_has_gone_ends_the_command_without_a_word(tiny_bundle):
     done = command("inspect", tiny_bundle, "--json", stdout=writing)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_reader_that_closes_the_pipe_of_the_data_ends_the_command_without_a_word(tiny_bundle, files):
+    reading, writing = os.pipe()
+    os.close(reading)
+    for arguments in (["encode", tiny_bundle, "photo.png"], ["roundtrip", tiny_bundle, "photo.png"]):
+        done = command(*arguments, "--out", "-", stdout=writing, cwd=files)
+        assert (done.returncode, done.stderr) == (141, b""), arguments
+    os.close(writing)
+
+
+def test_warning_is_one_plain_line_on_standard_error(run, monkeypatch):
+    def warn(path):
+        warnings.warn("the config\nis left out", UserWarning, stacklevel=2)
+        return Bundle(path)
+
+    monkeypatch.setattr(cli, "Bundle", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = run("inspect", "missing")
+    assert result.code == BundleError.exit_code
+    assert result.err.splitlines()[0] == "warning: the config is left out"
+
+
+def test_shell_completion_names_commands_without_loading_torch():
+    code = "import sys; sys.modules['torch'] = sys.modules['onnx'] = None; import vae_export.__main__"
+    completing = {**os.environ, "COMP_WORDS": "vae-export en", "COMP_CWORD": "1"}
+    for instruction, expected in (
+        ("complete_bash", b"encode\nencode-dataset"),
+        ("source_bash", b"complete -o default"),
+    ):
+        environment = {**completing, "_VAE_EXPORT_COMPLETE": instruction}
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, env=environment, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"") and expected in done.stdout
+    assert b"--install-completion" in command("--help").stdout
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "latin-1", "utf-8"])

@@ -1,6 +1,6 @@
-"""The config of a checkpoint that does not bring one: read off the shapes, completed from what is public.
+"""Infer the config of a checkpoint without one, from the shapes of its tensors and from facts about public VAEs.
 
-`VaeConfig` itself is in `runtimes.config`, since opening a bundle needs it too.
+`VaeConfig` itself is in `runtimes.config`, because opening a bundle needs it too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["VaeConfig", "complete_config", "find_public_vae", "infer_architectur
 
 @dataclass(frozen=True)
 class PublicVae:
-    """What a public VAE's weights do not say, known by its repository or by the sha256 of its file."""
+    """Config values of a public VAE that its weights do not determine; found by repository or sha256 of the file."""
 
     name: str
     scaling_factor: float
@@ -30,7 +30,7 @@ class PublicVae:
     files_sha256: tuple[str, ...] = ()
 
 
-# From the config.json files of the repositories named; the hashes are those that the Hub shows for the files.
+# The values are from the config.json files of these repositories, the hashes from the Hub's pages of the files.
 PUBLIC_VAES = (
     PublicVae(
         name="Stable Diffusion 1.x",
@@ -75,7 +75,7 @@ PUBLIC_VAES = (
     ),
 )
 
-# Architectures of which every public VAE has 32 norm groups: (block_out_channels, layers_per_block).
+# (block_out_channels, layers_per_block) for which all public VAEs have 32 norm groups.
 PUBLIC_ARCHITECTURES = (
     ((128, 256, 512, 512), 2),  # Stable Diffusion, SDXL, Playground, SD3, FLUX.1
     ((128, 256, 512), 2),  # Stable Diffusion x4 upscaler
@@ -85,7 +85,7 @@ PUBLIC_NORM_NUM_GROUPS = 32
 
 
 def find_public_vae(repo: str | None, sha256: str) -> PublicVae | None:
-    """The public VAE that comes from this repository, or whose file has this hash."""
+    """Return the public VAE with this repository or this hash of its file; None if it is unknown."""
     for vae in PUBLIC_VAES:
         if sha256 in vae.files_sha256 or (repo is not None and repo in vae.repositories):
             return vae
@@ -93,9 +93,9 @@ def find_public_vae(repo: str | None, sha256: str) -> PublicVae | None:
 
 
 def infer_architecture(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The config fields that the shapes of a complete checkpoint (diffusers keys) determine.
+    """Return the config fields that the shapes of a complete checkpoint, by diffusers names, determine.
 
-    Raises `ConfigError` where the keys are not those of an `AutoencoderKL`.
+    Raises `ConfigError` if the names are not those of an `AutoencoderKL`.
     """
 
     def shape(key: str) -> tuple[int, ...]:
@@ -157,9 +157,10 @@ def complete_config(
     given: Mapping[str, Any] | None = None,
     public: PublicVae | None = None,
 ) -> VaeConfig:
-    """A config from what the shapes say, what the caller gives (which wins) and what is public.
+    """Return the config from the fields that the shapes determine, the public VAE's values, and the caller's fields.
 
-    Scaling and shift that nobody states become None, never a default.
+    Later ones override earlier ones. Unknown scaling and shift are None, never a default. Raises `ConfigError` for
+    unknown fields, or if norm_num_groups stays unknown.
     """
     values: dict[str, Any] = {"scaling_factor": None, "shift_factor": None, "sample_size": 512, **architecture}
     if (architecture["block_out_channels"], architecture["layers_per_block"]) in PUBLIC_ARCHITECTURES:
@@ -197,7 +198,7 @@ def with_factors(config: Any, scaling_factor: float | None, shift_factor: float 
 
 
 def _count(shapes: Mapping[str, Any], pattern: str) -> int:
-    """How many consecutive indices from 0 the pattern's group takes among the keys."""
+    """Return the number of consecutive indices, from 0, that the pattern's group matches among the keys."""
     found = {int(match.group(1)) for key in shapes if (match := re.match(pattern, key))}
     count = 0
     while count in found:

@@ -1,7 +1,7 @@
 """Weights files of a diffusers directory or repository: their variants, and checkpoints that are split into parts.
 
-A checkpoint is one file, `diffusion_pytorch_model.safetensors`, or several parts with an index that says which part
-holds which tensor. Either may have a variant in its name: `diffusion_pytorch_model.fp16.safetensors`.
+A checkpoint is one file, `diffusion_pytorch_model.safetensors`, or several parts with an index that maps each tensor to
+its part. Both may have a variant in their names: `diffusion_pytorch_model.fp16.safetensors`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from runtimes.errors import ConfigError
 STEM = "diffusion_pytorch_model"
 WEIGHTS_FILE = f"{STEM}.safetensors"
 INDEX_SUFFIX = ".index.json"
-SHOWN = 5  #: how many names an error lists before it counts the rest
+SHOWN = 5  #: number of names that an error lists before it counts the rest
 
 _VARIANT = r"[A-Za-z0-9_-]+"
 _PART = re.compile(rf".*-\d{{5}}-of-(\d{{5}})(?:\.{_VARIANT})?\.safetensors")
-# The index of a variant: as diffusers writes it, and as it is named after the weights file.
+# The weights; the index as diffusers names it; the index named after the weights file of a variant.
 _FILES = (
     re.compile(rf"{STEM}(?:\.({_VARIANT}))?\.safetensors"),
     re.compile(rf"{STEM}\.safetensors\.index(?:\.({_VARIANT}))?\.json"),
@@ -31,17 +31,17 @@ _FILES = (
 
 
 class WeightsFiles(NamedTuple):
-    """The file, or the parts with their index, that hold one checkpoint."""
+    """The files of one checkpoint: one weights file, or parts with an index."""
 
     path: Path  #: the file, or the index
-    parts: Mapping[str, Path]  #: name -> path of each part; the file alone where there is no index
+    parts: Mapping[str, Path]  #: name -> path of each part; without an index, of the one file
     listed: Mapping[str, str] | None = None  #: the index: tensor -> name of its part
 
     @classmethod
     def at(cls, path: Path) -> WeightsFiles:
-        """A local weights file, or a local index with its parts beside it.
+        """Find the files of a local checkpoint: `path` is a weights file, or an index with its parts beside it.
 
-        Raises `ConfigError` for a missing part, for a surplus one, and for one part alone.
+        Raises `ConfigError` if parts are missing or surplus, or if `path` is a single part.
         """
         if not is_index(path.name):
             if _PART.fullmatch(path.name):
@@ -63,7 +63,7 @@ class WeightsFiles(NamedTuple):
         return cls(path, {name: path.parent / name for name in names}, listed)
 
     def check(self, held: Mapping[str, Collection[str]]) -> None:
-        """`ConfigError` unless the parts hold exactly the tensors that the index lists; `held` is part -> tensors."""
+        """Raise `ConfigError` unless the parts hold exactly the index's tensors; `held` is part -> tensors."""
         if self.listed is None:
             return
         missing = [f"{name} in {part}" for name, part in self.listed.items() if name not in held[part]]
@@ -76,7 +76,7 @@ class WeightsFiles(NamedTuple):
                 )
 
     def sha256(self) -> str:
-        """Of the file. Of parts: of what `sha256sum` prints for them in the order of their names, without folders."""
+        """Return the SHA-256 of the file; for parts, that of the output of `sha256sum PARTS`, sorted by name."""
         if self.listed is None:
             return _sha256(self.path)
         lines = (f"{_sha256(path)}  {name}\n" for name, path in sorted(self.parts.items()))
@@ -84,12 +84,12 @@ class WeightsFiles(NamedTuple):
 
 
 def is_index(name: str) -> bool:
-    """Whether a file has the name of an index."""
+    """Return whether a file has the name of an index."""
     return name.endswith(INDEX_SUFFIX) or (_variant_of(name) is not None and name.endswith(".json"))
 
 
 def names_of(variant: str | None) -> tuple[str, ...]:
-    """The names that the weights, or their index, can have, best first."""
+    """Return the names that the weights, or their index, can have, in the order of preference."""
     if variant is None:
         return WEIGHTS_FILE, f"{WEIGHTS_FILE}{INDEX_SUFFIX}"
     if not re.fullmatch(_VARIANT, variant):
@@ -99,9 +99,10 @@ def names_of(variant: str | None) -> tuple[str, ...]:
 
 
 def choose(names: Iterable[str], variant: str | None, where: str) -> str:
-    """The name of the weights, or of their index, among a directory's file names.
+    """Choose the weights, or their index, among a directory's file names.
 
-    Without a `variant` the plain one, or the only variant there. Raises `ConfigError` with the names that there are.
+    Without a `variant`, choose the name without variant, or else the only variant. Raises `ConfigError`, which lists
+    the names, if there is no match. `where` names the directory in the message.
     """
     names = sorted(names)
     for name in names_of(variant):
@@ -117,12 +118,12 @@ def choose(names: Iterable[str], variant: str | None, where: str) -> str:
 
 
 def variant_of(name: str) -> str | None:
-    """The variant in the name of weights or of their index."""
+    """Return the variant in the name of weights or of their index; None without a variant, or for other files."""
     return _variant_of(name) or None
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Which part holds which tensor, {tensor: name of the part}, of an index file."""
+    """Read an index file: {tensor: name of its part}. Raises `ConfigError` if it is not one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         listed = data["weight_map"]
@@ -137,7 +138,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def shortened(names: Collection[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """Join the first SHOWN names by commas, and count the rest."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
@@ -152,7 +153,7 @@ def _variant_of(name: str) -> str | None:
 
 
 def _same_set(name: str, parts: Iterable[str]) -> bool:
-    """Whether a file has the name of another part of these."""
+    """Return whether a file name differs from one of the parts only in its number."""
     kind = _without_number(name)
     return kind is not None and kind in {_without_number(part) for part in parts}
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: downloading a repository's files, and what can go wrong with it, as errors that help."""
+"""Download files of a Hugging Face Hub repository; its failures become `ConfigError` with advice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtimes.errors import ConfigError
 
 
 class Hub(NamedTuple):
-    """How the Hub is asked. The endpoint and offline mode are huggingface_hub's: HF_ENDPOINT, HF_HUB_OFFLINE."""
+    """Settings for requests to the Hub. HF_ENDPOINT and HF_HUB_OFFLINE apply as in huggingface_hub."""
 
     revision: str | None = None
     cache_dir: str | Path | None = None
@@ -26,17 +26,17 @@ class Hub(NamedTuple):
         return self.local_files_only or constants.HF_HUB_OFFLINE
 
     def download(self, repo: str, filename: str, *, optional: bool = False) -> Path | None:
-        """The local path of a repository's file; None where it is `optional` and the repository lacks it.
+        """Download a file and return its local path; None if it is `optional` and the repository lacks it.
 
-        Offline, None also where the cache lacks it.
+        Offline, also None if it is `optional` and the cache lacks it. Otherwise raises `ConfigError`.
         """
         from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
 
         if optional and re.fullmatch("[0-9a-f]{40}", self.revision or ""):
             cached = try_to_load_from_cache(repo, filename, self.cache_dir, self.revision)
-            if cached is _CACHED_NO_EXIST:  # what a commit lacked once, it lacks for good
+            if cached is _CACHED_NO_EXIST:  # the files of a commit never change
                 return None
-        # httpx, httpx2 or requests, as the version of huggingface_hub has it.
+        # The class comes from httpx, httpx2 or requests, depending on the version of huggingface_hub.
         http_error: type[Exception] = getattr(errors, "HTTPError", OSError)
         try:
             return Path(
@@ -50,7 +50,7 @@ class Hub(NamedTuple):
                 )
             )
         except errors.LocalEntryNotFoundError as error:
-            # Raised offline, and when the Hub is out of reach: that must not change what is loaded, so it is no None.
+            # Also raised when the Hub cannot be reached. Then None would silently load other files, so this raises.
             if optional and self.offline:
                 return None
             raise ConfigError(
@@ -73,11 +73,11 @@ class Hub(NamedTuple):
             raise ConfigError(
                 f"no repository {repo} on the Hub (or it is private: log in with `hf auth login`)"
             ) from None
-        except (http_error, OSError, ValueError) as error:  # ValueError: a name that no repository or file can have
+        except (http_error, OSError, ValueError) as error:  # ValueError: an invalid name of a repository or file
             raise ConfigError(f"could not get {filename} of {repo} from the Hub: {first_line(error)}") from None
 
     def names_in(self, repo: str, folder: str, near: Path) -> list[str]:
-        """The names of the files in a repository's folder; offline, of those in the cache beside the file `near`."""
+        """Return the file names in a repository's folder; offline, those in the cache beside the file `near`."""
         from huggingface_hub import HfApi, RepoFile, errors
 
         if self.offline:
@@ -89,16 +89,19 @@ class Hub(NamedTuple):
         except (http_error, OSError, ValueError) as error:
             raise ConfigError(
                 f"repository {repo} has no weights of the plain name, and its files could not be listed "
-                f"({first_line(error)}); give variant= (--variant) if they have one"
+                f"({first_line(error)}); give variant= (--variant) if the weights have one"
             ) from None
 
     def pinned(self, downloaded: Path) -> Hub:
-        """The same at the commit of a file that was downloaded: the branch may move before the next one is."""
+        """Return these settings with the commit of a downloaded file as revision: the branch may move meanwhile."""
         return self._replace(revision=commit_of(downloaded) or self.revision)
 
 
 def parse_hub_url(text: str) -> tuple[str, str, str] | None:
-    """`https://huggingface.co/ORG/REPO/blob/REV/path/file` -> (ORG/REPO, REV, path/file); None if it is no URL."""
+    """Parse `https://huggingface.co/ORG/REPO/blob/REV/path/file` -> (ORG/REPO, REV, path/file); None if not a URL.
+
+    Raises `ConfigError` for the URL of anything but a file on the Hub.
+    """
     if not re.match(r"https?://", text):
         return None
     url = urlsplit(text)
@@ -115,17 +118,19 @@ def parse_hub_url(text: str) -> tuple[str, str, str] | None:
 
 
 def check_repository(source: str) -> str:
+    """Return `source` if it has the form of a Hub id, ORG/REPO; otherwise raise `ConfigError`."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(("./", "../", "~")):
         return source
     raise ConfigError(f"{source} is neither a directory or file here nor a Hub id (ORG/REPO)")
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit of a file in the Hub cache, .../snapshots/COMMIT/file."""
+    """Return the commit in the path of a Hub cache file, .../snapshots/COMMIT/file; None for other paths."""
     match = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", str(path))
     return match.group(1) if match else None
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an exception's text, or its class name if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

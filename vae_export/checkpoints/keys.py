@@ -1,8 +1,8 @@
-"""Names of tensors: from every format in which an `AutoencoderKL` is published to those of diffusers.
+"""Convert the names of tensors from every format in which an `AutoencoderKL` is published to diffusers' names.
 
-Three things vary: where the VAE sits in the file (bare, or below a prefix in a whole checkpoint), whose names it has
-(diffusers, or the original latent-diffusion code, "LDM"), and how the attention is called (old diffusers called it
-query, key, value, proj_attn; the original code stores it as 1x1 convolutions).
+Formats differ in three ways. The VAE may be alone in the file or below a prefix in a whole checkpoint. The names are
+those of diffusers or of the original latent-diffusion code ("LDM"). Old diffusers named the layers of the attention
+query, key, value and proj_attn; the original code stores them as 1x1 convolutions.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from vae_export.families import FAMILIES
 
 PREFIXES = ("first_stage_model.", "vae.model.", "vae.")
 
-# DistributedDataParallel and torch.compile put a segment before the names of whatever module they wrap.
+# The prefixes that DistributedDataParallel and torch.compile add to the names of a module that they wrap.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
 
-# What the original code saves beside the VAE: training loss, moving averages, and the other models of a checkpoint.
+# Prefixes of what the original code saves beside the VAE: training loss, moving averages, other models.
 DROPPED = (
     "loss.", "model_ema.", "model.", "cond_stage_model.", "conditioner.", "denoiser.", "text_encoders.",
     "text_encoder.", "text_encoder_2.", "text_encoder_3.", "unet.", "transformer.", "lora_", "embedder.",
@@ -28,7 +28,7 @@ DROPPED = (
 _SIDES = ("encoder", "decoder")
 _VAE_KEY = re.compile(rf"(?:{'|'.join(map(re.escape, PREFIXES))})?(?:encoder|decoder|quant_conv|post_quant_conv)\.")
 
-# Names that only another VAE has, and which it is.
+# Names that only one other kind of VAE has, and that kind.
 _OTHER_VAES = (
     (re.compile(r"(?:encoder|decoder)\..*\.gamma"), "Wan or Qwen-Image (AutoencoderKLWan, AutoencoderKLQwenImage)"),
     (re.compile(r"(?:encoder|decoder)\.stages\..*|encoder\.down_blocks\.\d+\.\d+\..*"), "SANA (AutoencoderDC)"),
@@ -46,7 +46,10 @@ _ATTENTION = re.compile(rf"(.*\.attentions\.\d+)\.({'|'.join(_ATTENTION_LEAVES)}
 
 
 def tensor_names(keys: Iterable[str]) -> dict[str, str]:
-    """{name in diffusers: key in the file} for the tensors of an AutoencoderKL among the keys of a file."""
+    """Find the tensors of an AutoencoderKL among the keys of a file: {name in diffusers: key in the file}.
+
+    Raises `ConfigError` if there is no VAE, more than one, or one of another kind.
+    """
     selected = select_vae_keys(keys)
     refuse_other_vaes(selected)
     names = to_diffusers_names(selected)
@@ -81,10 +84,10 @@ def half_of(names: Iterable[str]) -> Graph | None:
 
 
 def select_vae_keys(keys: Iterable[str]) -> dict[str, str]:
-    """The VAE's keys of a file, {key without prefix: key in the file}.
+    """Select the VAE's keys of a file: {key without prefix: key in the file}.
 
-    Other models of a whole checkpoint, and the training loss, are dropped by their prefixes; what is then left over
-    stays in, so that whoever checks the weights can name it.
+    Keys of other models and of the training loss are dropped by their prefixes. All other keys are kept, so that the
+    check of the weights can name the unexpected ones. Raises `ConfigError` if there is no VAE, or more than one.
     """
     keys = list(keys)
     unwrapped: dict[str, str] = {}
@@ -116,7 +119,10 @@ def select_vae_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def to_diffusers_names(names: Iterable[str]) -> dict[str, str]:
-    """{name as given: name in diffusers} for names without prefix; those that are already right map to themselves."""
+    """Map names without prefix to diffusers' names; diffusers' names map to themselves.
+
+    Raises `ConfigError` if two names map to the same one.
+    """
     names = list(names)
     ups = [int(match.group(1)) for name in names if (match := re.match(r"decoder\.up\.(\d+)\.", name))]
     levels = max(ups) + 1 if ups else 0
@@ -131,7 +137,7 @@ def to_diffusers_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def refuse_other_vaes(names: Iterable[str]) -> None:
-    """`ConfigError` for the names, without prefix, of a VAE of another kind that is known."""
+    """Raise `ConfigError` if a name, without prefix, belongs to a known VAE of another kind."""
     for name in names:
         for pattern, kind in _OTHER_VAES:
             if pattern.fullmatch(name):
@@ -141,17 +147,17 @@ def refuse_other_vaes(names: Iterable[str]) -> None:
 
 
 def is_fused_projection(name: str) -> bool:
-    """Whether a diffusers name is that of q, k and v in one tensor, as fuse_qkv_projections makes it."""
+    """Return whether a diffusers name is that of a fused q, k and v, which fuse_qkv_projections makes."""
     return re.fullmatch(r".*\.attentions\.\d+\.to_qkv\.(weight|bias)", name) is not None
 
 
 def is_attention_projection(name: str) -> bool:
-    """Whether a diffusers name is a linear weight that older files store as a 1x1 convolution."""
+    """Return whether a diffusers name is a linear weight that older files store as a 1x1 convolution."""
     return re.fullmatch(r".*\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight", name) is not None
 
 
 def _from_ldm(name: str, levels: int) -> str:
-    """`decoder.up.2.block.0.nin_shortcut.weight` -> `decoder.up_blocks.1.resnets.0.conv_shortcut.weight`."""
+    """Convert decoder.up.2.block.0.nin_shortcut.weight to decoder.up_blocks.1.resnets.0.conv_shortcut.weight etc."""
     if not name.startswith(("encoder.", "decoder.")):
         return name
     side, rest = name.split(".", 1)
@@ -159,7 +165,7 @@ def _from_ldm(name: str, levels: int) -> str:
     rest = re.sub(r"^mid\.block_([12])\.", lambda m: f"mid_block.resnets.{int(m[1]) - 1}.", rest)
     rest = re.sub(r"^mid\.attn_1\.", "mid_block.attentions.0.", rest)
     rest = re.sub(r"^down\.(\d+)\.", r"down_blocks.\1.", rest)
-    # The original decoder numbers its levels from the full-size end.
+    # The original decoder numbers its levels from the output, diffusers from the input.
     rest = re.sub(r"^up\.(\d+)\.", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.", rest)
     rest = re.sub(r"^((?:down|up)_blocks\.\d+)\.block\.", r"\1.resnets.", rest)
     rest = re.sub(r"^((?:down|up)_blocks\.\d+)\.attn\.", r"\1.attentions.", rest)

@@ -1,7 +1,7 @@
-"""Checkpoint -> reference model: from a directory, the Hugging Face Hub, or a single .safetensors file.
+"""Load a reference model from a directory, the Hugging Face Hub, or a single .safetensors file.
 
-Strict: a model comes out complete and finite, or an error that names what is wrong. Only safetensors is read; a pickle
-runs whatever code its author put into it.
+Loading is strict: the model is complete and finite, or an error names the problem. Only safetensors is read, because
+loading a pickle runs whatever code its author put into it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def load_model(
 def load_pretrained(
     source: str | Path, *, subfolder: str | None = None, variant: str | None = None, hub: Hub | None = None
 ) -> ReferenceVae:
-    """`from_pretrained`: a diffusers directory or Hub repository, of any family."""
+    """Load a diffusers directory or Hub repository of any family: see `ReferenceVae.from_pretrained`."""
     hub = hub or Hub()
     if Path(source).is_dir():
         directory = Path(source) / (subfolder or "")
@@ -105,7 +105,7 @@ def load_pretrained(
         if config_file is None:
             if hub.download(repo, "model_index.json", optional=True) is not None:
                 raise ConfigError(f"repository {repo} is a whole pipeline: give subfolder='vae'")
-            config_file = hub.download(repo, folder + CONFIG_FILE)  # raises, saying why
+            config_file = hub.download(repo, folder + CONFIG_FILE)  # raises an error with the reason
             assert config_file is not None
         hub = hub.pinned(config_file)
         config_path, commit = config_file, commit_of(config_file)
@@ -161,7 +161,7 @@ def load_single_file(
 
 
 def save_pretrained(model: ReferenceVae, directory: Path) -> None:
-    """Write config.json and the weights; each file appears whole or not at all."""
+    """Write config.json and the weights, each file atomically. Raises `BundleError` if they cannot be written."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -174,7 +174,7 @@ def save_pretrained(model: ReferenceVae, directory: Path) -> None:
 
 
 def read_config(path: Path) -> tuple[Family, Any]:
-    """The family that a config.json names, and its config."""
+    """Read a config.json; return its family and its config. Raises `ConfigError` for unknown classes."""
     data = read_json(path)
     return family_of_config(data, str(path)), _read_as_its_family(data, str(path))
 
@@ -275,6 +275,7 @@ def _agreed(found: tuple[Any, Path] | None, architecture: Mapping[str, Any]) -> 
 
 
 def is_single_file(source: str | Path) -> bool:
+    """Return whether `source` names one weights file: a URL, a weights extension, or an existing file."""
     text = str(source)
     return (
         text.startswith(("http://", "https://")) or text.endswith((".safetensors", *PICKLES)) or Path(source).is_file()
@@ -282,7 +283,7 @@ def is_single_file(source: str | Path) -> bool:
 
 
 def _find_in_directory(directory: Path, variant: str | None) -> tuple[Path, WeightsFiles]:
-    """The config and the weights of a local directory."""
+    """Return the paths of the config and of the weights in a local directory."""
     if not directory.is_dir():
         raise ConfigError(f"{directory} does not exist")
     if not (directory / CONFIG_FILE).is_file():
@@ -302,12 +303,12 @@ def _find_in_directory(directory: Path, variant: str | None) -> tuple[Path, Weig
 
 
 def _find_in_repository(hub: Hub, repo: str, folder: str, variant: str | None, near: Path) -> WeightsFiles:
-    """The weights of a Hub repository, downloaded; `near` is a file of the same folder that was downloaded."""
+    """Download the weights of a Hub repository; `near` is an already downloaded file of the same folder."""
     path = next((f for n in names_of(variant) if (f := hub.download(repo, folder + n, optional=True))), None)
     if path is None:
         names = hub.names_in(repo, folder, near)
         if hub.offline and not any(variant_of(name) is not None for name in names):
-            hub.download(repo, folder + names_of(variant)[0])  # raises, saying why
+            hub.download(repo, folder + names_of(variant)[0])  # raises an error with the reason
         pickle = folder + PICKLED_WEIGHTS_FILE
         if PICKLED_WEIGHTS_FILE in names and not any(name.endswith(".safetensors") for name in names):
             raise ConfigError(

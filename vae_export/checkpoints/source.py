@@ -1,4 +1,4 @@
-"""Where a model's weights came from, and whether they are still those."""
+"""The origin of a model's weights, and a hash that tells whether they were changed since loading."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Source(NamedTuple):
-    """Where a model's weights came from; `exported_source` is the record of it in a manifest."""
+    """The origin of a model's weights; `exported_source` makes the manifest's record from it."""
 
     given: str  #: what the caller named: a path, a Hub id, a URL, or "memory"
     kind: str  #: directory | file | hub | memory | embedded
@@ -26,10 +26,10 @@ class Source(NamedTuple):
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """The hash of a state dict: of "name [shape]\\n" and the fp32 values, little-endian, in the order of the names.
+    r"""Return the SHA-256 of a state dict: of "name [shape]\n" and the little-endian fp32 values, sorted by name.
 
-    It is the same for every file format, and changes with every bit of every weight. Hashing, 0.25 s for 84 million
-    parameters, is the only exact way: PyTorch's version counters miss what is written through `parameter.data`.
+    It is the same for every file format, and changes with every bit of every weight. Hashing takes 0.25 s for 84
+    million parameters. PyTorch's version counters are no substitute: they miss writes through `parameter.data`.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -40,10 +40,10 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def exported_source(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The manifest's record of where these weights, which are exported, came from.
+    """Return the manifest's record of the origin of exported weights.
 
-    `tensors_sha256` is theirs. Where they are not what was loaded, the record has `changed_in_memory` and no
-    `weights_sha256`, since no file has them.
+    `tensors_sha256` is the hash of the exported weights. If they differ from the loaded ones, `changed_in_memory` is
+    true and `weights_sha256` is None, since no file holds these weights.
     """
     now = tensors_sha256(tensors)
     changed = source.tensors_sha256 not in (None, now)

@@ -1,7 +1,7 @@
-"""Weights: read from safetensors files, checked, and put into the family's network.
+"""Read weights from safetensors files, check them, and load them into the family's network.
 
-Strict: a model comes out complete and finite, or an error that names what is wrong. Only safetensors is read; a pickle
-runs whatever code its author put into it.
+Loading is strict: the model is complete and finite, or an error names the problem. Only safetensors is read, because
+loading a pickle runs whatever code its author put into it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 class Weights(NamedTuple):
+    """The tensors of a weights file, and the hash of the file."""
+
     tensors: dict[str, Tensor]  #: fp32, diffusers names
     sha256: str  #: as `WeightsFiles.sha256` has it
     family: Family  #: that of the config, else the one that the names tell
@@ -111,16 +113,16 @@ def _family_of(keys: Iterable[str], expected: Family | None) -> Family:
 
 
 def _without_fused(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors without the copies of q, k and v that diffusers' fuse_qkv_projections adds, with a warning.
+    """Drop the fused copies of q, k and v that diffusers' fuse_qkv_projections adds, and warn.
 
-    Raises `ConfigError` where a copy is not what it was made from: nobody knows which of them is meant.
+    Raises `ConfigError` if a copy differs from its separate tensors: then it is unknown which values are right.
     """
     kept = dict(tensors)
     for name in [name for name in tensors if is_fused_projection(name)]:
         parts = [tensors.get(name.replace(".to_qkv.", f".to_{letter}.")) for letter in "qkv"]
         separate = [part for part in parts if part is not None]
         if not separate:
-            continue  # an error that names what is missing follows
+            continue  # `_check_weights` names the missing tensors
         fused = kept.pop(name)
         if len(separate) != 3 or not torch.equal(torch.cat(separate), fused.reshape(fused.shape[: separate[0].ndim])):
             raise ConfigError(
@@ -131,7 +133,7 @@ def _without_fused(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
     if len(kept) < len(tensors):
         warnings.warn(
             f"{path} was saved after fuse_qkv_projections(): {len(tensors) - len(kept)} fused tensors are left out, "
-            "which are copies of others in it",
+            "because they are copies of other tensors in the file",
             UserWarning,
             stacklevel=2,
         )
@@ -139,7 +141,7 @@ def _without_fused(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
 
 
 def _opened(path: Path) -> Any:
-    """An open .safetensors file; `ConfigError` says what else it is."""
+    """Open a .safetensors file; `ConfigError` says what another file is instead."""
     refuse_pickle(path)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
@@ -159,7 +161,7 @@ def build_model(family: Family, config: Any, tensors: Mapping[str, Tensor], sour
     try:
         with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
             model = family.network(config)
-    except (RuntimeError, TypeError) as error:  # what torch raises for sizes beyond 64 bits
+    except (RuntimeError, TypeError) as error:  # torch raises these for sizes beyond 64 bits
         raise ConfigError(f"{source.given}: no network has the sizes in this config: {first_line(error)}") from None
     _check_weights({n: tuple(t.shape) for n, t in model.state_dict().items()}, tensors, source.given)
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -187,13 +189,13 @@ def _check_weights(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str
 
 
 def refuse_pickle(path: str | Path) -> None:
-    """Raise `ConfigError` for a pickle, saying how to convert it."""
+    """Raise `ConfigError` for a pickle, with the command that converts it."""
     path = Path(path)
     is_pickle = path.suffix.lower() in PICKLES
     if not is_pickle and path.is_file():
         with path.open("rb") as file:
             start = file.read(9)
-        # The first 8 bytes of a safetensors file are a length, which may look like anything; then its JSON starts.
+        # A safetensors file starts with 8 arbitrary bytes (a length) and then JSON, so byte 8 is "{".
         is_pickle = start[8:] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04")
     if is_pickle:
         raise ConfigError(
@@ -203,13 +205,13 @@ def refuse_pickle(path: str | Path) -> None:
 
 
 def conversion(path: Path) -> str:
-    """The shell command that converts a pickle."""
+    """Return the shell command that converts a pickle to safetensors."""
     target = path.with_suffix(".safetensors")
-    if target == path:  # a pickle in disguise
+    if target == path:  # a pickle with the extension .safetensors
         target = path.with_name(f"{path.stem}-converted.safetensors")
     code = (
         "import sys, torch, safetensors.torch as s; "
-        # open: torch.load goes by the name, and would not read a pickle in disguise
+        # open: torch.load decides by the extension, and refuses a pickle that is named .safetensors
         "w = torch.load(open(sys.argv[1], 'rb'), weights_only=True, map_location='cpu'); "
         "w = w.get('state_dict', w); "
         # clone: safetensors refuses tensors that share memory

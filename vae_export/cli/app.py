@@ -53,7 +53,6 @@ from vae_export.targets import TARGETS, target_named
 app = typer.Typer(
     help="Export the image VAE of latent diffusion models, verified, and run it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

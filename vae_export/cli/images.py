@@ -43,7 +43,7 @@ images = typer.Typer()
 def _opened(
     bundle: Path, device: str | None, backend: str | None, tiling: str | None, tile: int | None, budget: str | None
 ) -> Iterator[tuple[VaeRuntime, Any]]:
-    """The bundle, set up as the options say, and a progress bar that follows its tiles: call it with what is done."""
+    """Open a bundle with these options; yield it and a function that starts a progress bar with a description."""
     tiling = tiling or (None if tile is None else "blended")
     with (
         open_vae(bundle, device=device, backend=backend, tiling=tiling, memory_budget=budget) as vae,
@@ -83,12 +83,12 @@ def roundtrip(
     backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
-    """Encode and decode an image, and picture what that does to it."""
+    """Encode and decode an image, and write a picture of original, reconstruction and difference."""
     console = console_beside(out_file, as_json)
     picture_format(out_file)
     with _opened(bundle, device, backend, tiling, tile, memory_budget) as (vae, begin):
         picture_format(out_file, vae.channels("decoder"))
-        # What is encoded, and what should come back: a model may give other channels than it takes.
+        # Load the input and the expected output: encoder and decoder may have different channels.
         given, original = (load_image(image, vae.channels(graph), max_pixels=max_pixels) for graph in GRAPHS)
         if crop:
             given, original = (
@@ -198,7 +198,7 @@ def _load_latents(path: Path) -> Any:
     except OSError as error:
         raise ShapeError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, EOFError, SyntaxError, MemoryError, tokenize.TokenError, zipfile.BadZipFile) as error:
-        # What NumPy raises for garbage; MemoryError for a header that promises more than any file holds.
+        # NumPy raises these for malformed files: MemoryError for a header with a huge shape.
         raise ShapeError(f"{path} is not a .npy file of latents: {error}") from None
     if not isinstance(array, np.ndarray):
         raise ShapeError(f"{path} holds several arrays; latents are one array in a .npy file")

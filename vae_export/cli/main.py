@@ -1,7 +1,7 @@
 """Run the command line: exit codes, errors and signals.
 
 Exit codes: 0 success, 1 a bug in this program, 2 wrong usage, 4 and up the error classes (see `runtimes.errors`),
-130 and 143 interrupted (Ctrl-C, SIGTERM), 141 closed pipe at standard output.
+130 and 143 interrupted (Ctrl-C, SIGTERM), 141 the reader of the output has closed the pipe.
 
 With --json, an error is printed as {"error": {"class", "message", "exit_code"}}, with "measurements" if it has any.
 """
@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from runtimes.cancellation import cancel_calls
 from runtimes.errors import BundleError, NumericsError, VaeError
@@ -23,12 +24,13 @@ from vae_export.cli.app import app
 from vae_export.cli.printing import err, measurements_table, print_error, say
 from vae_export.cli.streams import watched_streams
 
+_CLOSED_PIPE = 128 + signal.SIGPIPE  #: exit code of a program that SIGPIPE ends, 141
 _stopped_by: list[int] = []  #: signals that interrupted this process
 
 
 def main() -> NoReturn:
     """Run the command; turn every error into one line (with --json, also into JSON) and an exit code."""
-    with watched_streams() as stdout:
+    with watched_streams() as stdout, _plain_warnings():
         try:
             code = _run()
             stdout.flush()
@@ -50,6 +52,8 @@ def _run() -> int:
             return code if isinstance(code, int) else 0
     except VaeError as error:
         _exit_if_stopped()  # a cancelled call raises a `VaeError`
+        if isinstance(error.__cause__, BrokenPipeError):
+            return _CLOSED_PIPE
         if isinstance(error, NumericsError) and error.measurements:
             err.print(measurements_table(error.measurements))
         _complain("error", error)
@@ -87,7 +91,7 @@ def _report_bug(error: Exception) -> int:
 def _report_stdout(failed: OSError) -> int:
     """Report a write error of standard output, silently for a closed pipe, and return the exit code."""
     if failed.errno == errno.EPIPE:
-        return 128 + signal.SIGPIPE
+        return _CLOSED_PIPE
     error = BundleError(f"cannot write to standard output: {failed.strerror or failed}")
     _complain("error", error)
     return error.exit_code
@@ -95,6 +99,21 @@ def _report_stdout(failed: OSError) -> int:
 
 def _complain(what: str, error: Exception) -> None:
     say(f"{what} ({type(error).__name__}): {str(error) or 'no message'}", err, first=what)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Return a context that prints each Python warning as one line, `warning: TEXT`, on standard error."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        say(f"warning: {' '.join(str(message).split())}", err)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @contextmanager

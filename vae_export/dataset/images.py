@@ -1,4 +1,4 @@
-"""From the bytes of an image to the pixels that are encoded: sizes, crops, and what is recorded of them."""
+"""Decode, resize and crop the images of a dataset, and record their sizes and crops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vae_export.dataset.items import Item, Source
 POLICIES = ("none", "center-crop", "buckets")
 Size = tuple[int, int]
 
-#: (width, height) of the buckets that SDXL was trained with, about a megapixel each: its report, appendix I
+#: (width, height) of the buckets that SDXL was trained with, about a megapixel each; from appendix I of its report
 SDXL_BUCKETS: tuple[Size, ...] = (
     *((512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600)),
     *((640, 1536), (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152)),
@@ -30,24 +30,25 @@ SDXL_BUCKETS: tuple[Size, ...] = (
 )
 
 
-class Fit(NamedTuple):
-    """How an image becomes one of a wanted size: resized, then cut out of. All are (width, height) or (left, top)."""
+class Resizing(NamedTuple):
+    """How an image is resized and then cropped to the size that is encoded."""
 
-    resized: Size
-    crop: Size
-    size: Size
+    resized: Size  #: (width, height) after resizing
+    crop: Size  #: (left, top) of the crop in the resized image
+    size: Size  #: (width, height) of the crop
 
 
 @dataclass(frozen=True)
 class SizePolicy:
-    """What is done about the size of images, for a VAE of downscale `factor`.
+    """How images get a size that a VAE with downscaling factor `factor` can encode.
 
-    "none" keeps an image as it is, its sides cut to multiples of the factor from both ends. "center-crop" resizes it to
-    just cover the one size of `sizes`, and cuts out the middle. "buckets" does that for the size whose width / height
-    is the nearest, and leaves an image alone whose size is one of them: the rule of sd-scripts. Images are enlarged
-    where they are smaller. Resizing is Pillow's LANCZOS.
+    "none" crops the sides around the centre to multiples of the factor. "center-crop" resizes an image so that it just
+    covers the one size in `sizes`, and crops it around the centre. "buckets" does the same with the size in `sizes`
+    whose aspect ratio is nearest, and keeps an image that has one of these sizes: the rule of sd-scripts. Smaller
+    images are enlarged. The filter is Pillow's LANCZOS.
 
-    Images are read with `channels`, and may have `max_pixels`: see `runtimes.image_files.load_pil`.
+    `channels` and `max_pixels` are the arguments of `runtimes.image_files.load_pil`. Raises `ConfigError` for an
+    unknown policy, and for sizes that do not match the policy or the factor.
     """
 
     policy: str
@@ -68,15 +69,15 @@ class SizePolicy:
         if (self.policy == "none") != (not self.sizes) or (self.policy == "center-crop" and len(self.sizes) != 1):
             raise ConfigError("--policy none takes no sizes, center-crop one --size, and buckets one or more")
 
-    def fit(self, width: int, height: int) -> Fit:
-        """Of an image of this size."""
+    def fit(self, width: int, height: int) -> Resizing:
+        """Return how an image of this size is resized and cropped; the crop is 0 wide or high if it is too small."""
         if self.policy == "none":
             kept = width - width % self.factor, height - height % self.factor
-            return Fit((width, height), ((width - kept[0]) // 2, (height - kept[1]) // 2), kept)
+            return Resizing((width, height), ((width - kept[0]) // 2, (height - kept[1]) // 2), kept)
         size = self._nearest(width, height)
         scale = max(size[0] / width, size[1] / height)
         resized = max(size[0], int(width * scale + 0.5)), max(size[1], int(height * scale + 0.5))
-        return Fit(resized, ((resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2), size)
+        return Resizing(resized, ((resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2), size)
 
     def _nearest(self, width: int, height: int) -> Size:
         if (width, height) in self.sizes:
@@ -85,18 +86,18 @@ class SizePolicy:
 
 
 class Unchanged(NamedTuple):
-    """The image that is known already."""
+    """The result for an image whose file has not changed."""
 
 
 class Broken(NamedTuple):
-    """An image that cannot be had. Without a `sha256` it may be had at another time."""
+    """The result for an image that cannot be encoded. Without a `sha256` the next run tries again."""
 
     sha256: bytes | None
     reason: str
 
 
 class Prepared(NamedTuple):
-    """Pixels to encode, uint8 [H, W, C], and where they come from; sizes are (height, width), the crop (top, left)."""
+    """The result for an image to encode: its pixels, uint8 [H, W, C], sizes (height, width), and crop (top, left)."""
 
     pixels: npt.NDArray[np.uint8]
     sha256: bytes
@@ -106,9 +107,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(source: Source, item: Item, known: bytes | None, policy: SizePolicy) -> Unchanged | Broken | Prepared:
-    """Read an image, and unless it is the one of the sha256 that is `known`, decode, resize and crop it.
+    """Read an image; decode, resize and crop it unless its SHA-256 is `known`.
 
-    Never raises: whatever is wrong with an image is the reason why it is `Broken`.
+    Never raises: errors are returned as `Broken`.
     """
     try:
         data = source.read(item)
@@ -129,7 +130,7 @@ def _prepared(data: bytes, sha256: bytes, policy: SizePolicy) -> Broken | Prepar
     try:
         image = load_pil(io.BytesIO(data), policy.channels, max_pixels=policy.max_pixels)
     except TooManyPixels as error:
-        return Broken(None, _one_line(error))  # another limit may allow it
+        return Broken(None, _one_line(error))  # without a hash: the next run may have a higher limit
     width, height = image.size
     fit = policy.fit(width, height)
     if 0 in fit.size:
@@ -143,7 +144,7 @@ def _prepared(data: bytes, sha256: bytes, policy: SizePolicy) -> Broken | Prepar
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
-    """'sdxl', or WIDTHxHEIGHT,WIDTHxHEIGHT,... -> sizes. `ConfigError` for anything else."""
+    """Parse "sdxl", or WIDTHxHEIGHT,WIDTHxHEIGHT,... (also SIDE for a square). Raises `ConfigError` otherwise."""
     if text == "sdxl":
         return SDXL_BUCKETS
     sizes = []
@@ -157,5 +158,5 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 def _one_line(error: Any) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    text = re.sub(r"<(PIL\.[\w.]+|_io\.BytesIO)[^>]*>", "the image", str(text))  # by no address: twice the same words
+    text = re.sub(r"<(PIL\.[\w.]+|_io\.BytesIO)[^>]*>", "the image", str(text))  # removes memory addresses, which vary
     return " ".join(text.split())[:500]

@@ -19,11 +19,11 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from runtimes import Bundle, VaeRuntime
+from runtimes import Bundle
 from runtimes.cpus import available_cpus
 from runtimes.edge import check_count
 from runtimes.latents.dataset import ERRORS_FILE, INDEX_FILE, import_pyarrow, manifest_sha256
@@ -78,90 +78,119 @@ def encode_dataset(
     Raises `ConfigError` if `out` holds latents of another job or the source contains none of the images of `out`, and
     `BundleError` if `out` cannot be written.
     """
-    pyarrow = import_pyarrow()  # first, so that a missing package fails before any work
-    storage = storage or Storage()
-    for name, value in (
-        ("batch_size", batch_size),
-        ("images_per_shard", images_per_shard),
-        ("ray_workers", ray_workers),
-        ("max_pixels", max_pixels),
-    ):
+    import_pyarrow()  # first, so that a missing package fails before any work
+    counts = {"batch_size": batch_size, "images_per_shard": images_per_shard, "ray_workers": ray_workers}
+    for name, value in {**counts, "max_pixels": max_pixels}.items():
         check_count(name, value)
-    bundle = Bundle(opening.bundle)
-    at_once = BatchSize(
-        batch_size or DEFAULT_BATCH_SIZE, CPU_BATCH_PIXELS if batch_size is None and opening.is_cpu(bundle) else None
-    )
-    manifest = bundle.manifest
-    storage.check(manifest)
-    channels = manifest.graphs["encoder"].input.channels
-    factor = max(storage.factor(manifest.latent_space), manifest.graph_space.factor)
-    size_policy = SizePolicy(policy, sizes, factor, channels, max_pixels)
-    workers = available_cpus() if workers is None else workers
-    contract = make_contract(bundle, opening, size_policy, storage, at_once, images_per_shard)
+    bundle, storage = Bundle(opening.bundle), storage or Storage()
+    size_policy = _size_policy(bundle, storage, policy, sizes, max_pixels)
+    limits = _batch_limits(bundle, opening, batch_size)
+    contract = make_contract(bundle, opening, size_policy, storage, limits, images_per_shard)
     summary = Summary()
     with LatentDirectory(Path(out), contract) as directory, Plan(directory.path, images_per_shard) as plan:
-        progress("Listing the source", 0, 1)
-        summary.removed = plan.update(source).removed
-        summary.images = len(plan)
-        summary.skipped = directory.write_skipped(plan.skipped())
+        _list_source(source, plan, directory, summary, progress)
+        shards = _Shards(plan, directory, summary)
         report = Reporter(summary, progress)
-
-        def work_of(number: int) -> ShardWork:
-            return ShardWork(number, plan.items(number), directory.shard(number), summary)
-
-        start = time.perf_counter()
-        numbers = list(plan.numbers())
         if ray is None:
-            with Decoders(source, size_policy, workers) as decoders, opening.open() as vae:
-                start = time.perf_counter()
-                _run_here(map(work_of, numbers), decoders, vae, directory, storage, at_once, report)
+            _run_here(shards, source, size_policy, storage, opening, report, limits, workers)
         else:
-            with RayCluster(ray, ray_workers, opening.threads) as cluster:
-                start = time.perf_counter()
+            with RayCluster(ray, ray_workers, opening.threads) as cluster, _timed(summary):
                 run_on_ray(
-                    cluster, numbers, work_of, directory, report, source, size_policy, storage, opening,
-                    batch_size=at_once, workers=ray_workers, gpus=ray_gpus,
+                    cluster, shards.numbers, shards.work, directory, report, source, size_policy, storage, opening,
+                    batch_size=limits, workers=ray_workers, gpus=ray_gpus,
                 )  # fmt: skip
-        for number in sorted(set(directory.numbers()) - set(numbers)):
+        progress("Writing the index", summary.images, summary.images)
+        shards.finish()
+    return summary
+
+
+def _size_policy(
+    bundle: Bundle, storage: Storage, policy: str, sizes: tuple[Size, ...], max_pixels: int | None
+) -> SizePolicy:
+    manifest = bundle.manifest
+    storage.check(manifest)
+    factor = max(storage.factor(manifest.latent_space), manifest.graph_space.factor)
+    return SizePolicy(policy, sizes, factor, manifest.graphs["encoder"].input.channels, max_pixels)
+
+
+def _batch_limits(bundle: Bundle, opening: Opening, batch_size: int | None) -> BatchSize:
+    limited = batch_size is None and opening.is_cpu(bundle)
+    return BatchSize(batch_size or DEFAULT_BATCH_SIZE, CPU_BATCH_PIXELS if limited else None)
+
+
+def _list_source(source: Source, plan: Plan, directory: LatentDirectory, summary: Summary, progress: Progress) -> None:
+    """Assign the images of the source to shards, and write the table of skipped files."""
+    progress("Listing the source", 0, 1)
+    summary.removed = plan.update(source).removed
+    summary.images = len(plan)
+    summary.skipped = directory.write_skipped(plan.skipped())
+
+
+@contextmanager
+def _timed(summary: Summary) -> Iterator[None]:
+    """Set `summary.seconds` to the duration of the block."""
+    start = time.perf_counter()
+    yield
+    summary.seconds = time.perf_counter() - start
+
+
+class _Shards:
+    """The shards of a plan in a directory."""
+
+    def __init__(self, plan: Plan, directory: LatentDirectory, summary: Summary) -> None:
+        self.numbers = list(plan.numbers())
+        self.directory = directory
+        self._plan, self._summary = plan, summary
+
+    def work(self, number: int) -> ShardWork:
+        """Return the work on one shard."""
+        return ShardWork(number, self._plan.items(number), self.directory.shard(number), self._summary)
+
+    def finish(self) -> None:
+        """Remove shards without images, and write the index unless it is current."""
+        directory, summary = self.directory, self._summary
+        for number in sorted(set(directory.numbers()) - set(self.numbers)):
             directory.begin_changes()
             directory.remove(directory.shard_path(number))
-        summary.seconds = time.perf_counter() - start
-        progress("Writing the index", summary.images, summary.images)
         summary.shards_damaged = len(directory.damaged)
         if not (directory.path / INDEX_FILE).exists() or not tables_are_current(directory.path):
             directory.begin_changes()
             directory.write_index()
-        summary.failed = int(pyarrow.parquet.read_metadata(directory.path / ERRORS_FILE).num_rows)
-    return summary
+        errors = import_pyarrow().parquet.read_metadata(directory.path / ERRORS_FILE)
+        summary.failed = int(errors.num_rows)
 
 
 def _run_here(
-    works: Iterator[ShardWork],
-    decoders: Decoders,
-    vae: VaeRuntime,
-    directory: LatentDirectory,
+    shards: _Shards,
+    source: Source,
+    size_policy: SizePolicy,
     storage: Storage,
-    batch_size: BatchSize,
+    opening: Opening,
     report: Reporter,
+    batch_size: BatchSize,
+    workers: int | None,
 ) -> None:
+    """Encode all shards in this process, with images decoded in worker processes."""
     begun: deque[ShardWork] = deque()  # shards whose images have been submitted to the decoders
 
     def tasks() -> Iterator[Task]:
-        for work in works:
+        for work in map(shards.work, shards.numbers):
             begun.append(work)
             known = work.known()
             yield from (Task(item, known.get(item.id)) for item in work.items)
 
-    results = decoders.map(tasks())
-    for first in results:
-        work = begun.popleft()
-        found = report.counted(itertools.chain([first], itertools.islice(results, len(work.items) - 1)))
-        for batch in batches(work.to_encode(found), batch_size):
-            start = time.perf_counter()
-            encoded = encode_batch(vae, [image for _, image in batch], storage)
-            report.summary.encoding_seconds += time.perf_counter() - start
-            work.add_batch(batch, encoded)
-        work.write(directory, storage.dtype)
+    count = available_cpus() if workers is None else workers
+    with Decoders(source, size_policy, count) as decoders, opening.open() as vae, _timed(report.summary):
+        results = decoders.map(tasks())
+        for first in results:
+            work = begun.popleft()
+            found = report.counted(itertools.chain([first], itertools.islice(results, len(work.items) - 1)))
+            for batch in batches(work.to_encode(found), batch_size):
+                start = time.perf_counter()
+                encoded = encode_batch(vae, [image for _, image in batch], storage)
+                report.summary.encoding_seconds += time.perf_counter() - start
+                work.add_batch(batch, encoded)
+            work.write(shards.directory, storage.dtype)
 
 
 def make_contract(

@@ -1,11 +1,11 @@
-"""Families of VAEs, one module each: config, reference network, names of tensors, and the rewrites that are exact.
+"""Families of VAEs, one module each: config, reference network, names of tensors, and exact rewrites.
 
-To add one, write a module with a `vae_export.families.base.Family` and register it: a line in `FAMILIES`, or from
-elsewhere
+To add a family, write a module with a `vae_export.families.base.Family` and register it, with a line in `FAMILIES` or
+from another package with
 
     FAMILIES.register("AutoencoderToy", "module:FAMILY")
 
-under the class name that stands in a checkpoint's config.json.
+The name is the class name in the config.json of its checkpoints.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def family_of_config(data: Any, origin: str) -> Family:
 
 
 def family_of(model: ReferenceVae) -> Family:
-    """The family of a reference model."""
+    """Return the family of a reference model."""
     return cast("Family", FAMILIES[model.family])
 
 

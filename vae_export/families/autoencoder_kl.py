@@ -1,6 +1,6 @@
 """The reference `AutoencoderKL`, the image VAE of Stable Diffusion, SDXL, SD3, FLUX.1 and their kin.
 
-Module names are those of diffusers, so that its weights load as they are. In the docstrings B is the batch, C the
+Module names are those of diffusers, so that its weights load unchanged. In the docstrings B is the batch, C the
 channels, H and W height and width, and f = 2 ** (levels - 1) the spatial ratio (8 for Stable Diffusion).
 
 The architecture is that of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models"
@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class ResnetBlock(nn.Module):
-    """[B, Cin, H, W] -> [B, Cout, H, W]: two normalised convolutions beside a shortcut."""
+    """[B, Cin, H, W] -> [B, Cout, H, W]: two convolutions with norm and activation, added to a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, act_fn: str) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention [B, C, H, W] -> the same, over all H*W positions, one head of C channels, residual added."""
+    """[B, C, H, W] -> the same shape: self-attention over all positions with one head, added to the input."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-        # The fused projection is derived from the three above: never in the state dict.
+        # The fused projection is derived from the three above, so it is not in the state dict.
         self.register_buffer("qkv_weight", None, persistent=False)
         self.register_buffer("qkv_bias", None, persistent=False)
 
@@ -81,23 +81,23 @@ class Attention(nn.Module):
         self.qkv_bias = None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised positions [B, HW, C] -> q, k, v, each [B, HW, C]."""
+        """Project normalised positions [B, HW, C] to q, k and v, each [B, HW, C]."""
         if self.qkv_weight is None:
             return self.to_q(x), self.to_k(x), self.to_v(x)
         q, k, v = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, dim=-1)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(C)) v, each [B, HW, C]."""
-        # One head: PyTorch's fused kernels need the axis, and then never hold all HW x HW scores.
+        """Return softmax(q k^T / sqrt(C)) v, [B, HW, C]."""
+        # The axis of the one head selects PyTorch's fused kernels, which never store all HW x HW scores.
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         positions = self.group_norm(x.view(b, c, h * w)).transpose(1, 2)
         out = self.to_out[0](self.attend(*self.project(positions)))
-        # In this order the sum keeps the attention's channels-last strides, as in diffusers: the convolutions after it
-        # then run the same kernels there and here.
+        # In this order the sum has the attention's channels-last strides, as in diffusers, so that the following
+        # convolutions use the same kernels in both.
         return cast(Tensor, out.transpose(1, 2).reshape(b, c, h, w) + x)
 
 
@@ -113,7 +113,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[B, C, H, W] -> [B, C, 2*H, 2*W]: nearest neighbour, then a convolution."""
+    """[B, C, H, W] -> [B, C, 2*H, 2*W]: nearest-neighbour upsampling, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Block(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """[B, C, h, w] -> the same: resnet, attention (where the config has it), resnet."""
+    """[B, C, h, w] -> the same shape: resnet, attention (if the config enables it), resnet."""
 
     def __init__(self, channels: int, groups: int, act_fn: str, attention: bool) -> None:
         super().__init__()
@@ -245,26 +245,27 @@ class KLNetwork(ReferenceVae):
 
     @property
     def smallest_side(self) -> int:
-        """Side in latents of the smallest image that exports are validated on.
+        """Side in latents of the smallest image on which exports are validated.
 
-        At one latent a norm with one channel a group has no variance (PyTorch refuses it), and with two a noisy one.
+        For an image of one latent, a norm group of one channel has a single value and no variance (PyTorch raises an
+        error), and a group of two channels has a noisy variance.
         """
         narrowest = min(*self.config.block_out_channels[-2:], *self.config.decoder_widths[-2:])
         return 1 if narrowest > 2 * self.config.norm_num_groups else 2
 
     def encode_moments(self, x: Tensor) -> Tensor:
-        """The whole encoder, quant_conv included: [B, in_channels, H, W] -> [B, 2*latent_channels, H//f, W//f]."""
+        """Run the encoder and quant_conv: [B, in_channels, H, W] -> [B, 2*latent_channels, H//f, W//f]."""
         moments = self.encoder(x)
         return cast(Tensor, moments if self.quant_conv is None else self.quant_conv(moments))
 
     def decode_latents(self, z: Tensor) -> Tensor:
-        """The whole decoder, post_quant_conv included: [B, latent_channels, h, w] -> [B, out_channels, f*h, f*w]."""
+        """Run post_quant_conv and the decoder: [B, latent_channels, h, w] -> [B, out_channels, f*h, f*w]."""
         return cast(Tensor, self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)))
 
     # Attention ----------------------------------------------------------------------------------------------------
 
     def fuse_qkv_projections(self) -> None:
-        """Compute the three projections of every attention with one matrix product. Weights are not changed."""
+        """Compute the three projections of every attention with one matrix product. The weights do not change."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.fuse()
@@ -323,10 +324,10 @@ def stages(model: KLNetwork, side: Graph) -> Iterator[Stage]:
 def activation_places(
     config: VaeConfig, graph: Graph, batch: int, height: int, width: int, form: Form
 ) -> Iterator[int]:
-    """Elements of activations that are alive in a graph, place by place, on images of this size in pixels.
+    """Yield the number of live tensor elements at each place of a graph, on images of this size in pixels.
 
-    In a residual block these are its input, and two maps of the side that it computes; around a change of resolution
-    both sides of it; in attention queries, keys, values and a block of scores.
+    Live are, in a residual block, its input and two maps inside of it; at a change of resolution, the maps before and
+    after; in attention, queries, keys, values and a block of scores.
     """
     walk = _encoder_places if graph == "encoder" else _decoder_places
     yield from walk(config, batch, height, width, form)
@@ -344,7 +345,7 @@ def _middle(config: VaeConfig, channels: int, batch: int, tokens: int, form: For
 
 
 def _decoder_places(config: VaeConfig, batch: int, height: int, width: int, form: Form) -> Iterator[int]:
-    """Elements that are alive, place by place."""
+    """Yield the number of live elements at each place of the decoder."""
     tokens = (height // config.downscale) * (width // config.downscale)
     pixels, inside = batch * tokens, config.decoder_widths[-1]
     yield from _middle(config, inside, batch, tokens, form)
@@ -365,7 +366,7 @@ def _encoder_places(config: VaeConfig, batch: int, height: int, width: int, form
         yield _resnet(inside, outside, pixels)
         yield _resnet(outside, outside, pixels)
         if index < len(config.block_out_channels) - 1:
-            yield outside * (2 * pixels + pixels // 4)  # padded, and a quarter of it
+            yield outside * (2 * pixels + pixels // 4)  # the map, its padded copy, and the result of a quarter size
             pixels //= 4
         inside = outside
     yield from _middle(config, inside, batch, pixels // batch, form)

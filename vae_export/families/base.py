@@ -1,4 +1,4 @@
-"""What every family of VAEs has: the reference model's methods, and the entry in the registry of families."""
+"""The interface of a family of VAEs: the reference model's methods, and the entry in the registry of families."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound="ReferenceVae")
 
 
 class ModelConfig(Protocol):
-    """What all configs have: `runtimes.config.VaeConfig` is that of AutoencoderKL."""
+    """The members that the configs of all families have; AutoencoderKL's is `runtimes.config.VaeConfig`."""
 
     @property
     def in_channels(self) -> int:
@@ -41,31 +41,31 @@ class ModelConfig(Protocol):
 
     @property
     def sample_size(self) -> int:
-        """Side in pixels of a tile, where tiling is enabled and nothing else is said."""
+        """Default side of a tile, in pixels."""
 
     @property
     def downscale(self) -> int:
-        """Pixels for each latent, along each side of an image."""
+        """Pixels per latent, along each side of an image."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config") -> Any:
-        """Read what diffusers wrote; `ConfigError` names `origin` and what is wrong."""
+        """Read the fields of a diffusers config.json. Raises `ConfigError`, with `origin`, for wrong values."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as diffusers writes them in config.json, `_class_name` first."""
+        """Return the fields as diffusers writes them in config.json, `_class_name` first."""
 
     def to_json(self) -> str:
-        """The text of a config.json."""
+        """Return the text of a config.json."""
 
 
 class ReferenceVae(TilingSettings, nn.Module):
-    """A reference model: images in [-1, 1] to latents, and latents back to images, in PyTorch.
+    """A reference model in PyTorch, which encodes images in [-1, 1] to latents and decodes latents to images.
 
-    A family subclasses it with its network: `encode_moments` and `decode_latents`. In the docstrings B is the batch, C
-    the channels of raw latents, and f the pixels for each latent along each side.
+    Each family has a subclass with the network, which implements `encode_moments` and `decode_latents`. In the
+    docstrings B is the batch, C the channels of raw latents, and f the pixels per latent along each side.
     """
 
-    family: ClassVar[str]  #: the class name that diffusers has for it, and its name in `FAMILIES`
+    family: ClassVar[str]  #: diffusers' class name, and the name in `FAMILIES`
     config_class: ClassVar[type]  #: a `ModelConfig`
     config: Any
 
@@ -76,14 +76,14 @@ class ReferenceVae(TilingSettings, nn.Module):
         self._set_up_tiling(config.sample_size, config.downscale)
 
     def encode_moments(self, x: Tensor) -> Tensor:
-        """The whole encoder: images [B, in_channels, H, W] -> mean and logvar [B, 2*C, H//f, W//f].
+        """Run the whole encoder: images [B, in_channels, H, W] -> mean and logvar [B, 2*C, H//f, W//f].
 
-        Families without a posterior give the latents [B, C, H//f, W//f] themselves.
+        Families without a posterior return the latents [B, C, H//f, W//f].
         """
         raise NotImplementedError
 
     def decode_latents(self, z: Tensor) -> Tensor:
-        """The whole decoder: raw latents [B, C, h, w] -> images [B, out_channels, f*h, f*w], not clipped."""
+        """Run the whole decoder: raw latents [B, C, h, w] -> images [B, out_channels, f*h, f*w], not clipped."""
         raise NotImplementedError
 
     @property
@@ -93,14 +93,14 @@ class ReferenceVae(TilingSettings, nn.Module):
 
     @property
     def smallest_side(self) -> int:
-        """Side in latents of the smallest image that exports are validated on."""
+        """Side in latents of the smallest image on which exports are validated."""
         return 1
 
     # Loading and saving -------------------------------------------------------------------------------------------
 
     @classmethod
     def from_config(cls: type[Model], config: Any) -> Model:
-        """A model with random weights, from a config object or a diffusers config dictionary."""
+        """Create a model with random weights from a config object or a diffusers config dictionary."""
         return cls(config if isinstance(config, cls.config_class) else cls.config_class.from_dict(config))  # type: ignore[attr-defined]
 
     @classmethod
@@ -117,14 +117,16 @@ class ReferenceVae(TilingSettings, nn.Module):
     ) -> Model:
         """Load a diffusers directory or Hub repository: config.json and diffusion_pytorch_model.safetensors.
 
-        `subfolder="vae"` picks the VAE of a whole pipeline, `variant="fp16"` the weights of
-        diffusion_pytorch_model.fp16.safetensors; without it the plain file is read, or the only variant there. Weights
-        may be split into parts with an index. Weights of any float type are held in fp32.
+        `subfolder="vae"` selects the VAE of a whole pipeline, `variant="fp16"` the weights of
+        diffusion_pytorch_model.fp16.safetensors; without `variant`, the plain file is read, or else the only variant.
+        Weights may be split into parts with an index. Weights of any float dtype are converted to fp32.
 
         Raises `ConfigError` for anything that is not a complete checkpoint of this family.
         """
         hub = _checkpoints("hub").Hub(revision, cache_dir, token, local_files_only)
-        return cls._own(_checkpoints("load").load_pretrained(source, subfolder=subfolder, variant=variant, hub=hub))
+        return cls._of_this_family(
+            _checkpoints("load").load_pretrained(source, subfolder=subfolder, variant=variant, hub=hub)
+        )
 
     @classmethod
     def from_single_file(
@@ -141,46 +143,48 @@ class ReferenceVae(TilingSettings, nn.Module):
     ) -> Model:
         """Load one .safetensors file: a local path or the URL of a file on the Hub.
 
-        The keys may be those of diffusers or of the original latent-diffusion code, bare, below `first_stage_model.`
-        or `vae.`, alone or inside a whole checkpoint. The architecture is read off the shapes. What shapes cannot tell
-        (norm groups, scaling and shift) comes from `config`, from the arguments, from the repository's own config, or
-        from the table of public VAEs; where scaling stays unknown, `config.scaling_factor` is None and encoding and
-        decoding raw latents works all the same.
+        The names of tensors may be those of diffusers or of the original latent-diffusion code, without prefix or below
+        `first_stage_model.` or `vae.`, alone or in a whole checkpoint. The architecture is inferred from the shapes.
+        The other values (norm groups, scaling and shift) come from the arguments, from `config`, from the config beside
+        the file, or from the table of public VAEs. If the scaling stays unknown, `config.scaling_factor` is None, and
+        the model supports raw latents only.
+
+        Raises `ConfigError` for anything that is not a complete checkpoint of this family.
         """
         hub = _checkpoints("hub").Hub(revision, cache_dir, token, local_files_only)
-        return cls._own(
+        return cls._of_this_family(
             _checkpoints("load").load_single_file(
                 source, config=config, scaling_factor=scaling_factor, shift_factor=shift_factor, hub=hub
             )
         )
 
     @classmethod
-    def _own(cls: type[Model], model: ReferenceVae) -> Model:
-        """The model, which must be one of this family. `ConfigError` names the family that it is of."""
+    def _of_this_family(cls: type[Model], model: ReferenceVae) -> Model:
+        """Return the model. Raises `ConfigError` if it is of another family."""
         if not isinstance(model, cls):
             raise ConfigError(f"{model.source.given} is an {model.family}, not an {cls.family}; load_model takes both")
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and diffusion_pytorch_model.safetensors, as diffusers reads them."""
+        """Write config.json and diffusion_pytorch_model.safetensors in diffusers' format."""
         _checkpoints("load").save_pretrained(self, Path(directory))
 
     # Encoding and decoding ----------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """Images [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, C, H//f, W//f].
+        """Encode images [B, in_channels, H, W] in [-1, 1] to the posterior over latents [B, C, H//f, W//f].
 
-        That is an `AutoencoderKLOutput` with `latent_dist`; families whose encoder gives plain latents answer with an
-        `AutoencoderTinyOutput` with `latents`. Without `return_dict` it is a tuple with that one entry.
+        Returns an `AutoencoderKLOutput` with `latent_dist`, or, for families without a posterior, an
+        `AutoencoderTinyOutput` with `latents`. With `return_dict=False`, returns a tuple with that one entry.
         """
         return self._encoded(self._tiler().run(self.encode_moments, x, "encoder"), return_dict)
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Raw latents [B, latent_channels, h, w] -> images [B, out_channels, f*h, f*w], not clipped.
+        """Decode raw latents [B, latent_channels, h, w] to images [B, out_channels, f*h, f*w], not clipped.
 
-        `generator` is accepted, as in diffusers, and not used: decoding is deterministic.
+        `generator` is accepted for compatibility with diffusers and ignored: decoding is deterministic.
         """
         sample = self._tiler().run(self.decode_latents, z, "decoder")
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -192,7 +196,7 @@ class ReferenceVae(TilingSettings, nn.Module):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode images: through the mode of the posterior, or a draw from it with `sample_posterior`."""
+        """Encode images and decode the posterior's mode, or a sample of it with `sample_posterior`."""
         encoded = self.encode(sample)[0]
         if not self.latent_space.posterior:
             z = encoded
@@ -201,11 +205,11 @@ class ReferenceVae(TilingSettings, nn.Module):
         return self.decode(z, return_dict=return_dict)
 
     def tiled_encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """`encode` by tiles, whatever the size and whether or not tiling is enabled."""
+        """Encode in tiles, for any size and even if tiling is not enabled."""
         return self._encoded(run_tiled(self.encode_moments, x, self._tiler().grid("encoder")), return_dict)
 
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """`decode` by tiles, whatever the size and whether or not tiling is enabled."""
+        """Decode in tiles, for any size and even if tiling is not enabled."""
         sample = run_tiled(self.decode_latents, z, self._tiler().grid("decoder"))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -220,29 +224,29 @@ class ReferenceVae(TilingSettings, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights."""
+        """The dtype of the weights."""
         return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
 
 class Stage(NamedTuple):
-    """A part of the residual stream that has one scale: from the conv that feeds it to the next resampling."""
+    """A part of the residual stream that is rescaled as a whole: from its first conv to the next resampling."""
 
     name: str
-    entry: nn.Conv2d  #: conv_in, or the resampling conv before
+    entry: nn.Conv2d  #: conv_in, or the previous resampling conv
     entry_name: str
     resnets: Mapping[str, Any]
     attentions: Mapping[str, Any]
-    exit_name: str  #: module of the resampling behind, whose padding or repetition still has this scale; "" at the end
-    norm_out: nn.GroupNorm | None  #: the norm behind the last stage
+    exit_name: str  #: module of the next resampling, whose padded or repeated input still has this scale; "" for none
+    norm_out: nn.GroupNorm | None  #: the norm after the last stage
 
 
 def _checkpoints(module: str) -> Any:
-    """A module of `vae_export.checkpoints`, which knows the families by name alone: no circle of imports."""
+    """Import a module of `vae_export.checkpoints`; not at the top, since it imports the families in turn."""
     return importlib.import_module(f"vae_export.checkpoints.{module}")
 
 
@@ -262,13 +266,13 @@ def unchanged(tensors: Mapping[str, Tensor], origin: str) -> Mapping[str, Tensor
 
 
 def same_names(names: Iterable[str]) -> dict[str, str]:
-    """Names of tensors that are diffusers' already."""
+    """Map names of tensors to themselves, for files with diffusers' names."""
     return {name: name for name in names}
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is particular to a family, where code that serves them all asks for it."""
+    """The properties of a family that the common code uses."""
 
     network: type[ReferenceVae]
     #: exact rewrites that apply: "upsample", "norm", "attention", "last_block", "winograd", "rescale", "tileable"
@@ -291,12 +295,12 @@ class Family:
     halo: Callable[[Any, Graph], int | None] | None = None
     #: the stages of a graph's residual stream in the order of the computation, for "rescale"
     stages: Callable[[Any, Graph], Iterator[Stage]] | None = None
-    #: (config, graph, batch, height, width, form) -> elements that are alive, place by place: device memory of engines
+    #: (config, graph, batch, height, width, form) -> live tensor elements at each place, to estimate device memory
     activation_places: Callable[..., Iterator[int]] | None = None
 
     @property
     def name(self) -> str:
-        """The class name that diffusers has for it."""
+        """The class name in diffusers."""
         return self.network.family
 
     @property

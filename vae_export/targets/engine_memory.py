@@ -75,8 +75,8 @@ def largest_fitting(
             ranges = {}
             for name in ("height", "width"):
                 size = getattr(profile, name)
-                most = max(size.min, int(size.max * part) // factor * factor)
-                ranges[name] = replace(size, opt=min(size.opt, most), max=most)
+                largest = max(size.min, int(size.max * part) // factor * factor)
+                ranges[name] = replace(size, opt=min(size.opt, largest), max=largest)
             return replace(profile, **ranges)
 
         def fits(candidate: Profile) -> bool:

@@ -89,21 +89,21 @@ def quantize_ir(model: ov.Model, calibration: Sequence[Array], *, keep: Sequence
 
 
 def quantize_until(
-    model: ov.Model, calibration: Sequence[Array], measure: Callable[[ov.Model], float], bar: float
+    model: ov.Model, calibration: Sequence[Array], measure: Callable[[ov.Model], float], minimum: float
 ) -> tuple[ov.Model, list[str], float]:
-    """Quantize as many layers as possible with a quality of at least `bar`.
+    """Quantize as many layers as possible with a quality of at least `minimum`.
 
     Returns the graph, the names of the layers kept in higher precision, and the measured quality. `measure` returns the
     quality of a graph; larger is better (PSNR in dB on photographs that are not in `calibration`). If the graph with
-    all layers in int8 misses `bar`, each layer is measured alone in int8, and as few as possible of the worst layers
-    are kept in higher precision. That takes one call of `measure` per layer, and a handful more.
+    all layers in int8 misses `minimum`, each layer is measured alone in int8, and as few as possible of the worst
+    layers are kept in higher precision. That takes one call of `measure` per layer, and a handful more.
 
     Raises `NumericsError`, with the measurements, if keeping MAX_KEPT_FRACTION of the layers does not suffice, and the
     errors of `quantize_ir`.
     """
     quantized = quantize_ir(model, calibration)
     reached = measure(quantized)
-    if reached >= bar:
+    if reached >= minimum:
         return quantized, [], reached
     layers = quantizable_layers(model)
     alone = {
@@ -117,17 +117,18 @@ def quantize_until(
 
     too_few, enough = 0, int(MAX_KEPT_FRACTION * len(layers))
     found = keeping(enough)
-    if not found[2] >= bar:
+    if not found[2] >= minimum:
         measurements = [{"kept": [], "measured": reached}, {"kept": found[1], "measured": found[2]}]
         raise NumericsError(
             f"int8 gives {reached:.1f}, and {found[2]:.1f} with {enough} of {len(layers)} layers in higher precision; "
-            f"at least {bar:g} is demanded. The worst layer alone, {worst_first[0]}, gives {alone[worst_first[0]]:.1f}",
+            f"at least {minimum:g} is demanded. The worst layer alone, {worst_first[0]}, gives "
+            f"{alone[worst_first[0]]:.1f}",
             measurements + [{"only": name, "measured": alone[name]} for name in worst_first],
         )
     while enough - too_few > 1:
         count = (too_few + enough) // 2
         candidate = keeping(count)
-        if candidate[2] >= bar:
+        if candidate[2] >= minimum:
             found, enough = candidate, count
         else:
             too_few = count

@@ -68,21 +68,21 @@ def export_int8(
     form: Form,
     calibration: Sequence[Array],
     measure: Callable[[Callable[[Array], Array]], float] | None,
-    bar: float,
+    minimum: float,
     latents: str = "raw",
 ) -> tuple[GraphSpec, list[str]]:
     """Write one graph with its convolutions in int8. Returns its spec and the layers kept in higher precision.
 
-    `measure` maps the graph, as a function, to its quality, which must be at least `bar`; as few layers as possible are
-    kept in higher precision to reach it. Without `measure` all layers are quantized. Raises `NumericsError`, with the
-    measurements, if the quality cannot be reached.
+    `measure` maps the graph, as a function, to its quality, which must be at least `minimum`; as few layers as possible
+    are kept in higher precision to reach it. Without `measure` all layers are quantized. Raises `NumericsError`, with
+    the measurements, if the quality cannot be reached.
     """
     ir, spec = read_graph(model, graph, "int8", form, latents=latents)
     kept: list[str] = []
     if measure is None:
         ir = quantize_ir(ir, calibration)
     else:
-        ir, kept, _ = quantize_until(ir, calibration, lambda candidate: measure(runnable(candidate)), bar)
+        ir, kept, _ = quantize_until(ir, calibration, lambda candidate: measure(runnable(candidate)), minimum)
     save_ir(ir, path, "int8")
     return replace(spec, file=path.name), kept
 
@@ -223,7 +223,7 @@ class OpenVinoTarget(Target):
             form=form,
             calibration=export.memo["calibration"][graph],
             measure=worst_photo(export.cases, graph, "int8") if export.cases else None,
-            bar=THRESHOLDS["int8"].psnr_db,
+            minimum=THRESHOLDS["int8"].psnr_db,
             latents=export.options.latents,
         )
         return Written(spec, ({"name": "quantize", "graph": graph, "kept_in_higher_precision": kept},))
