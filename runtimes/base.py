@@ -40,8 +40,8 @@ class VaeRuntime(Lifetime, TilingSettings):
     original, and must be closed separately.
 
     `config` is the model's config, `latent_space` the shape and normalisation of its latents, `graph_space` the shape
-    of those that the graphs take and give (normalised ones in a bundle exported with `--latents normalised`), `spec`
-    the graphs with their inputs and outputs; `backend` and `precision` say what runs.
+    of the latents of the graphs (normalised in a bundle exported with `--latents normalised`), and `spec` maps each
+    graph to its file, input and output. `backend` and `precision` are names.
     """
 
     backend: ClassVar[str]
@@ -94,9 +94,9 @@ class VaeRuntime(Lifetime, TilingSettings):
     def encode(self, x: Any, return_dict: bool = True, *, pad: bool = False) -> Any:
         """Encode images, float [B, in_channels, H, W] in [-1, 1], to the posterior over latents [B, C, H/f, W/f].
 
-        That is an `AutoencoderKLOutput` with `latent_dist`; families whose encoder gives plain latents answer with an
-        `AutoencoderTinyOutput` with `latents`. So does a bundle exported with `--latents normalised`, whose latents are
-        the posterior's mode. Without `return_dict` it is a tuple with that one entry.
+        Returns an `AutoencoderKLOutput` with `latent_dist`. Families without a posterior, and bundles exported with
+        `--latents normalised` (whose latents are the posterior's mode), return an `AutoencoderTinyOutput` with
+        `latents`. With `return_dict=False`, returns a tuple with that one entry.
 
         H and W must be multiples of f (`ShapeError` names the size to pad to). With `pad`, the image is padded by
         reflection on the right and bottom; `decode(z, size=(H, W))` crops the result again. Any float dtype is
@@ -128,7 +128,7 @@ class VaeRuntime(Lifetime, TilingSettings):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _encode(self, x: Any, pad: bool, multiple_of: int) -> Any:
-        """The encoder graph on images that are checked here, with sides that are multiples of so many pixels."""
+        """Check images, whose sides must be multiples of `multiple_of` pixels, and run the encoder graph on them."""
         self._check_open()
         channels, dtype = self.channels("encoder"), self.spec["encoder"].input.dtype
         x = self._taken(x)
@@ -141,7 +141,7 @@ class VaeRuntime(Lifetime, TilingSettings):
         return self._apply("encoder", x)
 
     def _decode(self, z: Any, size: tuple[int, int] | None) -> Any:
-        """The decoder graph on latents that are checked, and the part of `size` of its images."""
+        """Run the decoder graph on checked latents of its own kind, and crop the images to `size`."""
         height, width = (side * self.graph_space.factor for side in z.shape[2:])
         kept = None if size is None else kept_part(size, height, width)
         sample = self._apply("decoder", z)
@@ -189,7 +189,7 @@ class VaeRuntime(Lifetime, TilingSettings):
         self._notices.about_gradients(given)
         given = checked_floats(given, "latents", self.latent_space.normalised_channels, "float32", multiple_of=1)
         if self.spec["decoder"].output.dtype == "uint8" and not bool(array_module(given).isfinite(given).all()):
-            raise NumericsError("the latents hold NaN or infinity: no image")  # pixels would not show it
+            raise NumericsError("the latents hold NaN or infinity: no image")  # the uint8 result would hide them
         given = self.latent_space.denormalise(given) if self.graphs_are_raw else given
         sample = self._decode(as_type(given, self.spec["decoder"].input.dtype), size)
         if self.spec["decoder"].output.dtype == "uint8":
@@ -222,7 +222,7 @@ class VaeRuntime(Lifetime, TilingSettings):
         return (self.spec[graph].input if graph == "encoder" else self.spec[graph].output).channels
 
     def _output_shape(self, graph: Graph, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of a graph's output for an input of this shape."""
+        """Return the shape of a graph's output for an input of this shape."""
         source, target, factor = self.spec[graph].input, self.spec[graph].output, self.graph_space.factor
         _, height, width = (shape[axis] for axis in source.axes)
         sides = [side // factor if graph == "encoder" else side * factor for side in (height, width)]
@@ -269,6 +269,6 @@ class VaeRuntime(Lifetime, TilingSettings):
 
 
 def _tile_side(config: Any) -> int:
-    """The side in pixels of tiles where nothing else is said: the config's sample_size, or diffusers' 512."""
+    """Return the default side of a tile in pixels: the config's sample_size, or diffusers' 512."""
     side = getattr(config, "sample_size", 512)
     return side if is_size(side) else 512

@@ -24,7 +24,7 @@ ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 
 Config = TypeVar("Config", bound="ConfigFile")
 
-# Autoencoders of diffusers that are recognised and not supported, and whose they are.
+# Autoencoders of diffusers that are recognised but not supported, and the models that use them.
 OTHER_VAES = {
     "AutoencoderDC": "SANA",
     "AutoencoderKLHunyuanImage": "HunyuanImage 2.1",
@@ -156,7 +156,7 @@ class VaeConfig(ConfigFile):
 
     def __post_init__(self) -> None:
         if isinstance(self.act_fn, str):
-            object.__setattr__(self, "act_fn", self.act_fn.lower())  # diffusers takes any case
+            object.__setattr__(self, "act_fn", self.act_fn.lower())  # diffusers accepts any case
         super().__post_init__()
 
     def _check(self) -> None:

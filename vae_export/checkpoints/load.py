@@ -128,7 +128,10 @@ def load_single_file(
     decoder: str | Path | None = None,
     hub: Hub | None = None,
 ) -> ReferenceVae:
-    """`from_single_file`: a local file or the URL of a file on the Hub, of any family; `decoder`: see `load_model`."""
+    """Load a local file or the URL of a file on the Hub, of any family: see `ReferenceVae.from_single_file`.
+
+    `decoder`: see `load_model`.
+    """
     hub = hub or Hub()
     complete = _complete_config_from(config, hub)
     expected = None if complete is None else family_named(complete.class_names[0])
@@ -180,7 +183,7 @@ def read_config(path: Path) -> tuple[Family, Any]:
 
 
 def _read_as_its_family(data: Any, origin: str) -> Any:
-    """The config that a dictionary describes, of the class of its family."""
+    """Return the config that a dictionary describes, of the class of its family."""
     return family_of_config(data, origin).config_class.from_dict(data, origin=origin)
 
 
@@ -188,7 +191,7 @@ def _read_as_its_family(data: Any, origin: str) -> Any:
 
 
 def _complete_config_from(config: Any, hub: Hub) -> Any:
-    """The caller's config where it is a whole one (object, file, directory, Hub id, full dictionary), else None."""
+    """Return the caller's config if it is complete (object, file, directory, Hub id, full dictionary), else None."""
     if config is None or isinstance(config, ConfigFile):
         return config
     if isinstance(config, Mapping):
@@ -213,7 +216,7 @@ class _Located(NamedTuple):
     commit: str | None = None
 
     def config_beside(self, family: Family) -> tuple[Any, Path] | None:
-        """The config beside the file, or in the folder `vae` there, where it is one of this family."""
+        """Find the config of this family beside the file, or in the folder `vae` there."""
         if self.repo is None:
             folder = self.path.parent
             candidates: Iterable[Path | None] = (folder / CONFIG_FILE, folder / "vae" / CONFIG_FILE)
@@ -224,7 +227,7 @@ class _Located(NamedTuple):
 
 
 def _located(source: str | Path, hub: Hub) -> _Located:
-    """A local file as it is, or the file of a URL on the Hub, downloaded."""
+    """Return a local file, or download the file of a URL on the Hub."""
     found = parse_hub_url(str(source))
     if found is None:
         return _Located(Path(source), hub)
@@ -237,7 +240,7 @@ def _located(source: str | Path, hub: Hub) -> _Located:
 
 
 def _first_config(family: Family, paths: Iterable[Path | None]) -> tuple[Any, Path] | None:
-    """The first that is a config of this family; a warning names one that should be and cannot be read."""
+    """Return the first config of this family and its path; warn of a config that cannot be read."""
     for path in paths:
         if path is not None:
             try:
@@ -251,7 +254,7 @@ def _first_config(family: Family, paths: Iterable[Path | None]) -> tuple[Any, Pa
 
 
 def _agreed(found: tuple[Any, Path] | None, architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the config beside the weights; none, and a warning, where it is not the config of these weights."""
+    """Return the fields of the config beside the weights; if it does not match the weights, warn and return none."""
     if found is None:
         return {}
     config, path = found

@@ -40,17 +40,19 @@ class Weights(NamedTuple):
     """The tensors of a weights file, and the hash of the file."""
 
     tensors: dict[str, Tensor]  #: fp32, diffusers names
-    sha256: str  #: as `WeightsFiles.sha256` has it
-    family: Family  #: that of the config, else the one that the names tell
+    sha256: str  #: see `WeightsFiles.sha256`
+    family: Family  #: of the config if there is one, else of the names
 
 
 def read_weights(source: Path | WeightsFiles, family: Family | None = None, *, half: Graph | None = None) -> Weights:
-    """The VAE's tensors of a .safetensors file, or of parts with an index, in fp32 under diffusers names.
+    """Read the VAE's tensors from a .safetensors file, or from parts with an index: fp32, with diffusers' names.
 
-    `family` is that of the config; without one the names tell, and AutoencoderKL is the default. `half` is the half of
-    a VAE that the file may hold alone. Other tensors are not even read.
+    `family` is the family of the config. If it is None, the names of the tensors determine the family; AutoencoderKL is
+    the default. `half` is the half of a VAE that the file may contain alone. Tensors of other models in the file are
+    not read.
 
-    Raises `ConfigError` for a file that holds the weights of another family, or half a VAE where a whole one is wanted.
+    Raises `ConfigError` for a file that is not readable, for the weights of another family, and for half a VAE where a
+    whole one is needed.
     """
     refuse_pickle(source if isinstance(source, Path) else source.path)
     files = WeightsFiles.at(source) if isinstance(source, Path) else source
@@ -79,9 +81,10 @@ def read_weights(source: Path | WeightsFiles, family: Family | None = None, *, h
 
 
 def _whole_names(keys: Iterable[str], half: Graph | None) -> dict[str, str]:
-    """{key as in a file of a whole VAE: key in this file}; `ConfigError` for half a VAE that is not the `half` asked.
+    """Return {name in a file of a whole VAE: name in this file}.
 
-    Files of half a VAE have their names without "encoder." or "decoder.".
+    The names in a file of half a VAE lack "encoder." or "decoder.". Raises `ConfigError` for such a file, unless it
+    contains the `half` that is asked for.
     """
     keys = list(keys)
     bare = bare_names(keys)
@@ -100,7 +103,7 @@ def _whole_names(keys: Iterable[str], half: Graph | None) -> dict[str, str]:
 
 
 def _family_of(keys: Iterable[str], expected: Family | None) -> Family:
-    """The family whose tensors have these names; `ConfigError` where the config's family is another."""
+    """Return the family whose tensors have these names. Raises `ConfigError` if the config's family is another."""
     recognised = recognised_family(bare_names(keys))
     if recognised is None:
         return expected or family_named(DEFAULT)
@@ -153,10 +156,13 @@ def _opened(path: Path) -> Any:
 
 
 def build_model(family: Family, config: Any, tensors: Mapping[str, Tensor], source: Source) -> ReferenceVae:
-    """The reference model with these weights, in eval mode. Strict: `ConfigError` or `NumericsError` otherwise."""
+    """Build the reference model with these weights, in eval mode and without gradients.
+
+    Raises `ConfigError` if names or shapes do not match the config, `NumericsError` if a weight is not finite.
+    """
     tensors = family.checked_tensors(tensors, source.given)
     layers = getattr(config, "layers_per_block", 1)
-    if layers > len(tensors):  # checked here since a network of a billion layers would take for ever to make
+    if layers > len(tensors):  # before the network is made: a billion layers would never finish
         raise ConfigError(f"{source.given}: {layers} layers a block, and the file has {len(tensors)} tensors in all")
     try:
         with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced

@@ -1,6 +1,6 @@
 """Calls of a TensorRT runtime: CUDA graphs, threads that share contexts, arrays that lie on the GPU.
 
-Tests runtimes/tensorrt/execution.py.
+Tests runtimes/tensorrt/execution.py, runtimes/tensorrt/device_arrays.py.
 """
 
 import importlib
