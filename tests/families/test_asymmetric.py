@@ -85,7 +85,15 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "onnx fp32 in steps",
+        "flax fp32",
+        pytest.param("onnx fp16", marks=pytest.mark.slow),
+        pytest.param("openvino bf16", marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_every_target_takes_it(choice, model, tmp_path):
     bundle = export_bundle(model, tmp_path / "b", **CHOICES[choice])

@@ -50,7 +50,7 @@ def photo(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "latents"),
-    [*((name, "raw") for name in FAMILIES), ("AutoencoderKLFlux2", "normalised"), ("TAEF2", "normalised")],
+    [*((name, "raw") for name in FAMILIES), ("TAEF2", "normalised")],
 )
 def test_every_command_takes_every_family(name, latents, photo, tmp_path):
     fields, described = FAMILIES[name]
@@ -69,8 +69,9 @@ def test_every_command_takes_every_family(name, latents, photo, tmp_path):
     invoke("decode", bundle, tmp_path / "z.safetensors", "--out", tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size in ((72, 56), (80, 64))  # padded to multiples of 8, or of 16
-    if latents == "raw":
+    if name == "AutoencoderKLFlux2":
         invoke("validate", bundle)
+    if latents == "raw":
         invoke("triton", bundle, "--out", tmp_path / "repository")
         assert Path(tmp_path / "repository" / "vae_decoder" / "config.pbtxt").exists()
 

@@ -195,7 +195,14 @@ CHOICES: dict[str, dict[str, Any]] = {
 NEAR = {"fp32": 2e-5, "fp16": 0.02, "bf16": 0.15}
 
 
-@pytest.fixture(scope="module", params=CHOICES)
+#: those that `make test` exports; `make slow` exports the others
+QUICK = ("onnx fp32 in steps", "openvino bf16 normalised", "openvino fp32 pixels, normalised", "flax fp32 normalised")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CHOICES],
+)
 def bundle(request, model, tmp_path_factory):
     return export_bundle(model, tmp_path_factory.mktemp("bundle") / "b", **CHOICES[request.param])
 

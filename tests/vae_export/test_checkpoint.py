@@ -418,7 +418,7 @@ def test_files_of_other_models_are_refused(name, tmp_path):
     [
         (
             AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4),
-            "not an AutoencoderKL",
+            "fields that no AutoencoderTiny has: 'norm_num_groups'",
         ),
         (VQModel(block_out_channels=(16,), norm_num_groups=8), "vector-quantised autoencoder .VQModel"),
     ],

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from runtimes import ConfigError, NotInstalled, NumericsError, ShapeError, VaeError, open_vae
+from runtimes.latent_space import LatentSpace
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -323,7 +324,7 @@ def test_misuse_is_answered_in_words(ours, vae, original, tiny_model):
 
 
 def test_a_bundle_that_does_not_know_its_scale_is_refused(vae, monkeypatch):
-    object.__setattr__(vae.config, "scaling_factor", None)
+    monkeypatch.setattr(vae, "latent_space", LatentSpace.scaled(4, 8, None))
     with pytest.raises(ConfigError, match="scaling_factor"):
         as_diffusers_vae(vae)
 

@@ -26,7 +26,10 @@ def test_it_gives_and_takes_what_the_latent_space_says(tiny_model):
     assert as_written(tiny_model, "raw") is tiny_model
 
 
-@pytest.mark.parametrize(("target", "precision"), [("onnx", "fp32"), ("onnx", "fp16"), ("openvino", "int8")])
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [("onnx", "fp32"), ("onnx", "fp16"), pytest.param("openvino", "int8", marks=pytest.mark.slow)],
+)
 def test_bundles_of_an_autoencoder_kl_can_have_them(tiny_model, tmp_path, target, precision):
     """The constants are computed in fp32 whatever the precision: nothing is rounded twice."""
     try:
