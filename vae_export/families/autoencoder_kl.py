@@ -340,8 +340,12 @@ def _resnet(inside: int, outside: int, pixels: int) -> int:
 def _middle(config: VaeConfig, channels: int, batch: int, tokens: int, form: Form) -> Iterator[int]:
     yield _resnet(channels, channels, batch * tokens)
     if config.mid_block_add_attention:
-        scores = 2 * batch * tokens * -(-tokens // form.attention_blocks)  # and their softmax
-        yield 5 * channels * batch * tokens + scores
+        yield _attention(channels, batch, tokens, form)
+
+
+def _attention(channels: int, batch: int, tokens: int, form: Form) -> int:
+    scores = 2 * batch * tokens * -(-tokens // form.attention_blocks)  # and their softmax
+    return 5 * channels * batch * tokens + scores
 
 
 def _decoder_places(config: VaeConfig, batch: int, height: int, width: int, form: Form) -> Iterator[int]:
@@ -349,9 +353,11 @@ def _decoder_places(config: VaeConfig, batch: int, height: int, width: int, form
     tokens = (height // config.downscale) * (width // config.downscale)
     pixels, inside = batch * tokens, config.decoder_widths[-1]
     yield from _middle(config, inside, batch, tokens, form)
-    for index, outside in enumerate(reversed(config.decoder_widths)):
+    for index, (outside, kind) in enumerate(zip(reversed(config.decoder_widths), config.up_block_types, strict=True)):
         yield _resnet(inside, outside, pixels)
         yield _resnet(outside, outside, pixels)
+        if kind.startswith("Attn"):
+            yield _attention(outside, batch, pixels // batch, form)
         if index < len(config.decoder_widths) - 1:
             # Repeated, or computed as four maps, and then the result; a transposed convolution has the result alone.
             maps = 4 if form.upsample == "deconv" else 8
@@ -362,9 +368,11 @@ def _decoder_places(config: VaeConfig, batch: int, height: int, width: int, form
 
 def _encoder_places(config: VaeConfig, batch: int, height: int, width: int, form: Form) -> Iterator[int]:
     pixels, inside = batch * height * width, config.block_out_channels[0]
-    for index, outside in enumerate(config.block_out_channels):
+    for index, (outside, kind) in enumerate(zip(config.block_out_channels, config.down_block_types, strict=True)):
         yield _resnet(inside, outside, pixels)
         yield _resnet(outside, outside, pixels)
+        if kind.startswith("Attn"):
+            yield _attention(outside, batch, pixels // batch, form)
         if index < len(config.block_out_channels) - 1:
             yield outside * (2 * pixels + pixels // 4)  # the map, its padded copy, and the result of a quarter size
             pixels //= 4
