@@ -115,7 +115,10 @@ def test_full_standard_output_is_no_bug_of_ours(tiny_bundle, options):
             assert (done.returncode, done.stderr) == (BundleError.exit_code, said)
 
 
-def test_error_keeps_its_code_where_nothing_can_be_printed():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_error_keeps_its_code_where_nothing_can_be_printed(unbuffered, monkeypatch):
+    """Buffered output fails when it is flushed, at the end; unbuffered output where it is printed."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with open("/dev/full", "w") as full:
         done = command("--to", "tflite", "--json", stdout=full)
         assert done.returncode == ConfigError.exit_code and b"'tflite'" in done.stderr

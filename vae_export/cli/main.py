@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from runtimes.cancellation import cancel_calls
@@ -33,7 +33,8 @@ def main() -> NoReturn:
     with watched_streams() as stdout, _plain_warnings():
         try:
             code = _run()
-            stdout.flush()
+            with suppress(OSError):  # `stdout` remembers it, and an error that was found before keeps its code
+                stdout.flush()
         except Exception as error:
             _exit_if_stopped()  # a library may have converted the interruption to another exception
             code = 0 if stdout.failed is not None else _report_bug(error)
