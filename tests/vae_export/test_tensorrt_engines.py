@@ -266,7 +266,7 @@ def test_a_profile_that_cannot_fit_is_refused_with_the_largest_that_would(tiny_m
     profile = parse_profile("1..4x512..16384x512..16384", 8)
     engine = Engine("tensorrt", "11", ("sm89",), "linux", (DEFAULT, profile))
     estimates = estimate_memory(engine, config, activation_places, form, "fp32")
-    fitting = largest_fitting(config, activation_places, form, "fp32")
+    fitting = largest_fitting(config, 8, activation_places, form, "fp32")
     with pytest.raises(
         OutOfMemoryError, match=r"1\.\.4 x 512\.\.16384.* has 8\.0; the largest profile that fits"
     ) as error:
