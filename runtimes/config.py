@@ -161,6 +161,7 @@ class VaeConfig(ConfigFile):
 
     def _check(self) -> None:
         check_network(self)
+        check_flags(self, "force_upcast")
         check_factors(self)
 
     @property
@@ -295,11 +296,11 @@ def require(config: Any, name: str, fits: bool, rule: str) -> None:
         raise ConfigError(f"{name} = {getattr(config, name)!r}: {rule}")
 
 
-def check_network(config: VaeConfig) -> None:
+def check_network(config: Any) -> None:
     """Raise `ConfigError` unless the fields describe an encoder and a decoder that can be built."""
     check_sizes(config, "in_channels", "out_channels", "latent_channels", "norm_num_groups", "sample_size")
     check_layers(config, "layers_per_block")
-    check_flags(config, "force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+    check_flags(config, "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
     check_levels(config, "block_out_channels", down_block_types=DOWN_BLOCK_TYPES, up_block_types=UP_BLOCK_TYPES)
     require(config, "act_fn", config.act_fn in ACTIVATIONS, f"known activations are {', '.join(ACTIVATIONS)}")
 

@@ -291,6 +291,8 @@ class FlaxAutoencoderKL(FlaxKLBase):
             bundle = Bundle(directory)
             if bundle.manifest.target != "flax":
                 raise CompatibilityError(f"{directory} is a bundle for {bundle.manifest.target}, and has no parameters")
+            if bundle.manifest.family != "AutoencoderKL":
+                raise ConfigError(f"{directory} is of an {bundle.manifest.family}: open_vae opens it")
             config, name, data = bundle.manifest.config, FLAX_FILE, bundle.read(FLAX_FILE)
         else:
             config = VaeConfig.from_json(directory / CONFIG_FILE)

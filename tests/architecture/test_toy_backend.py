@@ -16,6 +16,7 @@ from runtimes.arrays import answer_in_kind
 from runtimes.backends import BACKENDS_OF_TARGET, unregister_backend
 from runtimes.names import GRAPHS
 from tests.helpers.backend_contract import BackendContract
+from tests.helpers.parsed_bytes import parsed_by_onnxruntime  # noqa: F401  (a fixture)
 from vae_export.cli.app import app
 from vae_export.photos import EMBEDDED
 
@@ -56,19 +57,6 @@ def vae(tiny_bundle, toy):
     """The tiny bundle, opened for one test."""
     with open_vae(tiny_bundle, backend="toy") as runtime:
         yield runtime
-
-
-@pytest.fixture
-def parsed(monkeypatch):
-    """All bytes that reach ONNX Runtime's parser, in a list."""
-    seen, real = [], onnxruntime.InferenceSession
-
-    def open_session(data, *arguments, **options):
-        seen.append(data)
-        return real(data, *arguments, **options)
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
-    return seen
 
 
 class TestToy(BackendContract):

@@ -236,8 +236,8 @@ def test_a_manifest_with_another_halo_is_refused(bundle):
         Manifest.from_json(json.dumps(data).encode())
 
 
-def test_int8_keeps_its_bar_or_is_refused(model, tmp_path):
-    """Random weights do not meet it; the numbers are told, and nothing is left."""
+def test_int8_that_misses_its_bar_is_refused(model, tmp_path):
+    """Random weights miss it. Nothing is left."""
     with pytest.raises(NumericsError, match="int8"):
         export_bundle(model, tmp_path / "b", target="openvino", precision="int8")
     assert not (tmp_path / "b").exists()

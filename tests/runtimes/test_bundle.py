@@ -9,29 +9,16 @@ import os
 import re
 import shutil
 
-import onnxruntime
 import pytest
 
 from runtimes import Bundle, BundleError, CompatibilityError, IntegrityError, open_vae
 from runtimes.bundle import MANIFEST_LIMIT
 from runtimes.manifest import FILE_LIMIT, Manifest
 from tests.helpers.damage import DAMAGE, assert_damage_is_found
+from tests.helpers.parsed_bytes import parsed_by_onnxruntime  # noqa: F401  (a fixture)
 
 GRAPH_FILES = ("vae_encoder/model.onnx", "vae_decoder/model.onnx")
 LISTED = (*GRAPH_FILES, "config.json", "vae_encoder/config.json", "vae_decoder/config.json")
-
-
-@pytest.fixture
-def parsed(monkeypatch):
-    """Everything that reaches the native parser, in a list."""
-    seen, real = [], onnxruntime.InferenceSession
-
-    def open_session(data, *arguments, **options):
-        seen.append(data)
-        return real(data, *arguments, **options)
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
-    return seen
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Tests runtimes/onnxruntime.py: the promises of every backend, and what is ONNX Runtime's own."""
 
 import re
-import resource
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,22 +20,11 @@ from runtimes import (
 from runtimes.backends import BACKENDS, BACKENDS_OF_TARGET
 from tests.helpers.backend_contract import BackendContract
 from tests.helpers.inputs import RNG, SHAPES, images, latents
+from tests.helpers.little_memory import little_memory
+from tests.helpers.parsed_bytes import parsed_by_onnxruntime  # noqa: F401  (a fixture)
 
 ENCODER, DECODER = "vae_encoder/model.onnx", "vae_decoder/model.onnx"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-@pytest.fixture
-def parsed(monkeypatch):
-    """All bytes that reach ONNX Runtime's parser, in a list."""
-    seen, real = [], onnxruntime.InferenceSession
-
-    def open_session(data, *arguments, **options):
-        seen.append(data)
-        return real(data, *arguments, **options)
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
-    return seen
 
 
 class TestOnnxRuntime(BackendContract):
@@ -61,15 +48,10 @@ def test_io_binding_gives_the_results_of_the_host_path(vae, shape):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds memory as Linux does")
 def test_too_little_memory_is_named_and_survived(vae, capfd):
-    z, (soft, hard) = latents(), resource.getrlimit(resource.RLIMIT_AS)
+    z = latents()
     expected = vae.decode(z).sample
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), hard))
-    try:
-        with pytest.raises(OutOfMemoryError, match=r"decoder of \[1, 4, 128, 128\].*enable_tiling"):
-            vae.decode(latents(1, 128, 128))  # its attention takes 1 GiB
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with pytest.raises(OutOfMemoryError, match=r"decoder of \[1, 4, 128, 128\].*enable_tiling"), little_memory():
+        vae.decode(latents(1, 128, 128))  # its attention takes 1 GiB
     assert np.array_equal(vae.decode(z).sample, expected)
     assert capfd.readouterr().err == ""  # the exception says it, and nothing else does
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -31,8 +31,8 @@ from runtimes.latent_space import LatentSpace
 from runtimes.outputs import DecoderOutput
 from vae_export.checkpoints.architecture import PublicVae, infer_architecture, layers_of, widths_of
 from vae_export.checkpoints.keys import select_vae_keys, to_diffusers_names
-from vae_export.families.autoencoder_kl import KLNetwork, activation_places, stages
-from vae_export.families.base import Family
+from vae_export.families import autoencoder_kl
+from vae_export.families.autoencoder_kl import KLNetwork
 
 CONDITION_STRIDE = 16  #: of the encoder of masked images, in pixels, whatever the model's own factor
 
@@ -214,13 +214,12 @@ def complete_config(
     return cast(AsymmetricConfig, AsymmetricConfig.from_dict(fields))
 
 
-FAMILY = Family(
+# The rewrites, the stages and the estimates of memory are those of the network of AutoencoderKL.
+FAMILY = replace(
+    autoencoder_kl.FAMILY,
     network=AsymmetricAutoencoderKL,
-    rewrites=frozenset({"upsample", "norm", "attention", "last_block", "winograd", "rescale", "tileable"}),
     recognises=recognises,
     tensor_names=tensor_names,
     architecture=architecture,
     complete_config=complete_config,
-    stages=stages,
-    activation_places=activation_places,
 )

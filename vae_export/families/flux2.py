@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from runtimes.errors import ConfigError, NumericsError
 from runtimes.latent_space import LatentSpace
 from vae_export.checkpoints.architecture import PublicVae, infer_architecture, widths_of
 from vae_export.checkpoints.keys import select_vae_keys, to_diffusers_names
-from vae_export.families.autoencoder_kl import KLNetwork, activation_places, stages
-from vae_export.families.base import Family
+from vae_export.families import autoencoder_kl
+from vae_export.families.autoencoder_kl import KLNetwork
 
 LEVELS = 4
 #: encoder and decoder widths of the public VAEs, all with 2 layers a block, 32 norm groups and an eps of 1e-4
@@ -62,10 +62,9 @@ class Flux2Config(ConfigFile):
     batch_norm_eps: float = 1e-4
     batch_norm_momentum: float = 0.1
     patch_size: tuple[int, int] = (2, 2)
-    force_upcast: ClassVar[bool] = True  #: as AutoencoderKL's; this config has no such field
 
     def _check(self) -> None:
-        check_network(cast(Any, self))
+        check_network(self)
         if self.decoder_block_out_channels is not None:
             check_levels(self, "decoder_block_out_channels", up_block_types=UP_BLOCK_TYPES)
             fits = len(self.decoder_block_out_channels) == len(self.block_out_channels)
@@ -201,15 +200,14 @@ def decoder_fields(model: AutoencoderKLFlux2) -> dict[str, Any]:
     return {"bn_running_mean_data": mean.tolist(), "bn_running_var_data": variance.tolist()}
 
 
-FAMILY = Family(
+# The rewrites, the stages and the estimates of memory are those of the network of AutoencoderKL.
+FAMILY = replace(
+    autoencoder_kl.FAMILY,
     network=AutoencoderKLFlux2,
-    rewrites=frozenset({"upsample", "norm", "attention", "last_block", "winograd", "rescale", "tileable"}),
     recognises=recognises,
     tensor_names=tensor_names,
     architecture=architecture,
     complete_config=complete_config,
     checked_tensors=checked_tensors,
     decoder_fields=decoder_fields,
-    stages=stages,
-    activation_places=activation_places,
 )

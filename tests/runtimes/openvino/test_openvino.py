@@ -1,8 +1,6 @@
 """Tests runtimes/openvino.py: the promises of every backend, and what is OpenVINO's own."""
 
-import resource
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from runtimes import (
 from tests.helpers.backend_contract import BackendContract
 from tests.helpers.forms import FORMS
 from tests.helpers.inputs import TOLERANCE, images, latents, results
+from tests.helpers.little_memory import little_memory
 from tests.helpers.references import alive, cases
 from tests.helpers.without_torch import BANNED
 from vae_export.comparison import THRESHOLDS, compare, opened_bundle
@@ -103,15 +102,10 @@ def test_a_device_that_is_not_here_is_named_and_nothing_falls_back(tiny_bundle, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds memory as Linux does")
 def test_too_little_memory_is_named_and_survived(vae, capfd):
-    z, (soft, hard) = latents(), resource.getrlimit(resource.RLIMIT_AS)
+    z = latents()
     expected = vae.decode(z).sample
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), hard))
-    try:
-        with pytest.raises(OutOfMemoryError, match=r"\[1, 4, 128, 128\].* memory of cpu.*enable_tiling"):
-            vae.decode(latents(1, 128, 128))  # the largest of its maps alone take 128 MiB each
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with pytest.raises(OutOfMemoryError, match=r"\[1, 4, 128, 128\].* memory of cpu.*enable_tiling"), little_memory():
+        vae.decode(latents(1, 128, 128))  # the largest of its maps alone take 128 MiB each
     assert np.array_equal(vae.decode(z).sample, expected)
     assert capfd.readouterr().err == ""  # the exception says it, and nothing else does
 
